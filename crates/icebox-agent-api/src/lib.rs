@@ -1,0 +1,1 @@
+//! What host and guest share: the agent's services, its client, its constants.

@@ -1,0 +1,1 @@
+//! The engine's driver traits on Linux: VMMs, volumes, network slots, boxes, guests.

@@ -1,0 +1,3 @@
+//! The icebox command: the daemon and its command line.
+
+fn main() {}
