@@ -1,0 +1,217 @@
+//! VMMs: the processes that run guests.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+
+use super::{BlockDevice, HostError, Removed, SlotNetwork};
+use crate::id::{SandboxId, Slot};
+use crate::unit::{Bytes, Geometry};
+
+/// What a VMM is, as far as a saved state depends on it. Compared before a restore (INV-44), shown by `inspect`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmmIdentity {
+    /// `qemu`, `cloud-hypervisor`, `firecracker`.
+    pub name: String,
+    /// The VMM's own version text.
+    pub version: String,
+    /// Machine type and whatever else of the configuration a saved state depends on.
+    pub machine: String,
+    /// The CPU model that the guest sees.
+    pub cpu: String,
+    /// `kvm` or `tcg`.
+    pub accelerator: String,
+    /// Why this accelerator: the result of the live probe, in words.
+    pub accelerator_reason: String,
+}
+
+/// What a VMM can do. The engine asks this, never names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Can switch a running guest's disk to a new head ([`Machine::disk_switch`]).
+    pub disk_switch: bool,
+    /// Can restore a memory that is a base with a diff.
+    pub differential_save: bool,
+    /// The most virtual CPUs.
+    pub max_vcpus: u8,
+}
+
+/// A process that can be told from a later one with the same pid.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProcessIdentity {
+    /// Process id.
+    pub pid: u32,
+    /// Start time in clock ticks since boot: field 22 of `/proc/<pid>/stat`, proc(5).
+    pub start_ticks: u64,
+    /// `/proc/sys/kernel/random/boot_id` when it was started.
+    pub boot_id: String,
+}
+
+/// An immutable guest memory, as files.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemorySource {
+    /// Full, sparse, as long as the guest's memory. Mapped privately; never written.
+    pub base: PathBuf,
+    /// Pages that differ from the base, all of them (cumulative).
+    pub diff: Option<PathBuf>,
+}
+
+/// How a guest comes to life.
+#[derive(Clone, Debug)]
+pub enum Start {
+    /// From its disk. vCPUs run when [`Vmm::launch`] returns.
+    Boot {
+        /// Kernel image that the VMM can load.
+        kernel: PathBuf,
+        /// Our initramfs.
+        initramfs: PathBuf,
+        /// `key=value` words for the kernel command line, for the guest agent.
+        parameters: Vec<(String, String)>,
+    },
+    /// From memory and device state. vCPUs stand still when [`Vmm::launch`] returns.
+    Restore {
+        /// What [`Machine::save`] wrote.
+        device_state: PathBuf,
+        /// The memory that belongs to it.
+        memory: MemorySource,
+    },
+}
+
+/// Everything one launch needs. The box and the network exist already; the disk is attached.
+#[derive(Clone, Debug)]
+pub struct LaunchPlan {
+    /// Whose VMM it is: names the runtime directory, the cgroup and the console log.
+    pub sandbox: SandboxId,
+    /// Decides the uid of the box.
+    pub slot: Slot,
+    /// CPUs and memory.
+    pub geometry: Geometry,
+    /// The root disk.
+    pub disk: BlockDevice,
+    /// The slot's network.
+    pub network: SlotNetwork,
+    /// Boot or restore.
+    pub start: Start,
+}
+
+/// What the vCPUs are doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VcpuState {
+    /// The guest runs.
+    Running,
+    /// The guest stands still.
+    Paused,
+}
+
+/// Why a VMM ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExitReason {
+    /// The guest asked for it (poweroff, reboot), as far as the VMM tells.
+    pub by_guest: bool,
+    /// Exit status, signal and the last words on stderr, for people.
+    pub detail: String,
+}
+
+/// Where a save goes.
+#[derive(Clone, Debug)]
+pub struct SavePlan {
+    /// The file to write device state to. Does not exist yet.
+    pub device_state: PathBuf,
+    /// The memory object's staging directory: receives [`base`](crate::layout::MEMORY_BASE) or
+    /// [`diff`](crate::layout::MEMORY_DIFF).
+    pub memory: PathBuf,
+    /// The memory that this guest was restored from, if it was: what a diff may refer to.
+    pub restored_from: Option<MemorySource>,
+}
+
+/// Which form a saved memory has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SavedPages {
+    /// A full, sparse base was written.
+    Full,
+    /// A diff against the *base* of [`SavePlan::restored_from`] was written.
+    Diff,
+}
+
+/// What a save wrote.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedMemory {
+    /// Full or diff.
+    pub pages: SavedPages,
+    /// Pages that differ from what was restored, or from zero.
+    pub changed_pages: u64,
+    /// Of those, pages that are all zero and so not stored.
+    pub zero_pages: u64,
+    /// Allocated bytes of device state and memory.
+    pub allocated: Bytes,
+}
+
+/// A kind of VMM.
+#[async_trait]
+pub trait Vmm: Send + Sync {
+    /// What it is: found once, by asking the real binary and, for the accelerator, by running a guest.
+    fn identity(&self) -> &VmmIdentity;
+
+    /// What it can do.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Starts a VMM in its box. It lives in its own session and cgroup, and outlives this process (INV-46).
+    /// On failure nothing of it is left running.
+    async fn launch(&self, plan: LaunchPlan) -> Result<Arc<dyn Machine>, HostError>;
+
+    /// Finds the running VMM of a sandbox that another process launched, by `recorded` if the manifest knew it, else
+    /// by its box. `None` if it does not run.
+    async fn adopt(
+        &self,
+        sandbox: &SandboxId,
+        recorded: Option<&ProcessIdentity>,
+    ) -> Result<Option<Arc<dyn Machine>>, HostError>;
+
+    /// Ensures that no VMM of this sandbox runs, wedged or not: it is killed and waited for. Never signals a
+    /// process whose start time differs from the recorded one.
+    async fn kill(
+        &self,
+        sandbox: &SandboxId,
+        recorded: Option<&ProcessIdentity>,
+    ) -> Result<Removed, HostError>;
+}
+
+/// One running VMM. Dropping it changes nothing for the process.
+#[async_trait]
+pub trait Machine: Send + Sync {
+    /// The process, for the manifest.
+    fn process(&self) -> ProcessIdentity;
+
+    /// Asks the VMM what the vCPUs do. Fails fast if it is dead (INV-06).
+    async fn probe(&self) -> Result<VcpuState, HostError>;
+
+    /// Stops the vCPUs. Idempotent.
+    async fn pause_vcpus(&self) -> Result<(), HostError>;
+
+    /// Lets the vCPUs run. Idempotent.
+    async fn resume_vcpus(&self) -> Result<(), HostError>;
+
+    /// Writes device state and changed pages, with paused vCPUs, durably. The guest is not changed by it.
+    /// A page not loaded yet is never saved as zero (INV-08).
+    async fn save(&self, plan: SavePlan) -> Result<SavedMemory, HostError>;
+
+    /// The ability behind [`Capabilities::disk_switch`].
+    fn disk_switch(&self) -> Option<&dyn DiskSwitch>;
+
+    /// Completes when the process has ended, however it ended. May be awaited by several callers.
+    async fn exited(&self) -> ExitReason;
+}
+
+/// Puts a new head under a running guest.
+#[async_trait]
+pub trait DiskSwitch: Send + Sync {
+    /// Guest writes go to `to` (whose first layer is the old head) from now on, and the VMM holds no writable file
+    /// descriptor of the old one. Idempotent: if `to` is the head already, nothing happens.
+    async fn switch(&self, to: &BlockDevice) -> Result<(), HostError>;
+}

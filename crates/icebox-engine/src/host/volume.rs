@@ -1,0 +1,114 @@
+//! Disks: immutable bases and layers, and the writable heads on top of them.
+//!
+//! `freeze` is the heart. The head becomes an immutable layer and a new, empty head goes on top of it, live, in
+//! O(1), under a running guest. Pause, snapshot and fork are all built from it, so a driver that gets it right
+//! gets them right.
+
+use std::path::{Path, PathBuf};
+
+use async_trait::async_trait;
+
+use super::{Ensured, HostError, Removed};
+use crate::id::{Digest, HeadId, LayerId};
+use crate::unit::Bytes;
+
+/// What lies under a head: layers, newest first, down to a base. The engine derives it from the layers' manifests.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chain {
+    /// Immutable layers, newest first. Empty for a head that sits on its base.
+    pub layers: Vec<LayerId>,
+    /// The imported image at the bottom.
+    pub base: Digest,
+    /// The size of the disk that the guest sees. A multiple of 512, at least the base's size.
+    pub size: Bytes,
+}
+
+/// What a VMM opens. Paths are host paths; the VMM driver decides how its box sees them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BlockDevice {
+    /// A file or block device that holds the disk as the guest sees it.
+    Raw {
+        /// Opened read-write.
+        path: PathBuf,
+    },
+    /// A chain of qcow2 overlays over a raw base. The paths in the files' headers are not used.
+    Qcow2 {
+        /// The writable top. Opened read-write.
+        head: PathBuf,
+        /// Immutable overlays under it, newest first. Opened read-only.
+        layers: Vec<PathBuf>,
+        /// The raw image at the bottom. Opened read-only.
+        base: PathBuf,
+    },
+}
+
+/// How a driver freezes the head of a running sandbox.
+pub enum LiveFreeze<'a> {
+    /// The host does it; the VMM keeps its file descriptor and notices nothing.
+    ByHost(&'a dyn FreezeByHost),
+    /// The VMM switches to a new head that the engine has created ([`super::DiskSwitch`]); the old one is then
+    /// [sealed](VolumeDriver::seal).
+    ByVmm,
+}
+
+/// A way to store disks copy-on-write.
+#[async_trait]
+pub trait VolumeDriver: Send + Sync {
+    /// The driver's name in manifests, options and messages: `qcow2`, `reflink`, `dm-snapshot`, `zfs`.
+    fn name(&self) -> &'static str;
+
+    /// Proves on a scratch volume that the driver works on this host.
+    ///
+    /// # Errors
+    /// Says why it does not, with a hint.
+    async fn probe(&self) -> Result<(), HostError>;
+
+    /// How the head of a running sandbox is frozen.
+    fn live_freeze(&self) -> LiveFreeze<'_>;
+
+    /// Makes whatever the driver needs, beside `bases/<digest>/image`, to put heads on a base. Idempotent; a crash
+    /// in the middle never leaves a base that looks finished. The image is read, never written.
+    async fn ensure_base(&self, base: &Digest) -> Result<Ensured, HostError>;
+
+    /// Removes what [`ensure_base`](Self::ensure_base) made. The image itself is the engine's.
+    async fn remove_base(&self, base: &Digest) -> Result<Removed, HostError>;
+
+    /// Makes an empty, durable head on top of `chain`. If `head` exists (a retried step), its content is kept.
+    async fn ensure_head(&self, head: &HeadId, chain: &Chain) -> Result<Ensured, HostError>;
+
+    /// Removes a head and what was written to it. The head is not attached.
+    async fn remove_head(&self, head: &HeadId) -> Result<Removed, HostError>;
+
+    /// Makes the head available as something a VMM can open. Removes a stale device of the same name first, and
+    /// never touches one that is in use (INV-14).
+    async fn attach(&self, head: &HeadId, chain: &Chain) -> Result<BlockDevice, HostError>;
+
+    /// Undoes [`attach`](Self::attach). The head's content stays.
+    async fn detach(&self, head: &HeadId) -> Result<Removed, HostError>;
+
+    /// Makes everything written to the attached head durable, host caches included.
+    async fn flush(&self, head: &HeadId) -> Result<(), HostError>;
+
+    /// Turns a head that nobody writes to any more into the data of a layer, in `staging` (the layer's staging
+    /// directory). The head is gone afterwards. Idempotent: a repetition after a crash finishes the work.
+    async fn seal(&self, head: &HeadId, staging: &Path) -> Result<(), HostError>;
+
+    /// Writes the disk as of `chain` (its first layer, or its base) as a sparse raw image to `out`, which does not
+    /// exist yet. Reads only what is allocated. The source is immutable, so guests keep running.
+    async fn flatten(&self, chain: &Chain, out: &Path) -> Result<(), HostError>;
+
+    /// Allocated bytes of a head.
+    async fn head_usage(&self, head: &HeadId) -> Result<Bytes, HostError>;
+
+    /// Heads that exist on the host, whether or not a manifest holds them: what the sweep compares.
+    async fn list_heads(&self) -> Result<Vec<HeadId>, HostError>;
+}
+
+/// Live freeze without the VMM's help.
+#[async_trait]
+pub trait FreezeByHost: Send + Sync {
+    /// The content of `from` becomes the data of a layer in `staging` (the layer's staging directory), and the
+    /// attached device goes on as `to`, empty on top of it. Guest writes are paused. Idempotent: a repetition after
+    /// a crash finishes the work.
+    async fn freeze(&self, from: &HeadId, to: &HeadId, staging: &Path) -> Result<(), HostError>;
+}
