@@ -1,11 +1,13 @@
 //! Durable documents and the directories of objects.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
 
 use super::{HostError, Removed};
+use crate::id::Digest;
 use crate::layout::Object;
+use crate::unit::Bytes;
 
 /// An object that was found at start.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,6 +53,19 @@ pub trait Store: Send + Sync {
 
     /// Objects that have a staging directory: what the sweep looks at.
     async fn list_staging(&self) -> Result<Vec<Object>, HostError>;
+
+    /// SHA-256 of a file's content, holes read as zeros. Takes time in proportion to its size.
+    async fn digest(&self, file: &Path) -> Result<Digest, HostError>;
+
+    /// Moves a file of the same file system into the staging directory of `object`, under the name `as_file`.
+    async fn move_into_staging(&self, file: &Path, object: &Object, as_file: &str) -> Result<(), HostError>;
+
+    /// Allocated bytes of a published object's directory, as the file system counts them.
+    async fn allocated(&self, object: &Object) -> Result<Bytes, HostError>;
+
+    /// Fails with [`ErrorKind::Exhausted`](super::ErrorKind::Exhausted) when free space is under the low-water
+    /// mark, so that new work is refused before running guests suffer.
+    async fn check_space(&self) -> Result<(), HostError>;
 
     /// A read-only path to a file of a published object.
     fn path(&self, object: &Object, file: &str) -> PathBuf;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
-use super::{BlockDevice, HostError, Removed, SlotNetwork};
+use super::{BlockDevice, HostError, Removed, Secret, SlotNetwork};
 use crate::id::{SandboxId, Slot};
 use crate::unit::{Bytes, Geometry};
 
@@ -69,8 +69,8 @@ pub enum Start {
         kernel: PathBuf,
         /// Our initramfs.
         initramfs: PathBuf,
-        /// `key=value` words for the kernel command line, for the guest agent.
-        parameters: Vec<(String, String)>,
+        /// The token that the agent accepts until its first welcome. Never part of a command line (INV-43).
+        token: Secret,
     },
     /// From memory and device state. vCPUs stand still when [`Vmm::launch`] returns.
     Restore {
@@ -197,7 +197,8 @@ pub trait Machine: Send + Sync {
     /// Lets the vCPUs run. Idempotent.
     async fn resume_vcpus(&self) -> Result<(), HostError>;
 
-    /// Writes device state and changed pages, with paused vCPUs, durably. The guest is not changed by it.
+    /// Writes device state and changed pages, with paused vCPUs. The guest is not changed by it. The files need not
+    /// be durable on return: [`super::Store::publish`] makes them so, after the guest may run again.
     /// A page not loaded yet is never saved as zero (INV-08).
     async fn save(&self, plan: SavePlan) -> Result<SavedMemory, HostError>;
 
@@ -214,4 +215,7 @@ pub trait DiskSwitch: Send + Sync {
     /// Guest writes go to `to` (whose first layer is the old head) from now on, and the VMM holds no writable file
     /// descriptor of the old one. Idempotent: if `to` is the head already, nothing happens.
     async fn switch(&self, to: &BlockDevice) -> Result<(), HostError>;
+
+    /// Whether guest writes go to `head` (its file is the VMM's active top).
+    async fn is_on(&self, head: &BlockDevice) -> Result<bool, HostError>;
 }

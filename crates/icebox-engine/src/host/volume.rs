@@ -17,8 +17,9 @@ use crate::unit::Bytes;
 pub struct Chain {
     /// Immutable layers, newest first. Empty for a head that sits on its base.
     pub layers: Vec<LayerId>,
-    /// The imported image at the bottom.
-    pub base: Digest,
+    /// The imported image at the bottom. `None` only above a layer that stands alone
+    /// ([`VolumeDriver::layers_are_whole`]).
+    pub base: Option<Digest>,
     /// The size of the disk that the guest sees. A multiple of 512, at least the base's size.
     pub size: Bytes,
 }
@@ -66,6 +67,9 @@ pub trait VolumeDriver: Send + Sync {
     /// How the head of a running sandbox is frozen.
     fn live_freeze(&self) -> LiveFreeze<'_>;
 
+    /// Whether a layer's data stands alone. If not, it needs the layers and the base under it.
+    fn layers_are_whole(&self) -> bool;
+
     /// Makes whatever the driver needs, beside `bases/<digest>/image`, to put heads on a base. Idempotent; a crash
     /// in the middle never leaves a base that looks finished. The image is read, never written.
     async fn ensure_base(&self, base: &Digest) -> Result<Ensured, HostError>;
@@ -111,4 +115,7 @@ pub trait FreezeByHost: Send + Sync {
     /// attached device goes on as `to`, empty on top of it. Guest writes are paused. Idempotent: a repetition after
     /// a crash finishes the work.
     async fn freeze(&self, from: &HeadId, to: &HeadId, staging: &Path) -> Result<(), HostError>;
+
+    /// Whether a freeze of `from` has gone past the point where it can be undone: the device goes on as `to`.
+    async fn is_frozen(&self, from: &HeadId, to: &HeadId) -> Result<bool, HostError>;
 }
