@@ -1,1 +1,5 @@
 //! The engine's driver traits on Linux: VMMs, volumes, network slots, boxes, guests.
+#![warn(missing_docs)]
+
+pub mod instance;
+pub mod network;

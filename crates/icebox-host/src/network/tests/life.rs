@@ -1,0 +1,285 @@
+//! The life of slots: idempotence, exhaustion, neighbours on the same host, the pool.
+
+use std::net::Ipv4Addr;
+use std::path::Path;
+
+use icebox_engine::host::{Egress, ErrorKind, Network as _, Removed};
+use icebox_engine::id::Slot;
+
+use super::super::namespace::Namespace;
+use super::super::netlink::Netlink;
+use super::super::{NetworkConfig, NetworkSlots, open_tap};
+use super::lab::in_lab;
+use crate::instance::Instance;
+
+#[test]
+fn ensure_and_release_say_what_changed_and_repeat_harmlessly() {
+    in_lab(|lab| {
+        let network = lab.open(0);
+        lab.run(async {
+            assert_eq!(
+                network.release(Slot(7)).await.unwrap(),
+                Removed::AlreadyAbsent
+            );
+            let first = network.ensure(Slot(7), Egress::Deny).await.unwrap();
+            let inventory = lab.inventory();
+            assert_eq!(network.ensure(Slot(7), Egress::Deny).await.unwrap(), first);
+            assert_eq!(
+                lab.inventory(),
+                inventory,
+                "the second time changed something"
+            );
+            assert_eq!(first.host_address, network.host_address(Slot(7)));
+            assert_eq!(network.list().await.unwrap(), [Slot(7)]);
+            assert_eq!(network.release(Slot(7)).await.unwrap(), Removed::Removed);
+            assert_eq!(
+                network.release(Slot(7)).await.unwrap(),
+                Removed::AlreadyAbsent
+            );
+            assert_eq!(network.list().await.unwrap(), []);
+            network.close().await.unwrap();
+        });
+    });
+}
+
+#[test]
+fn inv_17_a_slot_that_is_set_up_again_has_the_same_addresses() {
+    in_lab(|lab| {
+        let network = lab.open(2);
+        lab.run(async {
+            let first = network.ensure(Slot(9), Egress::Internet).await.unwrap();
+            for _ in 0..5 {
+                network.release(Slot(9)).await.unwrap();
+                let again = network.ensure(Slot(9), Egress::Internet).await.unwrap();
+                assert_eq!(again, first);
+            }
+            network.release(Slot(9)).await.unwrap();
+            network.close().await.unwrap();
+        });
+    });
+}
+
+#[test]
+fn a_slot_survives_the_daemon_and_is_found_again() {
+    in_lab(|lab| {
+        let network = lab.open(1);
+        let slot = lab.run(network.ensure(Slot(1), Egress::Internet)).unwrap();
+        let tap = open_tap(&slot.namespace, &slot.tap).unwrap();
+        drop(network);
+        let restarted = lab.open(1);
+        lab.run(async {
+            assert_eq!(restarted.list().await.unwrap(), [Slot(1)]);
+            let found = restarted.ensure(Slot(1), Egress::Internet).await.unwrap();
+            assert_eq!(found, slot);
+            // Still the namespace that the first daemon made: its tap is in use.
+            let error = open_tap(&found.namespace, &found.tap).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Busy);
+            drop(tap);
+            open_tap(&found.namespace, &found.tap).unwrap();
+            restarted.release(Slot(1)).await.unwrap();
+            restarted.close().await.unwrap();
+        });
+    });
+}
+
+#[test]
+fn a_damaged_slot_is_completed_without_a_new_namespace() {
+    in_lab(|lab| {
+        let network = lab.open(0);
+        lab.run(async {
+            let slot = network.ensure(Slot(3), Egress::Internet).await.unwrap();
+            let whole = lab.inventory();
+            // Somebody deletes the link while a VMM holds the tap.
+            let tap = open_tap(&slot.namespace, &slot.tap).unwrap();
+            let name = network.slots.naming().name(Slot(3));
+            Netlink::open().unwrap().delete_link(&name).unwrap();
+            network.ensure(Slot(3), Egress::Internet).await.unwrap();
+            assert_eq!(lab.inventory(), whole);
+            open_tap(&slot.namespace, &slot.tap).expect_err("the tap is still the one in use");
+            drop(tap);
+            network.release(Slot(3)).await.unwrap();
+            network.close().await.unwrap();
+        });
+    });
+}
+
+#[test]
+fn inv_47_slots_run_out_with_an_error_that_says_so() {
+    in_lab(|lab| {
+        let config = NetworkConfig {
+            prefix: "10.213.0.0/30".parse().unwrap(),
+            ..lab.config(0)
+        };
+        lab.run(async {
+            let network = NetworkSlots::open(config).await.unwrap();
+            assert_eq!(network.capacity(), 2);
+            for slot in 0..2 {
+                network.ensure(Slot(slot), Egress::Deny).await.unwrap();
+            }
+            let before = lab.inventory();
+            let error = network.ensure(Slot(2), Egress::Deny).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Exhausted);
+            assert_eq!(
+                error.to_string(),
+                "network slot 2 does not exist: 10.213.0.0/30 has room for 2 slots"
+            );
+            assert!(error.hint_text().unwrap().contains("network.prefix"));
+            assert_eq!(lab.inventory(), before);
+            for slot in 0..2 {
+                network.release(Slot(slot)).await.unwrap();
+            }
+            network.close().await.unwrap();
+        });
+    });
+}
+
+#[test]
+fn inv_48_two_installations_on_one_host_do_not_touch_each_other() {
+    in_lab(|lab| {
+        let mine = lab.open(0);
+        let other_config = NetworkConfig {
+            instance: Instance::of_data_directory(Path::new("/srv/other")),
+            prefix: "10.214.0.0/16".parse().unwrap(),
+            ..lab.config(0)
+        };
+        lab.run(async {
+            let other = NetworkSlots::open(other_config).await.unwrap();
+            let a = mine.ensure(Slot(0), Egress::Deny).await.unwrap();
+            let b = other.ensure(Slot(0), Egress::Deny).await.unwrap();
+            assert_ne!(a.namespace, b.namespace);
+            assert_ne!(a.host_address, b.host_address);
+            assert_eq!(mine.list().await.unwrap(), [Slot(0)]);
+            mine.release(Slot(0)).await.unwrap();
+            mine.close().await.unwrap();
+            assert_eq!(other.list().await.unwrap(), [Slot(0)]);
+            assert!(Namespace::open(&b.namespace).unwrap().is_some());
+            other.release(Slot(0)).await.unwrap();
+            other.close().await.unwrap();
+        });
+    });
+}
+
+#[test]
+fn inv_48_an_address_in_use_is_refused_and_left_alone() {
+    in_lab(|lab| {
+        let mine = lab.open(0);
+        let other_config = NetworkConfig {
+            instance: Instance::of_data_directory(Path::new("/srv/other")),
+            ..lab.config(0)
+        };
+        lab.run(async {
+            // Opened before either has a slot, so neither can know of the other yet.
+            let other = NetworkSlots::open(other_config.clone()).await.unwrap();
+            mine.ensure(Slot(0), Egress::Deny).await.unwrap();
+            let before = lab.inventory();
+            let error = other.ensure(Slot(0), Egress::Deny).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::AlreadyExists);
+            assert!(error.hint_text().unwrap().contains("network.prefix"));
+            assert_eq!(lab.inventory(), before);
+            other.close().await.unwrap();
+            // One that starts later sees it at once.
+            let Err(error) = NetworkSlots::open(other_config).await else {
+                panic!("an overlapping prefix was accepted");
+            };
+            assert_eq!(error.kind(), ErrorKind::AlreadyExists);
+            assert!(
+                error.to_string().contains("overlaps with 10.213.0.1/32"),
+                "{error}"
+            );
+            mine.release(Slot(0)).await.unwrap();
+            mine.close().await.unwrap();
+        });
+    });
+}
+
+#[test]
+fn many_slots_at_once() {
+    in_lab(|lab| {
+        let network = std::sync::Arc::new(lab.open(4));
+        lab.run(async {
+            network.prepare(&[Slot(0); 24]);
+            for _ in 0..2 {
+                let tasks: Vec<_> = (0..24)
+                    .map(|slot| {
+                        let network = std::sync::Arc::clone(&network);
+                        tokio::spawn(async move {
+                            network.ensure(Slot(slot), Egress::Deny).await?;
+                            network.ensure(Slot(slot), Egress::Internet).await
+                        })
+                    })
+                    .collect();
+                let mut addresses = std::collections::HashSet::<Ipv4Addr>::new();
+                for task in tasks {
+                    assert!(addresses.insert(task.await.unwrap().unwrap().host_address));
+                }
+                assert_eq!(network.list().await.unwrap().len(), 24);
+                let tasks: Vec<_> = (0..24)
+                    .map(|slot| {
+                        let network = std::sync::Arc::clone(&network);
+                        tokio::spawn(async move { network.release(Slot(slot)).await })
+                    })
+                    .collect();
+                for task in tasks {
+                    assert_eq!(task.await.unwrap().unwrap(), Removed::Removed);
+                }
+                assert_eq!(network.list().await.unwrap(), []);
+            }
+            let Ok(network) = std::sync::Arc::try_unwrap(network) else {
+                panic!("a task still holds the network");
+            };
+            network.close().await.unwrap();
+        });
+    });
+}
+
+#[test]
+fn the_probe_proves_and_leaves_nothing() {
+    in_lab(|lab| {
+        let network = lab.open(0);
+        let before = lab.inventory();
+        lab.run(network.probe()).unwrap();
+        assert_eq!(lab.inventory(), before);
+        lab.run(network.close()).unwrap();
+    });
+}
+
+#[test]
+#[ignore = "measures: run it alone, with --nocapture"]
+fn how_long_slots_take() {
+    in_lab(|lab| {
+        let network = lab.open(4);
+        lab.run(async {
+            let (mut spare, mut stocked, mut again, mut release) = (vec![], vec![], vec![], vec![]);
+            for _ in 0..50 {
+                let start = std::time::Instant::now();
+                let made = network.slots.prepare().unwrap();
+                spare.push(start.elapsed());
+                drop(made);
+                network.pool.wait_until_stocked();
+                let start = std::time::Instant::now();
+                network.ensure(Slot(0), Egress::Internet).await.unwrap();
+                stocked.push(start.elapsed());
+                let start = std::time::Instant::now();
+                network.ensure(Slot(0), Egress::Internet).await.unwrap();
+                again.push(start.elapsed());
+                network.pool.wait_until_stocked();
+                let start = std::time::Instant::now();
+                network.release(Slot(0)).await.unwrap();
+                release.push(start.elapsed());
+            }
+            for (what, mut times) in [
+                ("make a spare", spare),
+                ("ensure from stock", stocked),
+                ("ensure again", again),
+                ("release", release),
+            ] {
+                times.sort();
+                println!(
+                    "{what}: median {:?}, p90 {:?}, max {:?}",
+                    times[25], times[45], times[49]
+                );
+            }
+            network.close().await.unwrap();
+        });
+    });
+}

@@ -1,0 +1,263 @@
+//! Who reaches whom. Each refusal has its counterpart that goes through, so that a broken path is not taken for a rule.
+
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, UdpSocket};
+use std::time::Duration;
+
+use icebox_engine::host::{Egress, Network as _, SlotNetwork};
+use icebox_engine::id::Slot;
+
+use super::super::netlink::Netlink;
+use super::super::rules;
+use super::lab::{Elsewhere, Guest, INTERNET, Lab, Service, ask, in_lab};
+use crate::network::NetworkSlots;
+
+fn ensure(lab: &Lab, network: &NetworkSlots, slot: u16, egress: Egress) -> SlotNetwork {
+    lab.run(network.ensure(Slot(slot), egress)).unwrap()
+}
+
+fn tear_down(lab: &Lab, network: NetworkSlots, slots: &[u16]) {
+    for slot in slots {
+        lab.run(network.release(Slot(*slot))).unwrap();
+    }
+    lab.run(network.close()).unwrap();
+}
+
+#[test]
+fn the_host_reaches_every_guest_at_its_slots_address() {
+    in_lab(|lab| {
+        let network = lab.open(0);
+        let slots = [0, 1, 300].map(|slot| ensure(lab, &network, slot, Egress::Deny));
+        let guests = [0, 1, 2].map(|n| Guest::boot(&slots[n]));
+        let names = ["zero", "one", "three hundred"];
+        let services = [0, 1, 2].map(|n| guests[n].serve(80, names[n]));
+        for (slot, name) in slots.iter().zip(names) {
+            assert_eq!(ask(SocketAddrV4::new(slot.host_address, 80)).unwrap(), name);
+        }
+        drop((services, guests));
+        tear_down(lab, network, &[0, 1, 300]);
+    });
+}
+
+#[test]
+fn a_connection_does_not_wait_for_the_guest_to_be_known() {
+    in_lab(|lab| {
+        let network = lab.open(0);
+        let slot = ensure(lab, &network, 0, Egress::Deny);
+        // Before the guest is there: it must not leave anything behind that delays the next.
+        ask(SocketAddrV4::new(slot.host_address, 80)).unwrap_err();
+        let guest = Guest::boot(&slot);
+        let service = guest.serve(80, "here");
+        // `ask` gives up before the kernel would repeat an ARP request or a SYN.
+        assert_eq!(
+            ask(SocketAddrV4::new(slot.host_address, 80)).unwrap(),
+            "here"
+        );
+        drop((service, guest));
+        tear_down(lab, network, &[0]);
+    });
+}
+
+#[test]
+fn inv_42_a_sandbox_reaches_no_host_service() {
+    in_lab(|lab| {
+        let network = lab.open(0);
+        let slot = ensure(lab, &network, 0, Egress::Internet);
+        let guest = Guest::boot(&slot);
+        let service = Service::start(TcpListener::bind("0.0.0.0:0").unwrap(), "host");
+        let datagrams = UdpSocket::bind("0.0.0.0:0").unwrap();
+        datagrams
+            .set_read_timeout(Some(Duration::from_millis(200)))
+            .unwrap();
+        // All of the host's own addresses: on the link, on another interface, public or not.
+        let mut host = Netlink::open().unwrap();
+        let loopback = host.link("lo").unwrap().unwrap().index;
+        let gateway = Ipv4Addr::from(u32::from(slot.host_address) - 1);
+        let public = Ipv4Addr::new(11, 2, 2, 2);
+        let private = Ipv4Addr::new(192, 168, 77, 1);
+        let metadata = Ipv4Addr::new(169, 254, 169, 254);
+        for address in [public, private, metadata] {
+            host.add_address(loopback, address, 32).unwrap();
+        }
+        let addresses = [gateway, public, private, metadata];
+        let send = |to: Ipv4Addr| {
+            let to = SocketAddrV4::new(to, datagrams.local_addr().unwrap().port());
+            guest
+                .run(|| UdpSocket::bind("0.0.0.0:0")?.send_to(b"knock", to))
+                .unwrap();
+            datagrams.recv(&mut [0; 16])
+        };
+        for address in addresses {
+            let to = SocketAddrV4::new(address, service.port());
+            guest.ask(to).expect_err("tcp to the host");
+            send(address).expect_err("udp to the host");
+        }
+        // Without the rules each of them goes through: it is they that refuse.
+        rules::remove_host(network.slots.naming()).unwrap();
+        for address in addresses {
+            let to = SocketAddrV4::new(address, service.port());
+            assert_eq!(guest.ask(to).unwrap(), "host", "{address}");
+            assert_eq!(send(address).unwrap(), 5, "{address}");
+        }
+        for address in [public, private, metadata] {
+            host.remove_address(loopback, address, 32).unwrap();
+        }
+        drop((service, guest));
+        tear_down(lab, network, &[0]);
+    });
+}
+
+#[test]
+fn inv_42_sandboxes_do_not_reach_each_other() {
+    in_lab(|lab| {
+        let network = lab.open(0);
+        let slots = [4, 5].map(|slot| ensure(lab, &network, slot, Egress::Internet));
+        let guests = [0, 1].map(|n| Guest::boot(&slots[n]));
+        let services = [0, 1].map(|n| guests[n].serve(49983, "agent"));
+        for (from, to) in [(0, 1), (1, 0)] {
+            let to = SocketAddrV4::new(slots[to].host_address, 49983);
+            guests[from].ask(to).expect_err("a sandbox reached another");
+            // The host does reach it, so it is there.
+            assert_eq!(ask(to).unwrap(), "agent");
+        }
+        rules::remove_host(network.slots.naming()).unwrap();
+        let to = SocketAddrV4::new(slots[1].host_address, 49983);
+        assert_eq!(guests[0].ask(to).unwrap(), "agent");
+        drop((services, guests));
+        tear_down(lab, network, &[4, 5]);
+    });
+}
+
+#[test]
+fn inv_42_egress_is_refused_until_it_is_allowed_and_from_when_it_is_not() {
+    in_lab(|lab| {
+        let network = lab.open(0);
+        let internet = Elsewhere::new("wan", Ipv4Addr::new(11, 1, 1, 2), INTERNET);
+        let listener = internet.run(|| TcpListener::bind("0.0.0.0:443"));
+        let service = Service::start(listener, "web");
+        let to = SocketAddrV4::new(INTERNET, 443);
+
+        let slot = ensure(lab, &network, 0, Egress::Deny);
+        let guest = Guest::boot(&slot);
+        guest.ask(to).expect_err("egress without permission");
+        assert_eq!(ensure(lab, &network, 0, Egress::Internet), slot);
+        assert_eq!(guest.ask(to).unwrap(), "web");
+        // The far side has no route to slots: it answered the host's own address.
+        assert_eq!(ensure(lab, &network, 0, Egress::Deny), slot);
+        guest.ask(to).expect_err("egress after it was withdrawn");
+        // The permission is the slot's own.
+        let other = ensure(lab, &network, 1, Egress::Internet);
+        let other_guest = Guest::boot(&other);
+        assert_eq!(other_guest.ask(to).unwrap(), "web");
+        guest.ask(to).expect_err("egress by another's permission");
+
+        drop((service, guest, other_guest));
+        internet.remove("wan");
+        tear_down(lab, network, &[0, 1]);
+    });
+}
+
+#[test]
+fn inv_42_permission_for_the_internet_is_none_for_private_networks_and_metadata() {
+    in_lab(|lab| {
+        let network = lab.open(0);
+        let slot = ensure(lab, &network, 0, Egress::Internet);
+        let guest = Guest::boot(&slot);
+        for (n, address) in [
+            [10, 0, 0, 9],
+            [100, 64, 0, 9],
+            [169, 254, 169, 254],
+            [172, 16, 0, 9],
+            [172, 31, 255, 9],
+            [192, 168, 1, 9],
+            [198, 18, 0, 9],
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let address = Ipv4Addr::from(address);
+            let lan = Elsewhere::new("lan", Ipv4Addr::new(11, 3, 3, 3), address);
+            let listener = lan.run(|| TcpListener::bind("0.0.0.0:80"));
+            let service = Service::start(listener, "internal");
+            let to = SocketAddrV4::new(address, 80);
+            assert_eq!(ask(to).unwrap(), "internal", "the host reaches {address}");
+            guest.ask(to).expect_err("a private network was reached");
+            if n == 0 {
+                // The rules refuse, not the path. Masquerading goes with them, so the far side needs a route.
+                rules::remove_host(network.slots.naming()).unwrap();
+                lan.run(|| {
+                    let mut inside = Netlink::open()?;
+                    let far = inside.link("far")?.unwrap().index;
+                    let back = Ipv4Addr::new(11, 3, 3, 3);
+                    inside.add_route(far, ipnet::Ipv4Net::default(), Some(back), None)
+                });
+                assert_eq!(guest.ask(to).unwrap(), "internal");
+                rules::apply_host(network.slots.naming()).unwrap();
+            }
+            drop(service);
+            lan.remove("lan");
+        }
+        drop(guest);
+        tear_down(lab, network, &[0]);
+    });
+}
+
+#[test]
+fn nobody_but_the_host_opens_connections_to_a_sandbox() {
+    in_lab(|lab| {
+        let network = lab.open(0);
+        let slot = ensure(lab, &network, 0, Egress::Internet);
+        let guest = Guest::boot(&slot);
+        let service = guest.serve(80, "sandbox");
+        let lan = Elsewhere::new(
+            "lan",
+            Ipv4Addr::new(11, 3, 3, 3),
+            Ipv4Addr::new(11, 3, 3, 4),
+        );
+        lan.run(|| {
+            let mut inside = Netlink::open()?;
+            let far = inside.link("far")?.unwrap().index;
+            let back = Ipv4Addr::new(11, 3, 3, 3);
+            inside.add_route(far, ipnet::Ipv4Net::default(), Some(back), None)
+        });
+        let to = SocketAddrV4::new(slot.host_address, 80);
+        lan.run(|| Ok(ask(to)))
+            .expect_err("a neighbour of the host reached a sandbox");
+        assert_eq!(ask(to).unwrap(), "sandbox");
+        drop((service, guest));
+        lan.remove("lan");
+        tear_down(lab, network, &[0]);
+    });
+}
+
+#[test]
+fn inv_42_a_guest_cannot_speak_for_another_address() {
+    in_lab(|lab| {
+        let network = lab.open(0);
+        let slot = ensure(lab, &network, 0, Egress::Internet);
+        let guest = Guest::boot(&slot);
+        let internet = Elsewhere::new("wan", Ipv4Addr::new(11, 1, 1, 2), INTERNET);
+        let socket = internet.run(|| UdpSocket::bind("0.0.0.0:53"));
+        socket
+            .set_read_timeout(Some(Duration::from_millis(200)))
+            .unwrap();
+        let send_as = |source: Ipv4Addr| {
+            guest
+                .run(|| UdpSocket::bind((source, 0))?.send_to(b"?", (INTERNET, 53)))
+                .unwrap();
+            socket.recv(&mut [0; 16])
+        };
+        assert_eq!(send_as(Ipv4Addr::new(169, 254, 0, 21)).unwrap(), 1);
+        let forged = Ipv4Addr::new(11, 9, 9, 9);
+        guest
+            .run(|| {
+                let mut inside = Netlink::open()?;
+                let link = inside.link("eth0")?.unwrap().index;
+                inside.add_address(link, forged, 32)
+            })
+            .unwrap();
+        send_as(forged).expect_err("a forged source went out");
+        drop(guest);
+        internet.remove("wan");
+        tear_down(lab, network, &[0]);
+    });
+}
