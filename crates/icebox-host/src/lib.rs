@@ -1,5 +1,6 @@
 //! The engine's driver traits on Linux: VMMs, volumes, network slots, boxes, guests.
 #![warn(missing_docs)]
 
+pub mod guest_image;
 pub mod instance;
 pub mod network;
