@@ -1,3 +1,27 @@
 //! The icebox command: the daemon and its command line.
+//!
+//! Every command but `serve` is a client of a daemon's Unix socket. What a command prints on stdout is data, what it
+//! prints on stderr is for people; [`failure`] has the exit codes.
 
-fn main() {}
+mod cli;
+mod commands;
+mod failure;
+mod output;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use cli::Cli;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let output = output::Output::new(cli.json);
+    match commands::run(cli, output) {
+        Ok(code) => code,
+        Err(failure) => {
+            output.failure(&failure);
+            failure.exit_code()
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! What the routes ask of a daemon.
+
+use std::any::Any;
+use std::net::Ipv4Addr;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::Stream;
+
+use crate::ApiError;
+use crate::types::{
+    BuildEvent, Event, Forked, GcReport, GcRequest, Kernel, KernelEvent, NewBuild, NewFork,
+    NewKernel, NewSandbox, NewSnapshot, Report, ResumeRequest, SandboxDetail, Snapshot, Template,
+    VerbResult,
+};
+
+/// A stream that a response is made of.
+pub type BoxStream<T> = Pin<Box<dyn Stream<Item = T> + Send>>;
+
+/// Behind the routes. References are what a user typed: a name, an id or a unique prefix of either.
+///
+/// The routes run every method to its end when the client goes away (INV-20), except that they drop the streams: a
+/// build or an import whose stream is dropped is cancelled.
+#[async_trait]
+pub trait Daemon: Send + Sync + 'static {
+    /// Creates a sandbox and waits until its agent answers.
+    async fn create(&self, new: NewSandbox) -> Result<SandboxDetail, ApiError>;
+    /// All sandboxes, newest first.
+    async fn list(&self) -> Result<Vec<SandboxDetail>, ApiError>;
+    /// One sandbox.
+    async fn inspect(&self, sandbox: &str) -> Result<SandboxDetail, ApiError>;
+    /// To `Paused`.
+    async fn pause(&self, sandbox: &str) -> Result<VerbResult, ApiError>;
+    /// From `Paused` to `Running`.
+    async fn resume(&self, sandbox: &str, how: ResumeRequest) -> Result<VerbResult, ApiError>;
+    /// To `Stopped`.
+    async fn stop(&self, sandbox: &str) -> Result<VerbResult, ApiError>;
+    /// From `Stopped` to `Running`.
+    async fn start(&self, sandbox: &str) -> Result<VerbResult, ApiError>;
+    /// Makes a template of the sandbox as it is this instant.
+    async fn snapshot(&self, sandbox: &str, new: NewSnapshot) -> Result<Snapshot, ApiError>;
+    /// Makes running copies of the sandbox as it is this instant.
+    async fn fork(&self, sandbox: &str, new: NewFork) -> Result<Vec<Forked>, ApiError>;
+    /// Makes an image template of the sandbox's disk.
+    async fn flatten(&self, sandbox: &str, new: NewSnapshot) -> Result<Template, ApiError>;
+    /// Removes the sandbox and everything it holds; answers its id.
+    async fn destroy(&self, sandbox: &str) -> Result<String, ApiError>;
+    /// What the guest wrote to its console so far.
+    async fn console(&self, sandbox: &str) -> Result<BoxStream<std::io::Result<Bytes>>, ApiError>;
+
+    /// Where a port of a running sandbox is reached. `exact`: only a full id will do, since the caller may be
+    /// anybody and ids are the secret of public ports.
+    ///
+    /// # Errors
+    /// Not found, not running, or admitting no connections now.
+    async fn route(&self, sandbox: &str, exact: bool) -> Result<Route, ApiError>;
+
+    /// All templates.
+    async fn templates(&self) -> Result<Vec<Template>, ApiError>;
+    /// One template.
+    async fn template(&self, template: &str) -> Result<Template, ApiError>;
+    /// Removes a template that nothing depends on; answers its id.
+    async fn remove_template(&self, template: &str) -> Result<String, ApiError>;
+    /// Builds a template. The stream's last item says how it ended.
+    async fn build(&self, new: NewBuild) -> Result<BoxStream<BuildEvent>, ApiError>;
+
+    /// All kernels.
+    async fn kernels(&self) -> Result<Vec<Kernel>, ApiError>;
+    /// Imports a kernel. The stream's last item says how it ended.
+    async fn import_kernel(&self, new: NewKernel) -> Result<BoxStream<KernelEvent>, ApiError>;
+
+    /// Events after number `since` (absent: from now on); ends with what is there unless `follow`.
+    async fn events(&self, since: Option<u64>, follow: bool) -> Result<BoxStream<Event>, ApiError>;
+    /// What works here.
+    async fn doctor(&self) -> Result<Report, ApiError>;
+    /// Removes what nothing reaches, or tells what it would.
+    async fn gc(&self, request: GcRequest) -> Result<GcReport, ApiError>;
+}
+
+/// Where a sandbox is reached, and the permission to.
+pub struct Route {
+    /// The sandbox's full id.
+    pub sandbox_id: String,
+    /// Its address on this host.
+    pub address: Ipv4Addr,
+    /// What its agent asks for. Never logged.
+    pub token: String,
+    /// Held for as long as the connection lives.
+    pub pass: Pass,
+}
+
+/// The permission to reach a sandbox. A sandbox that pauses or goes waits a little for passes to be dropped, then
+/// revokes them.
+pub struct Pass {
+    revoked: Pin<Box<dyn Future<Output = ()> + Send>>,
+    _held: Box<dyn Any + Send>,
+}
+
+impl Pass {
+    /// A pass that keeps `held` and is revoked when `revoked` completes.
+    pub fn new(revoked: impl Future<Output = ()> + Send + 'static, held: impl Any + Send) -> Self {
+        Self {
+            revoked: Box::pin(revoked),
+            _held: Box::new(held),
+        }
+    }
+
+    /// Completes when the connection must be cut, and is not to be awaited again then.
+    pub async fn revoked(&mut self) {
+        self.revoked.as_mut().await;
+    }
+
+    /// [`revoked`](Self::revoked), for hand-written futures and bodies.
+    pub fn poll_revoked(&mut self, task: &mut Context<'_>) -> Poll<()> {
+        self.revoked.as_mut().poll(task)
+    }
+}

@@ -1,0 +1,133 @@
+//! The daemon's HTTP server: one file per resource, one for the way to sandboxes' own ports.
+//!
+//! Two edges serve the same routes. The *admin* edge is the Unix socket: who may open it may do everything, and the
+//! daemon adds a sandbox's token to requests for its agent. The *public* edge is TCP: REST needs the key, and a
+//! sandbox's ports need its full id.
+
+mod events;
+mod extract;
+mod host;
+mod kernels;
+mod proxy;
+mod sandboxes;
+mod templates;
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::{delete, get, post};
+
+use crate::key::KeyHash;
+use crate::{API_KEY_HEADER, ApiError, Daemon, ErrorCode};
+
+/// Who is on the other side of a listener.
+#[derive(Clone, Debug)]
+pub enum Edge {
+    /// Whoever may open the Unix socket: trusted with everything.
+    Admin,
+    /// Anybody: REST only with the key.
+    Public {
+        /// The hash of that key.
+        key: KeyHash,
+    },
+}
+
+/// What every route has at hand.
+#[derive(Clone)]
+struct Context {
+    daemon: Arc<dyn Daemon>,
+    edge: Edge,
+}
+
+/// All routes of `daemon`, as seen from `edge`.
+pub fn router(daemon: Arc<dyn Daemon>, edge: Edge) -> Router {
+    let context = Context { daemon, edge };
+    Router::new()
+        .route("/health", get(host::health))
+        .route("/version", get(host::version))
+        .route("/doctor", get(host::doctor))
+        .route("/gc", post(host::gc))
+        .route("/events", get(events::events))
+        .route("/sandboxes", get(sandboxes::list).post(sandboxes::create))
+        .route(
+            "/v2/sandboxes",
+            get(sandboxes::list).post(sandboxes::create),
+        )
+        .route(
+            "/sandboxes/{id}",
+            get(sandboxes::inspect).delete(sandboxes::destroy),
+        )
+        .route("/sandboxes/{id}/pause", post(sandboxes::pause))
+        .route("/sandboxes/{id}/resume", post(sandboxes::resume))
+        .route("/sandboxes/{id}/stop", post(sandboxes::stop))
+        .route("/sandboxes/{id}/start", post(sandboxes::start))
+        .route("/sandboxes/{id}/snapshots", post(sandboxes::snapshot))
+        .route("/sandboxes/{id}/fork", post(sandboxes::fork))
+        .route("/sandboxes/{id}/flatten", post(sandboxes::flatten))
+        .route("/sandboxes/{id}/console", get(sandboxes::console))
+        .route("/templates", get(templates::list))
+        .route("/templates/{id}", get(templates::inspect))
+        .route("/templates/{id}", delete(templates::remove))
+        .route("/builds", post(templates::build))
+        .route("/kernels", get(kernels::list).post(kernels::import))
+        .fallback(no_such_route)
+        .method_not_allowed_fallback(no_such_method)
+        .with_state(context.clone())
+        .layer(middleware::from_fn_with_state(context, enter))
+}
+
+/// Decides what a request is for, and whether it may pass.
+async fn enter(State(context): State<Context>, request: Request, next: Next) -> Response {
+    match proxy::destination(request.uri(), request.headers()) {
+        Ok(Some(destination)) => return proxy::forward(&context, destination, request).await,
+        Ok(None) => {}
+        Err(error) => return error.into_response(),
+    }
+    if let Edge::Public { key } = &context.edge {
+        let presented = request.headers().get(API_KEY_HEADER);
+        if !presented.is_some_and(|presented| key.admits(presented.as_bytes())) {
+            let message = if presented.is_some() {
+                "the API key is not the one of this daemon"
+            } else {
+                "no API key was given"
+            };
+            return ApiError::new(ErrorCode::Unauthorized, message)
+                .hint("send the key that `icebox serve --listen` showed when it was made as the header X-API-KEY")
+                .into_response();
+        }
+    }
+    next.run(request).await
+}
+
+async fn no_such_route(request: Request) -> ApiError {
+    ApiError::new(
+        ErrorCode::NotFound,
+        format!("there is nothing at {}", request.uri().path()),
+    )
+}
+
+async fn no_such_method(request: Request) -> ApiError {
+    ApiError::new(
+        ErrorCode::Invalid,
+        format!(
+            "{} does not take {}",
+            request.uri().path(),
+            request.method()
+        ),
+    )
+    .status(http::StatusCode::METHOD_NOT_ALLOWED)
+}
+
+/// Runs a verb to its end, whether or not the client waits for it (INV-20): a handler is dropped with its
+/// connection, a task is not.
+async fn to_the_end<T: Send + 'static>(
+    verb: impl Future<Output = Result<T, ApiError>> + Send + 'static,
+) -> Result<T, ApiError> {
+    tokio::spawn(verb).await.unwrap_or_else(|panic| {
+        Err(ApiError::from_error(ErrorCode::Internal, &panic)
+            .hint("this is a bug; the daemon's log has more"))
+    })
+}

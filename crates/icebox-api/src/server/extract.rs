@@ -1,0 +1,88 @@
+//! What handlers take from requests, with refusals in our own form.
+
+use std::convert::Infallible;
+
+use axum::body::Body;
+use axum::extract::{FromRequest, FromRequestParts, Request};
+use axum::response::{IntoResponse as _, Response};
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt as _};
+use http::header::CONTENT_TYPE;
+use http::request::Parts;
+use http_body_util::{BodyExt as _, Limited};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::{ApiError, ErrorCode};
+
+/// The largest request body that a REST route reads. The largest legitimate one is a create with its environment.
+const BODY_MAX: usize = 1 << 20;
+
+/// A JSON body. An empty one reads as `{}`, whatever its content type: E2B's SDKs send either.
+pub(super) struct Json<T>(pub(super) T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
+        let body = Limited::new(request.into_body(), BODY_MAX)
+            .collect()
+            .await
+            .map_err(|error| {
+                ApiError::from_error(ErrorCode::Invalid, error.as_ref())
+                    .hint(format!("a request body has at most {BODY_MAX} bytes"))
+            })?
+            .to_bytes();
+        let text: &[u8] = if body.is_empty() { b"{}" } else { &body };
+        serde_json::from_slice(text)
+            .map(Self)
+            .map_err(|error| ApiError::new(ErrorCode::Invalid, format!("request body: {error}")))
+    }
+}
+
+/// A query string.
+pub(super) struct Query<T>(pub(super) T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
+        axum::extract::Query::try_from_uri(&parts.uri)
+            .map(|axum::extract::Query(query)| Self(query))
+            .map_err(|error| ApiError::new(ErrorCode::Invalid, error.body_text()))
+    }
+}
+
+/// Whether the client asked for the sandbox in the answer, `Prefer: return=representation` (RFC 7240): then a verb
+/// that found nothing to do succeeds and says so, where E2B's answer is 409.
+pub(super) struct WantsSandbox(pub(super) bool);
+
+impl<S: Send + Sync> FromRequestParts<S> for WantsSandbox {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
+        let wants = parts
+            .headers
+            .get_all("prefer")
+            .iter()
+            .filter_map(|value| value.to_str().ok())
+            .flat_map(|value| value.split(','))
+            .any(|preference| preference.trim() == "return=representation");
+        Ok(Self(wants))
+    }
+}
+
+/// A response of JSON lines, sent as they come.
+pub(super) fn lines<T: Serialize>(items: impl Stream<Item = T> + Send + 'static) -> Response {
+    let lines = items.map(|item| {
+        serde_json::to_vec(&item).map(|mut line| {
+            line.push(b'\n');
+            Bytes::from(line)
+        })
+    });
+    (
+        [(CONTENT_TYPE, "application/x-ndjson")],
+        Body::from_stream(lines),
+    )
+        .into_response()
+}

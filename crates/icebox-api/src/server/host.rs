@@ -1,0 +1,33 @@
+//! What concerns the daemon and its host, not one sandbox.
+
+use axum::extract::State;
+use http::StatusCode;
+
+use super::extract::Json;
+use super::{Context, to_the_end};
+use crate::ApiError;
+use crate::types::{GcReport, GcRequest, Report, Version};
+
+pub(super) async fn health() -> StatusCode {
+    StatusCode::NO_CONTENT
+}
+
+pub(super) async fn version() -> axum::Json<Version> {
+    axum::Json(Version {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        pid: std::process::id(),
+    })
+}
+
+pub(super) async fn doctor(State(context): State<Context>) -> Result<axum::Json<Report>, ApiError> {
+    context.daemon.doctor().await.map(axum::Json)
+}
+
+pub(super) async fn gc(
+    State(context): State<Context>,
+    Json(request): Json<GcRequest>,
+) -> Result<axum::Json<GcReport>, ApiError> {
+    to_the_end(async move { context.daemon.gc(request).await })
+        .await
+        .map(axum::Json)
+}

@@ -1,0 +1,498 @@
+//! The way to ports inside sandboxes: a streaming HTTP/1.1 reverse proxy that understands nothing it carries.
+//!
+//! Every request has its own connection to the guest: nothing is pooled, so no connection can outlive the sandbox
+//! whose slot address it was made to. When a sandbox pauses or goes, what is in flight is cut *without* a proper end:
+//! E2B's SDKs tell a killed sandbox from a finished command by that.
+
+use std::net::Ipv4Addr;
+use std::pin::Pin;
+use std::task::{Context as TaskContext, Poll};
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::Request;
+use axum::response::{IntoResponse as _, Response};
+use bytes::Bytes;
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::uri::PathAndQuery;
+use http::{StatusCode, Uri, Version};
+use hyper::body::{Body as HttpBody, Frame, Incoming};
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+use percent_encoding::percent_decode_str;
+use serde::Serialize;
+use tokio::net::TcpStream;
+
+use super::{Context, Edge};
+use crate::{
+    ACCESS_TOKEN_HEADER, AGENT_PORT, API_KEY_HEADER, ApiError, ErrorCode, Pass, Route,
+    SANDBOX_ID_HEADER, SANDBOX_PORT_HEADER,
+};
+
+/// How long a guest may take to accept a connection: far longer than a loaded one needs, short enough for a client.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Agent paths that only the daemon itself may use, E2B's and ours.
+const HOST_ONLY: [&str; 8] = [
+    "/init",
+    "/prepare",
+    "/freeze",
+    "/unfreeze",
+    "/collapse",
+    "/fsfreeze",
+    "/fsthaw",
+    "/upgrade",
+];
+
+/// Headers that concern one connection, not the message (RFC 9110, 7.6.1), and those that are for us alone.
+const NOT_FORWARDED: [&str; 10] = [
+    "connection",
+    "expect",
+    "keep-alive",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "proxy-connection",
+    "te",
+    "transfer-encoding",
+    "upgrade",
+    API_KEY_HEADER,
+];
+
+/// A port of a sandbox.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Destination {
+    sandbox: String,
+    port: u16,
+}
+
+/// Where a request goes: to a sandbox, or (`None`) to the REST routes.
+///
+/// E2B's rule, for one listener that serves both: a host name that begins with `<port>-<id>.` is a sandbox's port;
+/// else the two routing headers name one.
+pub(super) fn destination(uri: &Uri, headers: &HeaderMap) -> Result<Option<Destination>, ApiError> {
+    let host = headers
+        .get(header::HOST)
+        .and_then(|host| host.to_str().ok())
+        .or_else(|| uri.host())
+        .unwrap_or_default();
+    if let Some((port, id)) = host_label(host) {
+        if id.is_empty()
+            || !id
+                .bytes()
+                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit())
+        {
+            return Err(ApiError::new(ErrorCode::Invalid, "Invalid sandbox ID"));
+        }
+        return Ok(Some(Destination {
+            sandbox: id.to_owned(),
+            port: parse_port(port)?,
+        }));
+    }
+    let text = |name| {
+        headers
+            .get(name)
+            .map(|value: &HeaderValue| value.to_str().unwrap_or_default())
+    };
+    match (text(SANDBOX_ID_HEADER), text(SANDBOX_PORT_HEADER)) {
+        (None, None) => Ok(None),
+        (Some(id), Some(port)) => Ok(Some(Destination {
+            sandbox: id.to_owned(),
+            port: parse_port(port)?,
+        })),
+        (id, _) => {
+            let missing = if id.is_none() {
+                SANDBOX_ID_HEADER
+            } else {
+                SANDBOX_PORT_HEADER
+            };
+            Err(ApiError::new(
+                ErrorCode::Invalid,
+                format!("missing header {missing}"),
+            ))
+        }
+    }
+}
+
+/// `<port>` and `<id>` of `<port>-<id>.<domain>`.
+fn host_label(host: &str) -> Option<(&str, &str)> {
+    let (label, _) = host.split_once('.')?;
+    let (port, id) = label.split_once('-')?;
+    (!port.is_empty() && port.bytes().all(|b| b.is_ascii_digit())).then_some((port, id))
+}
+
+fn parse_port(text: &str) -> Result<u16, ApiError> {
+    text.parse()
+        .ok()
+        .filter(|port| *port != 0)
+        .ok_or_else(|| ApiError::new(ErrorCode::Invalid, "Invalid sandbox port"))
+}
+
+/// Whether `path` is one of [`HOST_ONLY`], however it is spelled.
+fn is_host_only(path: &str) -> bool {
+    let decoded = percent_decode_str(path).decode_utf8_lossy();
+    let mut plain = String::with_capacity(decoded.len());
+    for segment in decoded.split('/').filter(|segment| !segment.is_empty()) {
+        match segment {
+            "." => {}
+            ".." => plain.truncate(plain.rfind('/').unwrap_or(0)),
+            _ => {
+                plain.push('/');
+                plain.push_str(&segment.to_ascii_lowercase());
+            }
+        }
+    }
+    HOST_ONLY.contains(&plain.as_str())
+}
+
+/// E2B's form of a refusal: the SDKs look for these words.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct NotReachable<'a> {
+    sandbox_id: &'a str,
+    message: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    port: Option<u16>,
+    code: u16,
+}
+
+fn not_found(sandbox: &str) -> Response {
+    let body = NotReachable {
+        sandbox_id: sandbox,
+        message: "The sandbox was not found",
+        port: None,
+        code: StatusCode::BAD_GATEWAY.as_u16(),
+    };
+    (StatusCode::BAD_GATEWAY, axum::Json(body)).into_response()
+}
+
+fn not_open(sandbox: &str, port: u16) -> Response {
+    let body = NotReachable {
+        sandbox_id: sandbox,
+        message: "The sandbox is running but port is not open",
+        port: Some(port),
+        code: StatusCode::BAD_GATEWAY.as_u16(),
+    };
+    (StatusCode::BAD_GATEWAY, axum::Json(body)).into_response()
+}
+
+/// Carries one request to a sandbox, and its answer back.
+pub(super) async fn forward(
+    context: &Context,
+    destination: Destination,
+    mut request: Request,
+) -> Response {
+    let Destination { sandbox, port } = destination;
+    if port == AGENT_PORT && is_host_only(request.uri().path()) {
+        return ApiError::new(
+            ErrorCode::NotFound,
+            format!("there is nothing at {}", request.uri().path()),
+        )
+        .into_response();
+    }
+    let route = match &context.edge {
+        Edge::Admin => context.daemon.route(&sandbox, false).await,
+        // Older clients append a node name to the id.
+        Edge::Public { .. } => {
+            let id = sandbox.split('-').next().unwrap_or_default();
+            context.daemon.route(id, true).await
+        }
+    };
+    let route = match (route, &context.edge) {
+        (Ok(route), _) => route,
+        // An administrator is told why.
+        (Err(error), Edge::Admin) => return error.into_response(),
+        (Err(_), Edge::Public { .. }) => return not_found(&sandbox),
+    };
+    if port == AGENT_PORT && matches!(context.edge, Edge::Admin) {
+        match HeaderValue::from_str(&route.token) {
+            Ok(mut token) => {
+                token.set_sensitive(true);
+                request.headers_mut().insert(ACCESS_TOKEN_HEADER, token);
+            }
+            Err(error) => {
+                return ApiError::from_error(ErrorCode::Internal, &error).into_response();
+            }
+        }
+    }
+    carry(route, port, request).await
+}
+
+async fn carry(route: Route, port: u16, mut request: Request) -> Response {
+    let Route {
+        sandbox_id,
+        address,
+        mut pass,
+        token: _,
+    } = route;
+    let upstream = tokio::select! {
+        upstream = connect(address, port) => upstream,
+        () = pass.revoked() => return not_found(&sandbox_id),
+    };
+    let Some(stream) = upstream else {
+        return not_open(&sandbox_id, port);
+    };
+    let (mut sender, connection) = match http1::Builder::new()
+        .preserve_header_case(true)
+        .handshake::<_, Body>(TokioIo::new(stream))
+        .await
+    {
+        Ok(pair) => pair,
+        Err(error) => {
+            tracing::debug!(%error, sandbox = sandbox_id, port, "no connection to a guest's port");
+            return not_open(&sandbox_id, port);
+        }
+    };
+    // Ends when both the exchange and whatever it was upgraded to have ended.
+    tokio::spawn(async move {
+        if let Err(error) = connection.with_upgrades().await {
+            tracing::debug!(%error, "connection to a guest's port ended");
+        }
+    });
+
+    let upgrade = upgrade_of(request.headers());
+    let client_side = upgrade.is_some().then(|| hyper::upgrade::on(&mut request));
+    let answer = tokio::select! {
+        answer = sender.send_request(to_guest(request, upgrade.as_ref())) => answer,
+        () = pass.revoked() => return not_found(&sandbox_id),
+    };
+    let mut answer = match answer {
+        Ok(answer) => answer,
+        Err(error) => {
+            tracing::debug!(%error, sandbox = sandbox_id, port, "a guest's port gave no answer");
+            return not_open(&sandbox_id, port);
+        }
+    };
+    if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
+        let Some(client_side) = client_side else {
+            return not_open(&sandbox_id, port);
+        };
+        let guest_side = hyper::upgrade::on(&mut answer);
+        let switched = upgrade_of(answer.headers());
+        tokio::spawn(tunnel(client_side, guest_side, pass));
+        return to_client(answer, switched.as_ref(), |_| Body::empty());
+    }
+    to_client(answer, None, |body| Body::new(Carried { body, pass }))
+}
+
+async fn connect(address: Ipv4Addr, port: u16) -> Option<TcpStream> {
+    let stream =
+        match tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect((address, port))).await {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(error)) => {
+                tracing::debug!(%error, %address, port, "a guest's port is not open");
+                return None;
+            }
+            Err(_) => {
+                tracing::debug!(%address, port, "a guest's port did not accept in time");
+                return None;
+            }
+        };
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%error, "TCP_NODELAY");
+    }
+    Some(stream)
+}
+
+/// The protocol that a message wants to switch to.
+fn upgrade_of(headers: &HeaderMap) -> Option<HeaderValue> {
+    let wanted = headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .any(|option| option.trim().eq_ignore_ascii_case("upgrade"));
+    wanted
+        .then(|| headers.get(header::UPGRADE).cloned())
+        .flatten()
+}
+
+fn to_guest(request: Request, upgrade: Option<&HeaderValue>) -> http::Request<Body> {
+    let (mut parts, body) = request.into_parts();
+    forwardable(&mut parts.headers, upgrade);
+    // A server is asked with a path, whatever form the client used.
+    parts.uri = parts
+        .uri
+        .path_and_query()
+        .cloned()
+        .unwrap_or_else(|| PathAndQuery::from_static("/"))
+        .into();
+    parts.version = Version::HTTP_11;
+    http::Request::from_parts(parts, body)
+}
+
+fn to_client(
+    answer: http::Response<Incoming>,
+    upgrade: Option<&HeaderValue>,
+    body: impl FnOnce(Incoming) -> Body,
+) -> Response {
+    let (mut parts, incoming) = answer.into_parts();
+    forwardable(&mut parts.headers, upgrade);
+    Response::from_parts(parts, body(incoming))
+}
+
+/// Leaves what is for the other end.
+fn forwardable(headers: &mut HeaderMap, upgrade: Option<&HeaderValue>) {
+    let named: Vec<HeaderName> = headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|name| name.trim().parse().ok())
+        .collect();
+    for name in named {
+        headers.remove(name);
+    }
+    for name in NOT_FORWARDED {
+        headers.remove(name);
+    }
+    if let Some(protocol) = upgrade {
+        headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+        headers.insert(header::UPGRADE, protocol.clone());
+    }
+}
+
+/// Carries an upgraded connection until either side ends it or the pass is revoked.
+async fn tunnel(
+    client: hyper::upgrade::OnUpgrade,
+    guest: hyper::upgrade::OnUpgrade,
+    mut pass: Pass,
+) {
+    let carried = async {
+        let (client, guest) = tokio::try_join!(client, guest)?;
+        let (mut client, mut guest) = (TokioIo::new(client), TokioIo::new(guest));
+        tokio::io::copy_bidirectional(&mut client, &mut guest).await?;
+        Ok::<(), Box<dyn std::error::Error + Send + Sync>>(())
+    };
+    tokio::select! {
+        carried = carried => if let Err(error) = carried {
+            tracing::debug!(%error, "an upgraded connection ended");
+        },
+        () = pass.revoked() => {}
+    }
+}
+
+/// A guest's answer, cut when the pass is revoked.
+struct Carried {
+    body: Incoming,
+    pass: Pass,
+}
+
+/// Ends a body without a proper end: the server closes the connection on it.
+#[derive(Debug, thiserror::Error)]
+#[error("the sandbox is no longer running")]
+struct Cut;
+
+impl HttpBody for Carried {
+    type Data = Bytes;
+    type Error = Box<dyn std::error::Error + Send + Sync>;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        task: &mut TaskContext<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        let this = self.get_mut();
+        if this.pass.poll_revoked(task).is_ready() {
+            return Poll::Ready(Some(Err(Cut.into())));
+        }
+        Pin::new(&mut this.body)
+            .poll_frame(task)
+            .map_err(Into::into)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> hyper::body::SizeHint {
+        self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn find(host: &str, headers: &[(&'static str, &str)]) -> Result<Option<Destination>, String> {
+        let mut map = HeaderMap::new();
+        map.insert(header::HOST, host.parse().expect("a header value"));
+        for (name, value) in headers {
+            map.insert(*name, value.parse().expect("a header value"));
+        }
+        destination(&Uri::from_static("/"), &map).map_err(|error| error.to_string())
+    }
+
+    fn to(sandbox: &str, port: u16) -> Result<Option<Destination>, String> {
+        Ok(Some(Destination {
+            sandbox: sandbox.to_owned(),
+            port,
+        }))
+    }
+
+    #[test]
+    fn a_host_label_or_both_headers_name_a_sandbox() {
+        let both = [(SANDBOX_ID_HEADER, "iabc"), (SANDBOX_PORT_HEADER, "49983")];
+        assert_eq!(find("8000-iabc.e2b.localhost:8443", &[]), to("iabc", 8000));
+        for host in [
+            "localhost:3000",
+            "127.0.0.1",
+            "sandbox.example.org",
+            "icebox",
+        ] {
+            assert_eq!(find(host, &both), to("iabc", 49983), "{host}");
+            assert_eq!(find(host, &[]), Ok(None), "{host}");
+            assert_eq!(
+                find(host, &both[..1]),
+                Err("missing header e2b-sandbox-port".to_owned())
+            );
+            assert_eq!(
+                find(host, &both[1..]),
+                Err("missing header e2b-sandbox-id".to_owned())
+            );
+        }
+        assert_eq!(
+            find("8000-iABC.example.org", &[]),
+            Err("Invalid sandbox ID".to_owned())
+        );
+        assert_eq!(
+            find("99999-iabc.example.org", &[]),
+            Err("Invalid sandbox port".to_owned())
+        );
+        assert_eq!(find("my-host.example.org", &[]), Ok(None));
+    }
+
+    #[test]
+    fn inv_42_host_only_paths_are_known_in_every_spelling() {
+        for path in [
+            "/init",
+            "//init",
+            "/init/",
+            "/./init",
+            "/x/../init",
+            "/%69nit",
+            "/INIT",
+            "/%2e/prepare",
+            "/fsthaw",
+        ] {
+            assert!(is_host_only(path), "{path}");
+        }
+        for path in ["/", "/health", "/files", "/initial", "/init/x"] {
+            assert!(!is_host_only(path), "{path}");
+        }
+    }
+
+    #[test]
+    fn inv_43_the_api_key_and_connection_headers_stay_here() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in [
+            ("connection", "close, x-hop"),
+            ("x-hop", "1"),
+            ("transfer-encoding", "chunked"),
+            (API_KEY_HEADER, "e2b_00"),
+            ("x-kept", "1"),
+        ] {
+            headers.insert(name, value.parse().expect("a header value"));
+        }
+        forwardable(&mut headers, None);
+        assert_eq!(headers.keys().collect::<Vec<_>>(), ["x-kept"]);
+    }
+}

@@ -1,0 +1,144 @@
+//! `/sandboxes`: create, list, inspect and the verbs.
+
+use axum::body::Body;
+use axum::extract::{Path, State};
+use axum::response::{IntoResponse as _, Response};
+use http::StatusCode;
+use http::header::CONTENT_TYPE;
+
+use super::extract::{Json, WantsSandbox};
+use super::{Context, to_the_end};
+use crate::types::{
+    Forked, NewFork, NewSandbox, NewSnapshot, Outcome, ResumeRequest, SandboxDetail, Snapshot,
+    Template, VerbResult,
+};
+use crate::{ApiError, ErrorCode};
+
+pub(super) async fn create(
+    State(context): State<Context>,
+    Json(new): Json<NewSandbox>,
+) -> Result<(StatusCode, axum::Json<SandboxDetail>), ApiError> {
+    let made = to_the_end(async move { context.daemon.create(new).await }).await?;
+    Ok((StatusCode::CREATED, axum::Json(made)))
+}
+
+pub(super) async fn list(
+    State(context): State<Context>,
+) -> Result<axum::Json<Vec<SandboxDetail>>, ApiError> {
+    context.daemon.list().await.map(axum::Json)
+}
+
+pub(super) async fn inspect(
+    State(context): State<Context>,
+    Path(id): Path<String>,
+) -> Result<axum::Json<SandboxDetail>, ApiError> {
+    context.daemon.inspect(&id).await.map(axum::Json)
+}
+
+pub(super) async fn destroy(
+    State(context): State<Context>,
+    Path(id): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    to_the_end(async move { context.daemon.destroy(&id).await }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+pub(super) async fn pause(
+    State(context): State<Context>,
+    Path(id): Path<String>,
+    WantsSandbox(wants): WantsSandbox,
+) -> Result<Response, ApiError> {
+    let result = to_the_end(async move { context.daemon.pause(&id).await }).await?;
+    e2b_answer(result, wants, |_| StatusCode::NO_CONTENT.into_response())
+}
+
+pub(super) async fn resume(
+    State(context): State<Context>,
+    Path(id): Path<String>,
+    WantsSandbox(wants): WantsSandbox,
+    Json(how): Json<ResumeRequest>,
+) -> Result<Response, ApiError> {
+    let result = to_the_end(async move { context.daemon.resume(&id, how).await }).await?;
+    e2b_answer(result, wants, |sandbox| {
+        (StatusCode::CREATED, axum::Json(sandbox)).into_response()
+    })
+}
+
+/// E2B has a conflict where a verb found nothing to do; our clients ask for the result instead.
+fn e2b_answer(
+    result: VerbResult,
+    wants_sandbox: bool,
+    changed: impl FnOnce(SandboxDetail) -> Response,
+) -> Result<Response, ApiError> {
+    if wants_sandbox {
+        let applied = [("preference-applied", "return=representation")];
+        return Ok((applied, axum::Json(result)).into_response());
+    }
+    match result.outcome {
+        Outcome::Changed => Ok(changed(result.sandbox)),
+        Outcome::AlreadyThere => Err(ApiError::new(
+            ErrorCode::AlreadyThere,
+            format!(
+                "sandbox {} is already {}",
+                result.sandbox.listed.sandbox_id, result.sandbox.listed.state
+            ),
+        )),
+    }
+}
+
+pub(super) async fn stop(
+    State(context): State<Context>,
+    Path(id): Path<String>,
+) -> Result<axum::Json<VerbResult>, ApiError> {
+    to_the_end(async move { context.daemon.stop(&id).await })
+        .await
+        .map(axum::Json)
+}
+
+pub(super) async fn start(
+    State(context): State<Context>,
+    Path(id): Path<String>,
+) -> Result<axum::Json<VerbResult>, ApiError> {
+    to_the_end(async move { context.daemon.start(&id).await })
+        .await
+        .map(axum::Json)
+}
+
+pub(super) async fn snapshot(
+    State(context): State<Context>,
+    Path(id): Path<String>,
+    Json(new): Json<NewSnapshot>,
+) -> Result<(StatusCode, axum::Json<Snapshot>), ApiError> {
+    let taken = to_the_end(async move { context.daemon.snapshot(&id, new).await }).await?;
+    Ok((StatusCode::CREATED, axum::Json(taken)))
+}
+
+pub(super) async fn fork(
+    State(context): State<Context>,
+    Path(id): Path<String>,
+    Json(new): Json<NewFork>,
+) -> Result<(StatusCode, axum::Json<Vec<Forked>>), ApiError> {
+    let forks = to_the_end(async move { context.daemon.fork(&id, new).await }).await?;
+    Ok((StatusCode::CREATED, axum::Json(forks)))
+}
+
+pub(super) async fn flatten(
+    State(context): State<Context>,
+    Path(id): Path<String>,
+    Json(new): Json<NewSnapshot>,
+) -> Result<(StatusCode, axum::Json<Template>), ApiError> {
+    let flat = to_the_end(async move { context.daemon.flatten(&id, new).await }).await?;
+    Ok((StatusCode::CREATED, axum::Json(flat)))
+}
+
+pub(super) async fn console(
+    State(context): State<Context>,
+    Path(id): Path<String>,
+) -> Result<Response, ApiError> {
+    let log = context.daemon.console(&id).await?;
+    Ok((
+        [(CONTENT_TYPE, "application/octet-stream")],
+        Body::from_stream(log),
+    )
+        .into_response())
+}

@@ -1,0 +1,34 @@
+//! What requests and responses contain, one file per resource.
+//!
+//! Unknown fields of requests are ignored, as E2B's SDKs need; absent ones have the documented default. Sizes named
+//! `…Bytes` are allocated bytes (INV-27); `…MB` are mebibytes, as in E2B.
+
+mod build;
+mod doctor;
+mod event;
+mod gc;
+mod kernel;
+mod sandbox;
+mod template;
+
+pub use build::{BuildEvent, BuildSource, NewBuild};
+pub use doctor::{Check, CheckResult, Report};
+pub use event::Event;
+pub use gc::{Garbage, GcReport, GcRequest};
+pub use kernel::{Kernel, KernelEvent, KernelSource, NewKernel};
+pub use sandbox::{
+    Branch, Forked, Generation, ListedSandbox, NewFork, NewSandbox, NewSnapshot, Outcome,
+    ResumeRequest, SandboxDetail, Snapshot, State, VerbResult, Vmm,
+};
+pub use template::{Template, TemplateKind};
+
+use serde::{Deserialize, Serialize};
+
+/// Which daemon answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Version {
+    /// The daemon's version.
+    pub version: String,
+    /// Its process id.
+    pub pid: u32,
+}

@@ -1,0 +1,283 @@
+//! Sandboxes.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+/// What to create. E2B's `NewSandbox`, with our fields added.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NewSandbox {
+    /// The template's name, id or unique prefix.
+    #[serde(rename = "templateID", default = "base")]
+    pub template_id: String,
+    /// A name for the sandbox.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Virtual CPUs. Signed so that a negative number is refused by us, with words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_count: Option<i64>,
+    /// Guest memory in MiB.
+    #[serde(rename = "memoryMB", default, skip_serializing_if = "Option::is_none")]
+    pub memory_mb: Option<i64>,
+    /// Disk size in MiB; at least the template's.
+    #[serde(
+        rename = "diskSizeMB",
+        default,
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub disk_size_mb: Option<i64>,
+    /// The volume driver to use and no other.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub volume_driver: Option<String>,
+    /// The VMM to use and no other.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vmm: Option<String>,
+    /// Variables of every later command.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub env_vars: BTreeMap<String, String>,
+    /// Labels; the daemon keeps and returns them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub metadata: BTreeMap<String, String>,
+    /// Whether the sandbox reaches public addresses. Absent: the daemon's default.
+    #[serde(
+        rename = "allow_internet_access",
+        default,
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub allow_internet_access: Option<bool>,
+}
+
+fn base() -> String {
+    "base".to_owned()
+}
+
+/// Where a sandbox rests. E2B knows the first two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// A VMM runs it.
+    Running,
+    /// Memory on disk, no process.
+    Paused,
+    /// Disk only.
+    Stopped,
+    /// A failure could not be undone: only `inspect` and `destroy` work.
+    Broken,
+}
+
+impl std::fmt::Display for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Stopped => "stopped",
+            Self::Broken => "broken",
+        })
+    }
+}
+
+/// A sandbox in a list. E2B's `ListedSandbox`, with our fields added; `endAt` is absent while a sandbox has no end.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ListedSandbox {
+    /// The sandbox's id.
+    #[serde(rename = "sandboxID")]
+    pub sandbox_id: String,
+    /// The id of the template it was created from.
+    #[serde(rename = "templateID")]
+    pub template_id: String,
+    /// The node that serves it; E2B's clients need one, and it says nothing here.
+    #[serde(rename = "clientID")]
+    pub client_id: String,
+    /// The name of the template it was created from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alias: Option<String>,
+    /// The sandbox's name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// When it was created.
+    pub started_at: Timestamp,
+    /// When it ends by itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub end_at: Option<Timestamp>,
+    /// Virtual CPUs.
+    pub cpu_count: u8,
+    /// Guest memory in MiB.
+    #[serde(rename = "memoryMB")]
+    pub memory_mb: u32,
+    /// The size of the disk that the guest sees, in MiB.
+    #[serde(rename = "diskSizeMB")]
+    pub disk_size_mb: u64,
+    /// Where it rests.
+    pub state: State,
+    /// The verb under way, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verb: Option<String>,
+    /// Labels.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub metadata: BTreeMap<String, String>,
+    /// The agent's contract version.
+    pub envd_version: String,
+    /// Where the host reaches the guest, on any port.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<Ipv4Addr>,
+}
+
+/// Everything about one sandbox. E2B's `SandboxDetail` and `Sandbox`, with our fields added.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SandboxDetail {
+    /// What a list shows.
+    #[serde(flatten)]
+    pub listed: ListedSandbox,
+    /// The token that the sandbox's agent asks for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub envd_access_token: Option<String>,
+    /// The domain of `<port>-<id>.<domain>`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domain: Option<String>,
+    /// Whether it reaches public addresses.
+    pub allow_internet_access: bool,
+    /// The volume driver.
+    pub volume_driver: String,
+    /// What runs it, while it runs, or what its last generation needs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vmm: Option<Vmm>,
+    /// The digest of its kernel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<String>,
+    /// The VMM's process id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid: Option<u32>,
+    /// Which limits the host enforces on it, or why none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<String>,
+    /// Allocated bytes that are this sandbox's own: its head and generations.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allocated_bytes: Option<u64>,
+    /// How many layers lie between its head and its base.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layers: Option<u32>,
+    /// What its pauses wrote, oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub generations: Vec<Generation>,
+    /// Disks that were set aside.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub branches: Vec<Branch>,
+    /// Host resources it holds, oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub holds: Vec<String>,
+    /// Why it is broken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub broken: Option<String>,
+}
+
+/// What runs a sandbox.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Vmm {
+    /// `qemu`, `cloud-hypervisor`, `firecracker`.
+    pub name: String,
+    /// Its version.
+    pub version: String,
+    /// `kvm` or `tcg`.
+    pub accelerator: String,
+    /// Why that accelerator.
+    pub accelerator_reason: String,
+}
+
+/// What one pause wrote.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Generation {
+    /// Its number within the sandbox.
+    pub number: u32,
+    /// When it was committed.
+    pub created_at: Timestamp,
+    /// Allocated bytes of device state and memory that this pause wrote.
+    pub allocated_bytes: u64,
+}
+
+/// A disk that was set aside.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Branch {
+    /// Its name.
+    pub name: String,
+    /// When it was set aside.
+    pub created_at: Timestamp,
+}
+
+/// Whether a verb changed anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// It did.
+    Changed,
+    /// The sandbox rested there already.
+    AlreadyThere,
+}
+
+/// What our own verbs answer, and E2B's when asked with `Prefer: return=representation`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct VerbResult {
+    /// Whether anything changed.
+    pub outcome: Outcome,
+    /// The sandbox afterwards.
+    pub sandbox: SandboxDetail,
+}
+
+/// How to resume. An empty body means the newest generation.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ResumeRequest {
+    /// The generation to resume. One older than the newest disk sets that disk aside as a branch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation: Option<u32>,
+}
+
+/// What to call a snapshot.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewSnapshot {
+    /// The new template's name. Never overwrites one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+}
+
+/// A snapshot that was taken: a template.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// The template's id.
+    #[serde(rename = "snapshotID")]
+    pub snapshot_id: String,
+    /// Its names.
+    pub names: Vec<String>,
+    /// The template.
+    pub template: super::Template,
+}
+
+/// How many forks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewFork {
+    /// From 1 to 100.
+    #[serde(default = "one")]
+    pub count: i64,
+}
+
+fn one() -> i64 {
+    1
+}
+
+/// One fork: made, or why not.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Forked {
+    /// It runs.
+    Sandbox(Box<SandboxDetail>),
+    /// It could not be made; the others are not affected.
+    Error(crate::ErrorBody),
+}

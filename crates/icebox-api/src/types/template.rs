@@ -1,0 +1,63 @@
+//! Templates.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+/// What creating from it means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TemplateKind {
+    /// A disk: sandboxes boot from it.
+    Image,
+    /// Disk, memory and device state: sandboxes are restored from it.
+    Snapshot,
+}
+
+impl std::fmt::Display for TemplateKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Image => "image",
+            Self::Snapshot => "snapshot",
+        })
+    }
+}
+
+/// An immutable thing to create sandboxes from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Template {
+    /// Its id.
+    #[serde(rename = "templateID")]
+    pub template_id: String,
+    /// Its names.
+    pub names: Vec<String>,
+    /// Image or snapshot.
+    pub kind: TemplateKind,
+    /// When it was made.
+    pub created_at: Timestamp,
+    /// Virtual CPUs: of a snapshot what it has, of an image the default.
+    pub cpu_count: u8,
+    /// Guest memory in MiB, likewise.
+    #[serde(rename = "memoryMB")]
+    pub memory_mb: u32,
+    /// The size of the disk that the guest sees, in MiB.
+    #[serde(rename = "diskSizeMB")]
+    pub disk_size_mb: u64,
+    /// The digest of the imported image at the bottom.
+    pub base: String,
+    /// The digest of the kernel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<String>,
+    /// The volume driver of a snapshot's layers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub volume_driver: Option<String>,
+    /// What a snapshot needs in order to be restored.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vmm: Option<super::Vmm>,
+    /// Allocated bytes that are this template's: its layer and memory, or its image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allocated_bytes: Option<u64>,
+    /// In words, where it came from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<String>,
+}

@@ -1,0 +1,560 @@
+//! The routes, the proxy and the client against a daemon that is only a test's script.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::{StreamExt as _, stream};
+use icebox_api::client::{Client, ClientError};
+use icebox_api::key::KeyHash;
+use icebox_api::server::{Edge, router};
+use icebox_api::types::*;
+use icebox_api::{ApiError, BoxStream, Daemon, ErrorCode, Pass, Route};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::{Notify, watch};
+
+const ID: &str = "iaaaaaaaaaaaaaaaaaaaa";
+const KEY: &str = "e2b_0123456789";
+
+/// One running sandbox named `web`, whose ports are the test's own listeners.
+struct Script {
+    pausing: Notify,
+    /// Pause waits for this, so that a test can look in between.
+    may_pause: Notify,
+    pauses_done: Mutex<u32>,
+    paused: Notify,
+    running: watch::Sender<bool>,
+}
+
+impl Script {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            pausing: Notify::new(),
+            may_pause: Notify::new(),
+            pauses_done: Mutex::new(0),
+            paused: Notify::new(),
+            running: watch::channel(true).0,
+        })
+    }
+
+    fn sandbox(&self) -> SandboxDetail {
+        SandboxDetail {
+            listed: ListedSandbox {
+                sandbox_id: ID.to_owned(),
+                template_id: "taaaaaaaaaaaaaaaaaaaa".to_owned(),
+                client_id: "icebox".to_owned(),
+                alias: None,
+                name: Some("web".to_owned()),
+                started_at: "2026-01-01T00:00:00Z".parse().expect("a time"),
+                end_at: None,
+                cpu_count: 1,
+                memory_mb: 512,
+                disk_size_mb: 1024,
+                state: if *self.running.borrow() {
+                    State::Running
+                } else {
+                    State::Paused
+                },
+                verb: None,
+                metadata: BTreeMap::new(),
+                envd_version: icebox_api::ENVD_VERSION.to_owned(),
+                address: Some(Ipv4Addr::LOCALHOST),
+            },
+            envd_access_token: None,
+            domain: None,
+            allow_internet_access: false,
+            volume_driver: "qcow2".to_owned(),
+            vmm: None,
+            kernel: None,
+            pid: None,
+            limits: None,
+            allocated_bytes: None,
+            layers: None,
+            generations: Vec::new(),
+            branches: Vec::new(),
+            holds: Vec::new(),
+            broken: None,
+        }
+    }
+
+    fn known(&self, reference: &str, exact: bool) -> Result<(), ApiError> {
+        if reference == ID || (!exact && (reference == "web" || ID.starts_with(reference))) {
+            Ok(())
+        } else {
+            Err(ApiError::new(
+                ErrorCode::NotFound,
+                format!("sandbox {reference:?} does not exist"),
+            ))
+        }
+    }
+}
+
+fn never<T>() -> Result<T, ApiError> {
+    Err(ApiError::new(ErrorCode::Unsupported, "not in this script"))
+}
+
+#[async_trait]
+impl Daemon for Script {
+    async fn create(&self, new: NewSandbox) -> Result<SandboxDetail, ApiError> {
+        if new.template_id == "base" {
+            Ok(self.sandbox())
+        } else {
+            let message = format!("template {:?} does not exist", new.template_id);
+            Err(ApiError::new(ErrorCode::NotFound, message).hint("see `icebox template ls`"))
+        }
+    }
+    async fn list(&self) -> Result<Vec<SandboxDetail>, ApiError> {
+        Ok(vec![self.sandbox()])
+    }
+    async fn inspect(&self, sandbox: &str) -> Result<SandboxDetail, ApiError> {
+        self.known(sandbox, false)?;
+        Ok(self.sandbox())
+    }
+    async fn pause(&self, sandbox: &str) -> Result<VerbResult, ApiError> {
+        self.known(sandbox, false)?;
+        let outcome = if *self.running.borrow() {
+            self.pausing.notify_one();
+            self.may_pause.notified().await;
+            self.running.send_replace(false);
+            Outcome::Changed
+        } else {
+            Outcome::AlreadyThere
+        };
+        *self.pauses_done.lock().expect("not poisoned") += 1;
+        self.paused.notify_one();
+        Ok(VerbResult {
+            outcome,
+            sandbox: self.sandbox(),
+        })
+    }
+    async fn resume(&self, _: &str, _: ResumeRequest) -> Result<VerbResult, ApiError> {
+        never()
+    }
+    async fn stop(&self, _: &str) -> Result<VerbResult, ApiError> {
+        panic!("a bug")
+    }
+    async fn start(&self, _: &str) -> Result<VerbResult, ApiError> {
+        never()
+    }
+    async fn snapshot(&self, _: &str, _: NewSnapshot) -> Result<Snapshot, ApiError> {
+        never()
+    }
+    async fn fork(&self, _: &str, new: NewFork) -> Result<Vec<Forked>, ApiError> {
+        let refusal = ApiError::new(ErrorCode::Exhausted, "no slot is left");
+        Ok((0..new.count)
+            .map(|n| match n {
+                0 => Forked::Sandbox(Box::new(self.sandbox())),
+                _ => Forked::Error(refusal.body().clone()),
+            })
+            .collect())
+    }
+    async fn flatten(&self, _: &str, _: NewSnapshot) -> Result<Template, ApiError> {
+        never()
+    }
+    async fn destroy(&self, sandbox: &str) -> Result<String, ApiError> {
+        self.known(sandbox, false)?;
+        Ok(ID.to_owned())
+    }
+    async fn console(&self, _: &str) -> Result<BoxStream<std::io::Result<Bytes>>, ApiError> {
+        Ok(stream::iter(["boot ", "done"].map(|text| Ok(Bytes::from(text)))).boxed())
+    }
+    async fn route(&self, sandbox: &str, exact: bool) -> Result<Route, ApiError> {
+        self.known(sandbox, exact)?;
+        let mut running = self.running.subscribe();
+        Ok(Route {
+            sandbox_id: ID.to_owned(),
+            address: Ipv4Addr::LOCALHOST,
+            token: "the-token".to_owned(),
+            pass: Pass::new(
+                async move {
+                    running.wait_for(|running| !running).await.ok();
+                },
+                (),
+            ),
+        })
+    }
+    async fn templates(&self) -> Result<Vec<Template>, ApiError> {
+        Ok(Vec::new())
+    }
+    async fn template(&self, template: &str) -> Result<Template, ApiError> {
+        let message = format!("template {template:?} does not exist");
+        Err(ApiError::new(ErrorCode::NotFound, message))
+    }
+    async fn remove_template(&self, _: &str) -> Result<String, ApiError> {
+        never()
+    }
+    async fn build(&self, _: NewBuild) -> Result<BoxStream<BuildEvent>, ApiError> {
+        never()
+    }
+    async fn kernels(&self) -> Result<Vec<Kernel>, ApiError> {
+        Ok(Vec::new())
+    }
+    async fn import_kernel(&self, _: NewKernel) -> Result<BoxStream<KernelEvent>, ApiError> {
+        never()
+    }
+    async fn events(&self, since: Option<u64>, _: bool) -> Result<BoxStream<Event>, ApiError> {
+        let first = since.unwrap_or(0) + 1;
+        Ok(stream::iter((first..first + 3).map(|sequence| Event {
+            sequence,
+            time: "2026-01-01T00:00:00Z".parse().expect("a time"),
+            event: "created".to_owned(),
+            sandbox_id: Some(ID.to_owned()),
+            detail: BTreeMap::new(),
+        }))
+        .boxed())
+    }
+    async fn doctor(&self) -> Result<Report, ApiError> {
+        Ok(Report::default())
+    }
+    async fn gc(&self, request: GcRequest) -> Result<GcReport, ApiError> {
+        Ok(GcReport {
+            dry_run: request.dry_run,
+            garbage: Vec::new(),
+        })
+    }
+}
+
+/// A daemon on a Unix socket and on TCP.
+struct Served {
+    directory: tempfile::TempDir,
+    public: std::net::SocketAddr,
+}
+
+impl Served {
+    async fn new(script: &Arc<Script>) -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let unix = UnixListener::bind(directory.path().join("socket")).expect("bind");
+        let tcp = TcpListener::bind("127.0.0.1:0").await.expect("bind");
+        let public = tcp.local_addr().expect("an address");
+        let admin = router(script.clone(), Edge::Admin);
+        let key = KeyHash::of(KEY);
+        let outside = router(script.clone(), Edge::Public { key });
+        tokio::spawn(async move { axum::serve(unix, admin).await });
+        tokio::spawn(async move { axum::serve(tcp, outside).await });
+        Self { directory, public }
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.directory.path().join("socket")
+    }
+
+    fn client(&self) -> Client {
+        Client::new(self.socket())
+    }
+
+    /// Sends `request` with plain line ends to the public edge and returns everything that comes back.
+    async fn ask(&self, request: &str) -> String {
+        let stream = TcpStream::connect(self.public).await.expect("connect");
+        exchange(stream, request).await
+    }
+
+    async fn ask_admin(&self, request: &str) -> String {
+        let stream = UnixStream::connect(self.socket()).await.expect("connect");
+        exchange(stream, request).await
+    }
+}
+
+async fn exchange(
+    mut stream: impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
+    request: &str,
+) -> String {
+    let request = format!(
+        "{}\r\nconnection: close\r\n\r\n",
+        request.replace('\n', "\r\n")
+    );
+    stream.write_all(request.as_bytes()).await.expect("write");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.expect("read");
+    answer
+}
+
+fn status(answer: &str) -> &str {
+    answer.get(9..12).unwrap_or("no status")
+}
+
+/// A port inside the sandbox: answers every connection's first request head with `answer`, and reports the head.
+async fn guest_port(answer: &'static str) -> (u16, tokio::sync::mpsc::UnboundedReceiver<String>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("bind");
+    let port = listener.local_addr().expect("an address").port();
+    let (heads, seen) = tokio::sync::mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let heads = heads.clone();
+            tokio::spawn(async move {
+                let mut head = Vec::new();
+                while !head.ends_with(b"\r\n\r\n") {
+                    head.push(stream.read_u8().await.expect("a request head"));
+                }
+                heads.send(String::from_utf8_lossy(&head).into_owned()).ok();
+                stream.write_all(answer.as_bytes()).await.expect("answer");
+                // Echo what follows, until the other side has had enough.
+                let (mut read, mut write) = stream.split();
+                tokio::io::copy(&mut read, &mut write).await.ok();
+            });
+        }
+    });
+    (port, seen)
+}
+
+#[tokio::test]
+async fn statuses_are_the_ones_sdks_need() {
+    let script = Script::new();
+    let served = Served::new(&script).await;
+    let key = format!("x-api-key: {KEY}");
+    for (request, wanted) in [
+        ("GET /health HTTP/1.1\nhost: h", "204"),
+        ("GET /v2/sandboxes HTTP/1.1\nhost: h", "200"),
+        ("POST /v2/sandboxes HTTP/1.1\nhost: h", "201"),
+        ("POST /sandboxes HTTP/1.1\nhost: h", "201"),
+        ("GET /sandboxes/nonexistingsandbox HTTP/1.1\nhost: h", "404"),
+        ("DELETE /sandboxes/web HTTP/1.1\nhost: h", "204"),
+        ("DELETE /sandboxes/nothing HTTP/1.1\nhost: h", "404"),
+        ("POST /sandboxes/web/stop HTTP/1.1\nhost: h", "500"),
+        ("GET /templates/team%2Fsnap%3Av1 HTTP/1.1\nhost: h", "404"),
+        ("GET /nothing HTTP/1.1\nhost: h", "404"),
+        ("PATCH /sandboxes HTTP/1.1\nhost: h", "405"),
+    ] {
+        let answer = served.ask(&format!("{request}\n{key}")).await;
+        assert_eq!(status(&answer), wanted, "{request}\n{answer}");
+        if !wanted.starts_with('2') {
+            let (_, body) = answer.split_once("\r\n\r\n").expect("a body");
+            let body: icebox_api::ErrorBody = serde_json::from_str(body).expect("our form");
+            assert_eq!(body.code.to_string(), wanted, "the body repeats the status");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_second_pause_is_a_conflict_for_sdks_and_a_success_for_us() {
+    let script = Script::new();
+    script.running.send_replace(false);
+    let served = Served::new(&script).await;
+    let request = format!("POST /sandboxes/{ID}/pause HTTP/1.1\nhost: h\nx-api-key: {KEY}");
+    assert_eq!(status(&served.ask(&request).await), "409");
+    let result = served.client().pause("web").await.expect("no error");
+    assert_eq!(result.outcome, Outcome::AlreadyThere);
+}
+
+#[tokio::test]
+async fn tcp_needs_the_key_and_the_socket_none() {
+    let script = Script::new();
+    let served = Served::new(&script).await;
+    for headers in [
+        "",
+        "\nx-api-key: e2b_00",
+        "\nx-api-key:",
+        "\nauthorization: x",
+    ] {
+        let answer = served
+            .ask(&format!("GET /sandboxes HTTP/1.1\nhost: h{headers}"))
+            .await;
+        assert_eq!(status(&answer), "401", "{headers:?}");
+        assert!(answer.contains("hint"));
+    }
+    let answer = served.ask_admin("GET /sandboxes HTTP/1.1\nhost: h").await;
+    assert_eq!(status(&answer), "200");
+}
+
+#[tokio::test]
+async fn inv_20_a_verb_goes_on_when_its_client_has_gone() {
+    let script = Script::new();
+    let served = Served::new(&script).await;
+    let mut stream = UnixStream::connect(served.socket()).await.expect("connect");
+    let head = format!("POST /sandboxes/{ID}/pause HTTP/1.1\r\nhost: h\r\n\r\n");
+    stream.write_all(head.as_bytes()).await.expect("write");
+    script.pausing.notified().await;
+    drop(stream);
+    // A round trip on another connection: the server has seen the first one end.
+    served.client().version().await.expect("an answer");
+    script.may_pause.notify_one();
+    script.paused.notified().await;
+    assert_eq!(*script.pauses_done.lock().expect("not poisoned"), 1);
+}
+
+#[tokio::test]
+async fn the_client_understands_every_form_of_answer() {
+    let script = Script::new();
+    let served = Served::new(&script).await;
+    let client = served.client();
+    assert_eq!(client.list().await.expect("a list").len(), 1);
+    let refused = client
+        .template("../x/?#")
+        .await
+        .expect_err("does not exist");
+    assert_eq!(refused.code(), Some(ErrorCode::NotFound));
+    assert_eq!(
+        refused.to_string(),
+        r#"template "../x/?#" does not exist"#,
+        "what was typed stays one path segment"
+    );
+    let forks = client
+        .fork("web", &NewFork { count: 2 })
+        .await
+        .expect("forks");
+    assert!(matches!(forks[..], [Forked::Sandbox(_), Forked::Error(_)]));
+    let events: Vec<_> = client
+        .events(Some(7), false)
+        .await
+        .expect("events")
+        .map(|event| event.expect("an event").sequence)
+        .collect()
+        .await;
+    assert_eq!(events, [8, 9, 10]);
+    let console: Vec<_> = client
+        .console("web")
+        .await
+        .expect("a console")
+        .map(|piece| piece.expect("a piece"))
+        .collect()
+        .await;
+    assert_eq!(console.concat(), b"boot done");
+    assert!(matches!(
+        Client::new("/nonexistent/socket").list().await,
+        Err(ClientError::Connect { .. })
+    ));
+}
+
+#[tokio::test]
+async fn a_panicking_verb_is_an_error_and_not_a_hung_client() {
+    let script = Script::new();
+    let served = Served::new(&script).await;
+    let error = served.client().stop("web").await.expect_err("it panics");
+    assert_eq!(error.code(), Some(ErrorCode::Internal));
+}
+
+#[tokio::test]
+async fn the_proxy_carries_requests_to_a_port_by_header_and_by_host() {
+    let script = Script::new();
+    let served = Served::new(&script).await;
+    let (port, mut heads) = guest_port("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nhi").await;
+    for routing in [
+        format!("host: localhost\ne2b-sandbox-id: {ID}\ne2b-sandbox-port: {port}"),
+        format!("host: localhost\ne2b-sandbox-id: {ID}-6532622b\ne2b-sandbox-port: {port}"),
+        format!("host: {port}-{ID}.example.org:8443"),
+    ] {
+        let answer = served
+            .ask(&format!(
+                "GET /a%2Fb?c=d HTTP/1.1\n{routing}\nx-api-key: {KEY}"
+            ))
+            .await;
+        assert_eq!(status(&answer), "200", "{routing}\n{answer}");
+        assert!(answer.ends_with("hi"), "{answer}");
+        let head = heads.recv().await.expect("the guest was asked");
+        assert!(head.starts_with("GET /a%2Fb?c=d HTTP/1.1\r\n"), "{head}");
+        assert!(!head.contains(KEY), "the key is not the guest's business");
+        assert!(
+            !head.contains("the-token"),
+            "from outside no token is added"
+        );
+    }
+}
+
+#[tokio::test]
+async fn inv_42_only_a_full_id_opens_ports_from_outside() {
+    let script = Script::new();
+    let served = Served::new(&script).await;
+    let (port, _heads) = guest_port("HTTP/1.1 204 No Content\r\n\r\n").await;
+    for name in ["web", "iaaaa", "inothing"] {
+        let answer = served
+            .ask(&format!(
+                "GET / HTTP/1.1\nhost: h\ne2b-sandbox-id: {name}\ne2b-sandbox-port: {port}"
+            ))
+            .await;
+        assert_eq!(status(&answer), "502");
+        let expected =
+            format!(r#"{{"sandboxId":"{name}","message":"The sandbox was not found","code":502}}"#);
+        assert!(answer.ends_with(&expected), "{answer}");
+    }
+    let answer = served
+        .ask_admin(&format!(
+            "GET / HTTP/1.1\nhost: h\ne2b-sandbox-id: web\ne2b-sandbox-port: {port}"
+        ))
+        .await;
+    assert_eq!(status(&answer), "204", "who has the socket may use names");
+}
+
+#[tokio::test]
+async fn a_closed_port_is_told_in_e2bs_words() {
+    let script = Script::new();
+    let served = Served::new(&script).await;
+    let unused = TcpListener::bind("127.0.0.1:0").await.expect("bind");
+    let port = unused.local_addr().expect("an address").port();
+    drop(unused);
+    let answer = served
+        .ask(&format!("GET / HTTP/1.1\nhost: {port}-{ID}.example.org"))
+        .await;
+    assert_eq!(status(&answer), "502");
+    let expected = format!(
+        r#"{{"sandboxId":"{ID}","message":"The sandbox is running but port is not open","port":{port},"code":502}}"#
+    );
+    assert!(answer.ends_with(&expected), "{answer}");
+}
+
+#[tokio::test]
+async fn inv_42_host_only_paths_of_the_agent_are_not_there() {
+    let script = Script::new();
+    let served = Served::new(&script).await;
+    for path in ["/init", "/prepare", "/%69nit", "//init/"] {
+        let request = format!("POST {path} HTTP/1.1\nhost: 49983-{ID}.example.org");
+        assert_eq!(status(&served.ask(&request).await), "404", "{path}");
+        assert_eq!(status(&served.ask_admin(&request).await), "404", "{path}");
+    }
+}
+
+#[tokio::test]
+async fn a_stream_is_cut_without_an_end_when_its_sandbox_goes() {
+    let script = Script::new();
+    let served = Served::new(&script).await;
+    let (port, _heads) =
+        guest_port("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n").await;
+    let mut stream = TcpStream::connect(served.public).await.expect("connect");
+    let head = format!("GET / HTTP/1.1\r\nhost: {port}-{ID}.example.org\r\n\r\n");
+    stream.write_all(head.as_bytes()).await.expect("write");
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"hello\r\n") {
+        answer.push(stream.read_u8().await.expect("the stream lives"));
+    }
+    script.running.send_replace(false);
+    let mut rest = Vec::new();
+    stream.read_to_end(&mut rest).await.ok();
+    assert_eq!(
+        rest, b"",
+        "no last chunk: the client must see a broken stream"
+    );
+}
+
+#[tokio::test]
+async fn an_upgraded_connection_is_carried_both_ways_and_cut() {
+    let script = Script::new();
+    let served = Served::new(&script).await;
+    let (port, mut heads) = guest_port(
+        "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\n",
+    )
+    .await;
+    let mut stream = TcpStream::connect(served.public).await.expect("connect");
+    let head = format!(
+        "GET / HTTP/1.1\r\nhost: {port}-{ID}.example.org\r\nconnection: Upgrade\r\nupgrade: echo\r\n\r\n"
+    );
+    stream.write_all(head.as_bytes()).await.expect("write");
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"\r\n\r\n") {
+        answer.push(stream.read_u8().await.expect("an answer"));
+    }
+    let answer = String::from_utf8_lossy(&answer).into_owned();
+    assert_eq!(status(&answer), "101", "{answer}");
+    assert!(answer.contains("upgrade: echo"), "{answer}");
+    let head = heads.recv().await.expect("the guest was asked");
+    assert!(head.contains("upgrade: echo"), "{head}");
+    stream.write_all(b"ping").await.expect("write");
+    let mut echoed = [0; 4];
+    stream.read_exact(&mut echoed).await.expect("the echo");
+    assert_eq!(&echoed, b"ping");
+    script.running.send_replace(false);
+    let mut rest = Vec::new();
+    stream.read_to_end(&mut rest).await.ok();
+    assert_eq!(rest, b"");
+}

@@ -1,0 +1,79 @@
+//! `icebox create`
+
+use std::process::ExitCode;
+
+use icebox_api::types::NewSandbox;
+
+use super::size::mib;
+use super::{Context, Ended, key_value, reference, verb};
+
+/// Create a sandbox and wait until commands can run in it. Prints its id.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The template to create it from.
+    #[arg(value_parser = reference)]
+    template: String,
+
+    /// What to call it.
+    #[arg(long)]
+    name: Option<String>,
+
+    /// Virtual CPUs. Not for snapshots: theirs are fixed.
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    cpus: Option<i64>,
+
+    /// Guest memory in MiB, or with a suffix: 512M, 2G. Not for snapshots: theirs is fixed.
+    #[arg(long, value_name = "SIZE", value_parser = mib, allow_negative_numbers = true)]
+    memory: Option<i64>,
+
+    /// Disk size in MiB, or with a suffix. At least the template's.
+    #[arg(long, value_name = "SIZE", value_parser = mib, allow_negative_numbers = true)]
+    disk: Option<i64>,
+
+    /// Use this volume driver and no other.
+    #[arg(long, value_name = "DRIVER")]
+    driver: Option<String>,
+
+    /// Use this VMM and no other.
+    #[arg(long)]
+    vmm: Option<String>,
+
+    /// Set a variable for every command in the sandbox.
+    #[arg(short, long, value_name = "KEY=VALUE", value_parser = key_value)]
+    env: Vec<(String, String)>,
+
+    /// Attach a label.
+    #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
+    metadata: Vec<(String, String)>,
+
+    /// Let the sandbox reach public addresses; otherwise it reaches nothing.
+    #[arg(long)]
+    internet: bool,
+}
+
+pub(crate) async fn run(context: &Context, args: Args) -> Ended {
+    let new = NewSandbox {
+        template_id: args.template,
+        name: args.name,
+        cpu_count: args.cpus,
+        memory_mb: args.memory,
+        disk_size_mb: args.disk,
+        volume_driver: args.driver,
+        vmm: args.vmm,
+        env_vars: args.env.into_iter().collect(),
+        metadata: args.metadata.into_iter().collect(),
+        allow_internet_access: Some(args.internet),
+    };
+    let made = context.client.create(&new).await?;
+    if context.output.is_json() {
+        context.output.document(&made)?;
+    } else {
+        context.output.line(&made.listed.sandbox_id)?;
+        if made.listed.name.is_some() {
+            context
+                .output
+                .say(format!("created {}", verb::label(&made)));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,115 @@
+//! `icebox inspect`
+
+use std::process::ExitCode;
+
+use icebox_api::types::SandboxDetail;
+
+use super::{Context, Ended, reference};
+use crate::output::{NONE, Table, bytes, mib};
+
+/// Show everything about one sandbox.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Which sandbox.
+    #[arg(value_parser = reference)]
+    sandbox: String,
+}
+
+pub(crate) async fn run(context: &Context, args: &Args) -> Ended {
+    let mut sandbox = context.client.inspect(&args.sandbox).await?;
+    if context.output.is_json() {
+        // What a terminal or a log keeps is no place for a token; the API still has it.
+        sandbox.envd_access_token = None;
+        context.output.document(&sandbox)?;
+    } else {
+        page(&sandbox).print(false)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn page(sandbox: &SandboxDetail) -> Table {
+    let listed = &sandbox.listed;
+    let none = || NONE.to_owned();
+    let mut table = Table::plain();
+    let mut row = |key: &str, value: String| table.row([format!("{key}:"), value]);
+    row("id", listed.sandbox_id.clone());
+    row("name", listed.name.clone().unwrap_or_else(none));
+    row("state", listed.state.to_string());
+    if let Some(verb) = &listed.verb {
+        row("under way", verb.clone());
+    }
+    if let Some(broken) = &sandbox.broken {
+        row("broken", broken.clone());
+    }
+    let template = match &listed.alias {
+        Some(alias) => format!("{alias} ({})", listed.template_id),
+        None => listed.template_id.clone(),
+    };
+    row("template", template);
+    row("created", listed.started_at.to_string());
+    row("cpus", listed.cpu_count.to_string());
+    row("memory", mib(listed.memory_mb.into()));
+    let layers = sandbox.layers.map_or_else(String::new, |layers| {
+        format!(", {layers} layers under its head")
+    });
+    row(
+        "disk",
+        format!(
+            "{} ({}{layers})",
+            mib(listed.disk_size_mb),
+            sandbox.volume_driver
+        ),
+    );
+    if let Some(allocated) = sandbox.allocated_bytes {
+        row("allocated", bytes(allocated));
+    }
+    if let Some(vmm) = &sandbox.vmm {
+        row("vmm", format!("{} {}", vmm.name, vmm.version));
+        row(
+            "accelerator",
+            format!("{}: {}", vmm.accelerator, vmm.accelerator_reason),
+        );
+    }
+    if let Some(pid) = sandbox.pid {
+        row("pid", pid.to_string());
+    }
+    if let Some(kernel) = &sandbox.kernel {
+        row("kernel", kernel.clone());
+    }
+    if let Some(limits) = &sandbox.limits {
+        row("limits", limits.clone());
+    }
+    row(
+        "address",
+        listed
+            .address
+            .map_or_else(none, |address| address.to_string()),
+    );
+    let egress = if sandbox.allow_internet_access {
+        "public addresses"
+    } else {
+        "nothing"
+    };
+    row("reaches", egress.to_owned());
+    for (key, value) in &listed.metadata {
+        row("metadata", format!("{key}={value}"));
+    }
+    for generation in &sandbox.generations {
+        row(
+            "generation",
+            format!(
+                "{}  {}  {}",
+                generation.number,
+                generation.created_at,
+                bytes(generation.allocated_bytes)
+            ),
+        );
+    }
+    for branch in &sandbox.branches {
+        row("branch", format!("{}  {}", branch.name, branch.created_at));
+    }
+    for hold in &sandbox.holds {
+        row("holds", hold.clone());
+    }
+    table
+}

@@ -1,0 +1,51 @@
+//! `icebox ls`
+
+use std::process::ExitCode;
+
+use super::{Context, Ended};
+use crate::output::{NONE, Table, age, mib};
+
+/// List sandboxes, newest first.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Print ids only.
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+pub(crate) async fn run(context: &Context, args: &Args) -> Ended {
+    let sandboxes = context.client.list().await?;
+    if context.output.is_json() {
+        context.output.document(&sandboxes)?;
+    } else if args.quiet {
+        for sandbox in sandboxes {
+            context.output.line(sandbox.listed.sandbox_id)?;
+        }
+    } else {
+        let mut table = Table::new(&[
+            "NAME", "ID", "STATE", "TEMPLATE", "CPUS", "MEMORY", "DISK", "ADDRESS", "AGE",
+        ]);
+        for sandbox in sandboxes {
+            let listed = sandbox.listed;
+            let state = match &listed.verb {
+                Some(verb) => format!("{} ({verb})", listed.state),
+                None => listed.state.to_string(),
+            };
+            table.row([
+                listed.name.unwrap_or_else(|| NONE.to_owned()),
+                listed.sandbox_id,
+                state,
+                listed.alias.unwrap_or(listed.template_id),
+                listed.cpu_count.to_string(),
+                mib(listed.memory_mb.into()),
+                mib(listed.disk_size_mb),
+                listed
+                    .address
+                    .map_or_else(|| NONE.to_owned(), |address| address.to_string()),
+                age(listed.started_at),
+            ]);
+        }
+        table.print(true)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,27 @@
+//! `icebox template`
+
+mod build;
+mod inspect;
+mod list;
+mod remove;
+
+use super::{Context, Ended};
+
+/// Build, list and remove templates.
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Command {
+    Build(Box<build::Args>),
+    #[command(visible_alias = "list")]
+    Ls(list::Args),
+    Inspect(inspect::Args),
+    Rm(remove::Args),
+}
+
+pub(crate) async fn run(context: &Context, command: Command) -> Ended {
+    match command {
+        Command::Build(args) => build::run(context, *args).await,
+        Command::Ls(args) => list::run(context, &args).await,
+        Command::Inspect(args) => inspect::run(context, &args).await,
+        Command::Rm(args) => remove::run(context, &args).await,
+    }
+}

@@ -1,0 +1,66 @@
+//! `icebox template inspect`
+
+use std::process::ExitCode;
+
+use icebox_api::types::Template;
+
+use super::{Context, Ended};
+use crate::commands::reference;
+use crate::output::{NONE, Table, bytes, mib};
+
+/// Show everything about one template.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Which template.
+    #[arg(value_parser = reference)]
+    template: String,
+}
+
+pub(crate) async fn run(context: &Context, args: &Args) -> Ended {
+    let template = context.client.template(&args.template).await?;
+    if context.output.is_json() {
+        context.output.document(&template)?;
+    } else {
+        page(&template).print(false)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn page(template: &Template) -> Table {
+    let mut table = Table::plain();
+    let mut row = |key: &str, value: String| table.row([format!("{key}:"), value]);
+    row("id", template.template_id.clone());
+    let names = if template.names.is_empty() {
+        NONE.to_owned()
+    } else {
+        template.names.join(", ")
+    };
+    row("names", names);
+    row("kind", template.kind.to_string());
+    row("created", template.created_at.to_string());
+    if let Some(origin) = &template.origin {
+        row("from", origin.clone());
+    }
+    row("cpus", template.cpu_count.to_string());
+    row("memory", mib(template.memory_mb.into()));
+    let disk = mib(template.disk_size_mb);
+    let driver = template.volume_driver.as_ref();
+    row(
+        "disk",
+        driver.map_or_else(|| disk.clone(), |driver| format!("{disk} ({driver})")),
+    );
+    if let Some(allocated) = template.allocated_bytes {
+        row("allocated", bytes(allocated));
+    }
+    row("base", template.base.clone());
+    if let Some(kernel) = &template.kernel {
+        row("kernel", kernel.clone());
+    }
+    if let Some(vmm) = &template.vmm {
+        row(
+            "vmm",
+            format!("{} {}, {}", vmm.name, vmm.version, vmm.accelerator),
+        );
+    }
+    table
+}

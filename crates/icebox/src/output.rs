@@ -1,0 +1,208 @@
+//! What commands print: data on stdout, messages on stderr, colour and progress only where a person looks.
+
+use std::io::{self, IsTerminal as _, Write as _};
+use std::time::Duration;
+
+use anstyle::{AnsiColor, Style};
+use indicatif::{ProgressBar, ProgressStyle};
+use jiff::Timestamp;
+use serde::Serialize;
+
+use crate::failure::Failure;
+
+const ERROR: Style = AnsiColor::Red.on_default().bold();
+const HINT: Style = AnsiColor::Cyan.on_default().bold();
+const HEADER: Style = Style::new().bold();
+
+/// How to print.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Output {
+    json: bool,
+}
+
+impl Output {
+    pub(crate) fn new(json: bool) -> Self {
+        Self { json }
+    }
+
+    /// Whether the user asked for JSON.
+    pub(crate) fn is_json(self) -> bool {
+        self.json
+    }
+
+    /// One JSON document on a line of stdout.
+    pub(crate) fn document(self, value: &impl Serialize) -> io::Result<()> {
+        let mut out = io::stdout().lock();
+        serde_json::to_writer(&mut out, value)?;
+        out.write_all(b"\n")?;
+        out.flush()
+    }
+
+    /// A line of data on stdout.
+    pub(crate) fn line(self, text: impl AsRef<str>) -> io::Result<()> {
+        let mut out = io::stdout().lock();
+        writeln!(out, "{}", text.as_ref())?;
+        out.flush()
+    }
+
+    /// A line for people, on stderr; not with `--json`.
+    pub(crate) fn say(self, text: impl AsRef<str>) {
+        if !self.json {
+            anstream::eprintln!("{}", text.as_ref());
+        }
+    }
+
+    /// Why the command failed, on stderr.
+    pub(crate) fn failure(self, failure: &Failure) {
+        let body = failure.body();
+        if self.json {
+            let document = serde_json::json!({ "error": body });
+            anstream::eprintln!("{document}");
+            return;
+        }
+        anstream::eprintln!("{ERROR}error:{ERROR:#} {}", body.message);
+        for cause in &body.causes {
+            anstream::eprintln!("  caused by: {cause}");
+        }
+        if let Some(hint) = &body.hint {
+            anstream::eprintln!("{HINT}hint:{HINT:#} {hint}");
+        }
+    }
+
+    /// A bar on stderr, if a person looks at it.
+    pub(crate) fn progress(self) -> Progress {
+        let bar = if self.json || !io::stderr().is_terminal() {
+            ProgressBar::hidden()
+        } else {
+            ProgressBar::new_spinner()
+        };
+        Progress { output: self, bar }
+    }
+}
+
+/// How far a long command is: a bar on a terminal, else a line per stage.
+pub(crate) struct Progress {
+    output: Output,
+    bar: ProgressBar,
+}
+
+impl Progress {
+    /// A new stage began.
+    pub(crate) fn stage(&self, name: &str) {
+        if self.bar.is_hidden() {
+            self.output.say(name);
+            return;
+        }
+        self.bar.reset();
+        self.bar.unset_length();
+        self.bar.set_message(name.to_owned());
+        self.bar.set_style(ProgressStyle::default_spinner());
+        self.bar.enable_steady_tick(Duration::from_millis(100));
+    }
+
+    /// How far the stage is.
+    pub(crate) fn advance(&self, done: u64, total: Option<u64>) {
+        if let Some(total) = total.filter(|total| self.bar.length() != Some(*total)) {
+            self.bar.set_length(total);
+            let style = ProgressStyle::with_template(
+                "{msg} {wide_bar} {binary_bytes}/{binary_total_bytes}",
+            );
+            // The template is constant; a default bar would do as well.
+            self.bar
+                .set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        }
+        self.bar.set_position(done);
+    }
+
+    /// Something worth telling meanwhile.
+    pub(crate) fn message(&self, text: &str) {
+        self.bar.suspend(|| self.output.say(text));
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// Rows in aligned columns. The last column is not padded.
+pub(crate) struct Table {
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    pub(crate) fn new(header: &[&str]) -> Self {
+        Self {
+            rows: vec![header.iter().map(|&cell| cell.to_owned()).collect()],
+        }
+    }
+
+    /// Without a header: for `key  value` pages.
+    pub(crate) fn plain() -> Self {
+        Self { rows: Vec::new() }
+    }
+
+    pub(crate) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
+        self.rows.push(cells.into_iter().collect());
+    }
+
+    /// Prints the table; the first row bold if it is a header.
+    pub(crate) fn print(&self, header: bool) -> io::Result<()> {
+        let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
+        let width = |column: usize| {
+            self.rows
+                .iter()
+                .filter_map(|row| row.get(column))
+                .map(|cell| cell.chars().count())
+                .max()
+                .unwrap_or(0)
+        };
+        let widths: Vec<usize> = (0..columns).map(width).collect();
+        let mut out = anstream::stdout().lock();
+        for (number, row) in self.rows.iter().enumerate() {
+            let mut line = String::new();
+            for (at, cell) in row.iter().enumerate() {
+                if at + 1 == row.len() {
+                    line.push_str(cell);
+                } else {
+                    line.push_str(&format!("{cell:<width$}  ", width = widths[at]));
+                }
+            }
+            let line = line.trim_end();
+            if header && number == 0 {
+                writeln!(out, "{HEADER}{line}{HEADER:#}")?;
+            } else {
+                writeln!(out, "{line}")?;
+            }
+        }
+        out.flush()
+    }
+}
+
+/// What stands in a cell that has nothing to say.
+pub(crate) const NONE: &str = "-";
+
+/// How long ago `then` was, in one unit: `5s`, `3m`, `2h`, `9d`.
+pub(crate) fn age(then: Timestamp) -> String {
+    let seconds = Timestamp::now()
+        .as_second()
+        .saturating_sub(then.as_second())
+        .max(0);
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3600 => format!("{}m", seconds / 60),
+        3600..86400 => format!("{}h", seconds / 3600),
+        _ => format!("{}d", seconds / 86400),
+    }
+}
+
+/// A number of bytes, for people.
+pub(crate) fn bytes(n: u64) -> String {
+    indicatif::BinaryBytes(n).to_string()
+}
+
+/// A number of MiB, for people.
+pub(crate) fn mib(n: u64) -> String {
+    bytes(n << 20)
+}
