@@ -58,7 +58,12 @@ pub trait Store: Send + Sync {
     async fn digest(&self, file: &Path) -> Result<Digest, HostError>;
 
     /// Moves a file of the same file system into the staging directory of `object`, under the name `as_file`.
-    async fn move_into_staging(&self, file: &Path, object: &Object, as_file: &str) -> Result<(), HostError>;
+    async fn move_into_staging(
+        &self,
+        file: &Path,
+        object: &Object,
+        as_file: &str,
+    ) -> Result<(), HostError>;
 
     /// Allocated bytes of a published object's directory, as the file system counts them.
     async fn allocated(&self, object: &Object) -> Result<Bytes, HostError>;

@@ -50,6 +50,7 @@ use error::NetworkError;
 use namespace::Namespace;
 use naming::Naming;
 pub use naming::{GUEST_ADDRESS, GUEST_GATEWAY, GUEST_MAC, GUEST_PREFIX_LEN, TAP};
+use netlink::Netlink;
 use pool::Pool;
 use slots::{Hook, Slots};
 
@@ -196,7 +197,13 @@ pub fn open_tap(namespace: &Path, tap: &str) -> Result<OwnedFd, HostError> {
     let message = || format!("open tap {tap} in {}", namespace.display());
     let opened = Namespace::open(namespace).and_then(|found| {
         let found = found.ok_or(io::ErrorKind::NotFound)?;
-        found.run(|| sys::attach_tap(tap))
+        found.run(|| {
+            let attached = sys::attach_tap(tap)?;
+            // Not for what it says: asking for the link makes the kernel (6.8) finish bringing it up, where a packet
+            // sent before would be dropped and repeated a second later.
+            Netlink::open()?.link(tap)?;
+            Ok(attached)
+        })
     });
     opened
         .map(OwnedFd::from)

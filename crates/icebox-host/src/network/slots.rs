@@ -186,13 +186,18 @@ impl Slots {
                 undo.push(Step::Link);
                 host.add_veth(&names.name, group, UPLINK, namespace.as_fd())?;
             }
-            let link = existing(host.link(&names.name)?)?;
+            let mut link = existing(host.link(&names.name)?)?;
+            let mut uplink = existing(inside.link(UPLINK)?)?;
             if link.group != group || !link.up {
                 host.set_link(link.index, None, Some(group))?;
+                link = existing(host.link(&names.name)?)?;
             }
-            let uplink = existing(inside.link(UPLINK)?)?;
             if !uplink.up {
                 inside.set_link(uplink.index, None, None)?;
+                // Not for what they say: asking for a link makes the kernel (6.8) finish bringing it up, where a packet
+                // sent before would be dropped and repeated a second later.
+                uplink = existing(inside.link(UPLINK)?)?;
+                link = existing(host.link(&names.name)?)?;
             }
             Ok((link.index, uplink.index))
         })?;

@@ -25,9 +25,11 @@ use super::super::{
 };
 use crate::instance::Instance;
 
-/// How long a connection is tried before it counts as refused by the rules. One that is let through takes well under
-/// a millisecond here, and the kernel repeats a lost SYN after a second only.
-const PATIENCE: Duration = Duration::from_millis(400);
+/// How long a connection that must come about is tried. It takes well under a millisecond; but the first packet over a
+/// link that has just come up may be lost, and is repeated after a second.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a connection is tried before it counts as refused by the rules, which drop and do not answer.
+const DOUBT: Duration = Duration::from_millis(400);
 /// Where the stand-in for the internet is reached: public by every registry, and routed only inside the lab.
 pub(super) const INTERNET: Ipv4Addr = Ipv4Addr::new(11, 1, 1, 1);
 
@@ -147,6 +149,10 @@ impl Elsewhere {
         let near = host.link(link).unwrap().unwrap().index;
         let far = inside.link("far").unwrap().unwrap().index;
         inside.set_link(far, None, None).unwrap();
+        // Asking makes the kernel finish bringing both ends up.
+        for (netlink, name) in [(&mut host, link), (&mut inside, "far")] {
+            netlink.link(name).unwrap().unwrap();
+        }
         host.add_address(near, host_address, 32).unwrap();
         host.add_route(near, own.into(), None, Some(host_address))
             .unwrap();
@@ -212,8 +218,13 @@ impl Guest {
     }
 
     /// What the service at `to` answers to the guest.
-    pub(super) fn ask(&self, to: SocketAddrV4) -> io::Result<String> {
-        self.run(|| ask(to))
+    pub(super) fn ask(&self, to: SocketAddrV4) -> String {
+        self.run(|| Ok(ask(to))).unwrap()
+    }
+
+    /// Whether the guest cannot connect to `to`.
+    pub(super) fn is_refused(&self, to: SocketAddrV4) -> bool {
+        self.run(|| Ok(is_refused(to))).unwrap()
     }
 }
 
@@ -289,11 +300,17 @@ impl Drop for Service {
     }
 }
 
-/// Connects from the calling thread's namespace and reads to the end.
-pub(super) fn ask(to: SocketAddrV4) -> io::Result<String> {
-    let mut connection = TcpStream::connect_timeout(&to.into(), PATIENCE)?;
-    connection.set_read_timeout(Some(PATIENCE))?;
+/// What the service at `to` answers to the calling thread's namespace.
+pub(super) fn ask(to: SocketAddrV4) -> String {
+    let mut connection = TcpStream::connect_timeout(&to.into(), PATIENCE)
+        .unwrap_or_else(|error| panic!("connect to {to}: {error}"));
+    connection.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut answer = String::new();
-    connection.read_to_string(&mut answer)?;
-    Ok(answer)
+    connection.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+/// Whether the calling thread's namespace cannot connect to `to`.
+pub(super) fn is_refused(to: SocketAddrV4) -> bool {
+    TcpStream::connect_timeout(&to.into(), DOUBT).is_err()
 }
