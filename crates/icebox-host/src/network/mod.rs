@@ -150,7 +150,9 @@ impl Network for NetworkSlots {
     async fn ensure(&self, slot: Slot, egress: Egress) -> Result<SlotNetwork, HostError> {
         let (slots, pool) = (Arc::clone(&self.slots), Arc::clone(&self.pool));
         blocking(move || {
-            let names = slots.ensure(slot, egress, || pool.take())?;
+            let ensured = slots.ensure(slot, egress, || pool.take());
+            pool.replenish();
+            let names = ensured?;
             Ok(SlotNetwork {
                 host_address: names.address,
                 namespace: names.namespace,

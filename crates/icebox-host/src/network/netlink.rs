@@ -10,6 +10,7 @@
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::thread;
 
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader,
@@ -28,7 +29,11 @@ use netlink_packet_route::route::{
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
+
+/// The multicast group of changes to links, linux/rtnetlink.h.
+const RTNLGRP_LINK: u32 = 1;
 
 /// A link, as far as we compare it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -136,14 +141,68 @@ impl Netlink {
     }
 
     /// Deletes the link of this name, and with a veth its peer. Says whether there was one.
+    ///
+    /// Returns when the link is gone from its namespace, which takes a millisecond. The kernel does not answer before
+    /// it has freed the link too, after an RCU barrier: 20 to 40 ms that every pause would take longer. A thread of its
+    /// own waits for that.
     pub(super) fn delete_link(&mut self, name: &str) -> io::Result<bool> {
-        let mut message = LinkMessage::default();
-        message.attributes.push(LinkAttribute::IfName(name.into()));
-        match self.request(RouteNetlinkMessage::DelLink(message), 0) {
-            Ok(()) => Ok(true),
-            Err(error) if is(&error, Errno::NODEV) => Ok(false),
-            Err(error) => Err(error),
+        let Some(link) = self.link(name)? else {
+            return Ok(false);
+        };
+        let events = Self::open()?;
+        events.socket.add_membership(RTNLGRP_LINK)?;
+        let mut requests = Self::open()?;
+        let (answered, answering) = io::pipe()?;
+        let deletion = thread::Builder::new()
+            .name("icebox-unlink".into())
+            .spawn(move || {
+                // Closed when the answer is there, whatever it is.
+                let _answering = answering;
+                let mut message = LinkMessage::default();
+                message.header.index = link.index;
+                requests.request(RouteNetlinkMessage::DelLink(message), 0)
+            })?;
+        loop {
+            let mut ready = [
+                PollFd::new(&answered, PollFlags::IN),
+                PollFd::new(&events.socket, PollFlags::IN),
+            ];
+            match poll(&mut ready, None) {
+                Ok(_) => {}
+                Err(Errno::INTR) => continue,
+                Err(error) => return Err(error.into()),
+            }
+            if ready[0].revents().is_empty() && events.saw_deletion(link.index)? {
+                return Ok(true);
+            }
+            if !ready[0].revents().is_empty() {
+                return match deletion.join() {
+                    Ok(Ok(())) => Ok(true),
+                    Ok(Err(error)) if is(&error, Errno::NODEV) => Ok(false),
+                    Ok(Err(error)) => Err(error),
+                    Err(panic) => std::panic::resume_unwind(panic),
+                };
+            }
         }
+    }
+
+    /// Whether the next datagram of events tells of the deletion of this link.
+    fn saw_deletion(&self, index: u32) -> io::Result<bool> {
+        let datagram = match self.socket.recv_from_full() {
+            Ok((datagram, _)) => datagram,
+            // Too many events at once: the answer to the request will do.
+            Err(error) if is(&error, Errno::NOBUFS) => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        Ok(messages(&datagram).any(|message| {
+            matches!(
+                message,
+                Ok(NetlinkMessage {
+                    payload: NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelLink(link)),
+                    ..
+                }) if link.header.index == index
+            )
+        }))
     }
 
     /// Gives a link an address; nothing if it has it. Makes no route for the prefix: those that are wanted are
@@ -277,12 +336,8 @@ impl Netlink {
         let mut replies = Vec::new();
         loop {
             let (datagram, _) = self.socket.recv_from_full()?;
-            let mut rest = datagram.as_slice();
-            while !rest.is_empty() {
-                let reply = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)
-                    .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
-                let length = usize::try_from(reply.header.length).unwrap_or(usize::MAX);
-                rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+            for reply in messages(&datagram) {
+                let reply = reply?;
                 if reply.header.sequence_number != self.sequence {
                     // What is left of an exchange that failed half-way.
                     continue;
@@ -301,6 +356,29 @@ impl Netlink {
             }
         }
     }
+}
+
+/// The messages of one datagram.
+fn messages(
+    datagram: &[u8],
+) -> impl Iterator<Item = io::Result<NetlinkMessage<RouteNetlinkMessage>>> {
+    let mut rest = datagram;
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        let parsed = NetlinkMessage::deserialize(rest)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error));
+        // NLMSG_ALIGN of netlink(7).
+        let length = parsed.as_ref().map_or(usize::MAX, |message| {
+            usize::try_from(message.header.length)
+                .unwrap_or(usize::MAX)
+                .saturating_add(3)
+                & !3
+        });
+        rest = rest.get(length..).unwrap_or_default();
+        Some(parsed)
+    })
 }
 
 /// Whether `error` is this errno.

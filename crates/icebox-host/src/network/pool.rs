@@ -65,28 +65,32 @@ impl Pool {
         Ok(Self { shared })
     }
 
-    /// A spare from the stock, or one made now. Blocks for milliseconds in the second case.
+    /// A spare from the stock, or one made now. Blocks for milliseconds in the second case. Does not replace it yet:
+    /// making the next one would compete with the use of this one for the kernel's locks. Call [`Pool::replenish`].
     pub(super) fn take(&self) -> Result<Spare, Failure> {
         let spare = {
             let mut state = self.shared.lock();
             state.expected = state.expected.saturating_sub(1);
-            state.failed = false;
             state.spares.pop_front()
         };
-        self.shared.changed.notify_all();
         match spare {
             Some(spare) => Ok(spare),
             None => self.shared.slots.prepare(),
         }
     }
 
+    /// Fills the stock in the background.
+    pub(super) fn replenish(&self) {
+        self.shared.lock().failed = false;
+        self.shared.changed.notify_all();
+    }
+
     /// Announces that `count` spares will be taken soon.
     pub(super) fn expect(&self, count: usize) {
         let mut state = self.shared.lock();
         state.expected = state.expected.saturating_add(count).min(STOCK_LIMIT);
-        state.failed = false;
         drop(state);
-        self.shared.changed.notify_all();
+        self.replenish();
     }
 
     /// Blocks until the stock is full, or cannot be filled.
