@@ -4,7 +4,7 @@
 //! <data>/format                      layout version, checked before anything else
 //!        lock                        flock of the daemon that owns the tree
 //!        kernels/<digest>/           bases/<digest>/image     layers/<id>/disk     memories/<id>/{base,diff}
-//!        templates/<id>/             sandboxes/<id>/{manifest.json, heads/<n>, generations/<n>/, console.log}
+//!        templates/<id>/             sandboxes/<id>/{manifest.json, heads/<n>.<format>, generations/<n>/, console.log}
 //!        staging/                    objects being made; nothing in it survives a start
 //!        trash/                      objects being removed
 //! <run>/vm/<sandbox>/                API socket and pid files of one VMM; gone after a reboot
@@ -79,6 +79,37 @@ impl Object {
             Self::Generation(id, number) => format!("generation-{id}-{number}"),
         }
     }
+
+    /// The object whose [`flat_name`](Self::flat_name) is `name`. `None` for a name that is not ours.
+    #[must_use]
+    pub fn from_flat_name(name: &str) -> Option<Self> {
+        let (kind, rest) = name.split_once('-')?;
+        match kind {
+            "kernel" => Some(Self::Kernel(rest.parse().ok()?)),
+            "base" => Some(Self::Base(rest.parse().ok()?)),
+            "layer" => Some(Self::Layer(rest.parse().ok()?)),
+            "memory" => Some(Self::Memory(rest.parse().ok()?)),
+            "template" => Some(Self::Template(rest.parse().ok()?)),
+            "sandbox" => Some(Self::Sandbox(rest.parse().ok()?)),
+            "generation" => {
+                let (id, number) = rest.split_once('-')?;
+                Some(Self::Generation(
+                    id.parse().ok()?,
+                    GenerationNo(parse_number(number)?),
+                ))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// The number that a path component of ours stands for: decimal digits as `u32` displays them, so that one number has
+/// one name.
+#[must_use]
+pub fn parse_number(text: &str) -> Option<u32> {
+    text.parse()
+        .ok()
+        .filter(|number: &u32| number.to_string() == text)
 }
 
 impl std::fmt::Display for Object {
@@ -130,16 +161,40 @@ impl Layout {
         self.data.join(object.directory())
     }
 
+    /// The file that holds the layout's version.
+    #[must_use]
+    pub fn format_file(&self) -> PathBuf {
+        self.data.join("format")
+    }
+
+    /// The file that the owner of the tree has locked.
+    #[must_use]
+    pub fn lock_file(&self) -> PathBuf {
+        self.data.join("lock")
+    }
+
+    /// The directory of all objects that are being made.
+    #[must_use]
+    pub fn staging_area(&self) -> PathBuf {
+        self.data.join("staging")
+    }
+
     /// Where `object` is made before it is published.
     #[must_use]
     pub fn staging(&self, object: &Object) -> PathBuf {
-        self.data.join("staging").join(object.flat_name())
+        self.staging_area().join(object.flat_name())
+    }
+
+    /// The directory of all objects that wait to be deleted.
+    #[must_use]
+    pub fn trash_area(&self) -> PathBuf {
+        self.data.join("trash")
     }
 
     /// Where `object` waits to be deleted.
     #[must_use]
     pub fn trash(&self, object: &Object) -> PathBuf {
-        self.data.join("trash").join(object.flat_name())
+        self.trash_area().join(object.flat_name())
     }
 
     /// A base's raw image.
@@ -154,12 +209,18 @@ impl Layout {
         self.object(&Object::Layer(id.clone())).join(LAYER_DISK)
     }
 
-    /// A head's data, for drivers that keep heads in files.
+    /// The directory of a sandbox's heads, for drivers that keep heads in files.
     #[must_use]
-    pub fn head(&self, head: &HeadId) -> PathBuf {
-        self.object(&Object::Sandbox(head.sandbox.clone()))
-            .join("heads")
-            .join(head.number.to_string())
+    pub fn heads(&self, sandbox: &SandboxId) -> PathBuf {
+        self.object(&Object::Sandbox(sandbox.clone())).join("heads")
+    }
+
+    /// A head's data, for drivers that keep heads in files. `format` is the file's extension: it tells which driver's
+    /// head it is, so that no driver lists or removes another's.
+    #[must_use]
+    pub fn head(&self, head: &HeadId, format: &str) -> PathBuf {
+        self.heads(&head.sandbox)
+            .join(format!("{}.{format}", head.number))
     }
 
     /// What the guest wrote to its console, bounded by the VMM driver.
@@ -173,5 +234,42 @@ impl Layout {
     #[must_use]
     pub fn vm(&self, sandbox: &SandboxId) -> PathBuf {
         self.run.join("vm").join(sandbox.as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flat_names_parse_back_and_nothing_else_does() {
+        let sandbox = SandboxId::random();
+        let digest = Digest::from_bytes([7; 32]);
+        for object in [
+            Object::Kernel(digest.clone()),
+            Object::Base(digest),
+            Object::Layer(LayerId::random()),
+            Object::Memory(MemoryId::random()),
+            Object::Template(TemplateId::random()),
+            Object::Sandbox(sandbox.clone()),
+            Object::Generation(sandbox.clone(), GenerationNo(12)),
+        ] {
+            assert_eq!(
+                Object::from_flat_name(&object.flat_name()),
+                Some(object.clone()),
+                "{object}"
+            );
+        }
+        for foreign in [
+            "lost+found".to_owned(),
+            "base-".to_owned(),
+            format!("layer-{sandbox}"),
+            format!("generation-{sandbox}"),
+            format!("generation-{sandbox}-01"),
+            format!("generation-{sandbox}-+1"),
+            format!("sandbox-{sandbox}~1"),
+        ] {
+            assert_eq!(Object::from_flat_name(&foreign), None, "{foreign}");
+        }
     }
 }

@@ -51,7 +51,8 @@ impl HostError {
     }
 
     /// An error with the cause it came from. An I/O cause decides the kind: no space is [`ErrorKind::Exhausted`],
-    /// a missing file [`ErrorKind::NotFound`], a busy device [`ErrorKind::Busy`].
+    /// a missing file [`ErrorKind::NotFound`], a busy device [`ErrorKind::Busy`], a read-only file system
+    /// [`ErrorKind::Unsupported`].
     #[must_use]
     pub fn io(message: impl Into<String>, source: std::io::Error) -> Self {
         use std::io::ErrorKind as Io;
@@ -61,7 +62,7 @@ impl HostError {
             Io::StorageFull | Io::QuotaExceeded | Io::OutOfMemory => ErrorKind::Exhausted,
             Io::ResourceBusy | Io::DirectoryNotEmpty => ErrorKind::Busy,
             Io::TimedOut => ErrorKind::Timeout,
-            Io::Unsupported => ErrorKind::Unsupported,
+            Io::Unsupported | Io::ReadOnlyFilesystem => ErrorKind::Unsupported,
             Io::ConnectionRefused | Io::ConnectionReset | Io::BrokenPipe | Io::UnexpectedEof => {
                 ErrorKind::Gone
             }
