@@ -1,6 +1,8 @@
 //! The engine's driver traits on Linux: VMMs, volumes, network slots, boxes, guests.
 #![warn(missing_docs)]
 
+mod blocking;
+pub mod fs;
 pub mod guest_image;
 pub mod instance;
 pub mod network;

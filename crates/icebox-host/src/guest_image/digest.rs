@@ -1,16 +1,12 @@
-//! Content digests, and reading files that are mostly holes.
+//! Content digests, and identifiers made of them.
 
-use std::{
-    fs::File,
-    io::{self, Read, Seek, SeekFrom},
-    path::Path,
-};
+use std::{fs::File, path::Path};
 
 use icebox_engine::id::Digest;
-use rustix::{fs::SeekFrom as Whence, io::Errno};
 use sha2::{Digest as _, Sha256};
 
 use super::{ImageError, Io, Progress, Stage};
+use crate::fs;
 
 /// The digest of `bytes`.
 pub(super) fn digest_of(bytes: &[u8]) -> Digest {
@@ -23,21 +19,11 @@ pub(super) fn digest_of(bytes: &[u8]) -> Digest {
 /// # Errors
 /// Opening or reading failed.
 pub fn digest_of_file(path: &Path, progress: &dyn Progress) -> Result<Digest, ImageError> {
-    let mut file = File::open(path).at("open", path)?;
-    let total = file.metadata().at("look at", path)?.len();
-    let mut hash = Sha256::new();
-    let mut seen = 0;
-    for_each_chunk(&mut file, |chunk| {
-        seen += chunk.len();
-        match chunk {
-            Chunk::Data(bytes) => hash.update(bytes),
-            Chunk::Hole(length) => update_zeros(&mut hash, length),
-        }
-        progress.report(Stage::Digest, seen, Some(total));
-        Ok(())
+    let file = File::open(path).at("open", path)?;
+    fs::sha256(&file, |done, total| {
+        progress.report(Stage::Digest, done, Some(total));
     })
-    .at("read", path)?;
-    Ok(Digest::from_bytes(hash.finalize().into()))
+    .at("read", path)
 }
 
 /// A version 8 UUID (RFC 9562, "custom") out of the first 122 bits of a digest: for identifiers that are to be the same
@@ -58,81 +44,6 @@ pub(super) fn uuid_of(digest: &Digest) -> String {
         &hex[17..20],
         &hex[20..32]
     )
-}
-
-static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
-
-/// Hashes `length` zeros.
-fn update_zeros(hash: &mut Sha256, mut length: u64) {
-    while length > 0 {
-        let part = usize::try_from(length)
-            .unwrap_or(usize::MAX)
-            .min(ZEROS.len());
-        hash.update(&ZEROS[..part]);
-        length -= part as u64;
-    }
-}
-
-/// A stretch of a file.
-#[derive(Clone, Copy)]
-pub(super) enum Chunk<'a> {
-    Data(&'a [u8]),
-    /// This many bytes that the filesystem stores nothing for; they read as zeros.
-    Hole(u64),
-}
-
-impl Chunk<'_> {
-    pub(super) fn len(&self) -> u64 {
-        match self {
-            Self::Data(bytes) => bytes.len() as u64,
-            Self::Hole(length) => *length,
-        }
-    }
-}
-
-/// Walks `file` from its start to its end, holes as holes where the filesystem can tell (`SEEK_DATA`), as data where
-/// it cannot. Holes come in pieces of at most 64 MiB, data in pieces of at most 1 MiB.
-pub(super) fn for_each_chunk(
-    file: &mut File,
-    mut each: impl FnMut(Chunk<'_>) -> io::Result<()>,
-) -> io::Result<()> {
-    const HOLE: u64 = 64 << 20;
-    let end = file.seek(SeekFrom::End(0))?;
-    let mut buffer = vec![0; 1 << 20];
-    let mut at = 0;
-    while at < end {
-        let data = match rustix::fs::seek(&*file, Whence::Data(at)) {
-            Ok(data) => data.min(end),
-            // From here to the end there is only a hole.
-            Err(Errno::NXIO) => end,
-            Err(Errno::INVAL | Errno::OPNOTSUPP) => at,
-            Err(error) => return Err(error.into()),
-        };
-        while at < data {
-            let part = (data - at).min(HOLE);
-            each(Chunk::Hole(part))?;
-            at += part;
-        }
-        if at == end {
-            break;
-        }
-        let data_end = match rustix::fs::seek(&*file, Whence::Hole(at)) {
-            Ok(hole) => hole.min(end),
-            Err(Errno::INVAL | Errno::OPNOTSUPP) => end,
-            Err(error) => return Err(error.into()),
-        };
-        file.seek(SeekFrom::Start(at))?;
-        while at < data_end {
-            let part = usize::try_from(data_end - at)
-                .unwrap_or(usize::MAX)
-                .min(buffer.len());
-            let bytes = &mut buffer[..part];
-            file.read_exact(bytes)?;
-            each(Chunk::Data(bytes))?;
-            at += part as u64;
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

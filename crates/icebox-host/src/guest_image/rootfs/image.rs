@@ -2,21 +2,15 @@
 
 use std::{
     fs::File,
-    io::{self, Read, Seek, SeekFrom, Write},
+    io::{self, Read},
     path::Path,
 };
 
 use super::{
-    super::{
-        ImageError, Io, Progress, Stage,
-        command::Tool,
-        digest::{Chunk, for_each_chunk},
-    },
+    super::{ImageError, Io, Progress, Stage, command::Tool},
     MAX_SIZE, MIN_SIZE, mib,
 };
-
-/// Runs of zeros shorter than this are written: it is ext4's block, and the least a hole can be.
-const ZERO_RUN: usize = 4096;
+use crate::fs::{Chunk, for_each_chunk, write_sparse};
 
 /// Copies `source` to the new sparse file `image`, checks it, and grows it to `size` if that is larger. The source is only
 /// read. A journal that was not closed cleanly is replayed in the copy, as mounting it would.
@@ -26,7 +20,7 @@ pub(super) fn copy(
     size: Option<u64>,
     progress: &dyn Progress,
 ) -> Result<(), ImageError> {
-    let mut from = File::open(source).at("open", source)?;
+    let from = File::open(source).at("open", source)?;
     let superblock = Superblock::read(&from).map_err(|reason| match reason {
         Bad::Io(error) => ImageError::io("read", source, error),
         Bad::Foreign(reason) => ImageError::NotExt4 {
@@ -60,7 +54,7 @@ pub(super) fn copy(
             size_mib: mib(size),
         });
     }
-    sparse_copy(&mut from, image, total, progress)?;
+    sparse_copy(&from, image, total, progress)?;
     drop(from);
     let damaged = |tail| ImageError::DamagedFilesystem {
         path: source.to_owned(),
@@ -106,24 +100,17 @@ pub(super) fn copy(
 
 /// Copies data and leaves holes where there are holes or zeros.
 fn sparse_copy(
-    from: &mut File,
+    from: &File,
     image: &Path,
     total: u64,
     progress: &dyn Progress,
 ) -> Result<(), ImageError> {
-    let mut to = File::create_new(image).at("create", image)?;
+    let to = File::create_new(image).at("create", image)?;
     to.set_len(total).at("set the size of", image)?;
     let mut done = 0;
     for_each_chunk(from, |chunk| {
         if let Chunk::Data(bytes) = chunk {
-            let mut at = done;
-            for run in bytes.chunks(ZERO_RUN) {
-                if run.iter().any(|byte| *byte != 0) {
-                    to.seek(SeekFrom::Start(at))?;
-                    to.write_all(run)?;
-                }
-                at += run.len() as u64;
-            }
+            write_sparse(&to, bytes, done)?;
         }
         done += chunk.len();
         progress.report(Stage::Copy, done, Some(total));
@@ -229,7 +216,7 @@ mod tests {
         fs::write(&source, &bytes).unwrap();
         let copy = dir.path().join("copy");
         sparse_copy(
-            &mut File::open(&source).unwrap(),
+            &File::open(&source).unwrap(),
             &copy,
             bytes.len() as u64,
             &Silent,

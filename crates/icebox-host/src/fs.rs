@@ -1,0 +1,474 @@
+//! Files as this crate needs them: durable, sparse, shared where the file system can.
+//!
+//! Everything here blocks; callers on the async side go through a thread that may. A function says what is durable
+//! when it returns. Errors name the operation and the path; one that the user can cure (no space, read-only) says how.
+
+mod sys;
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::path::Path;
+
+use icebox_engine::host::{Ensured, ErrorKind, HostError, Removed};
+use icebox_engine::id::Digest;
+use icebox_engine::unit::Bytes;
+use rustix::fs::{FallocateFlags, RenameFlags, SeekFrom};
+use rustix::io::Errno;
+use sha2::{Digest as _, Sha256};
+
+/// Bytes per block in `st_blocks`: stat(3type).
+const STAT_BLOCK: u64 = 512;
+/// How much is read at a time when data is copied or hashed.
+const CHUNK: usize = 1 << 20;
+/// The longest hole that is reported in one piece, so that hashing one reports progress.
+const HOLE: u64 = 64 << 20;
+/// The granularity at which copies look for zeros: the block size of the file systems underneath.
+const ZERO_GRAIN: usize = 4096;
+
+/// A [`HostError`] for `action` ("write", "rename") on `path`, with a hint where there is a cure.
+pub(crate) fn failed(action: &str, path: &Path, error: io::Error) -> HostError {
+    let hint = match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Some(
+            "free some space on that file system: `icebox rm` what is no longer needed, then `icebox gc`",
+        ),
+        io::ErrorKind::ReadOnlyFilesystem => Some(
+            "the file system is mounted read-only, often after an I/O error: see `dmesg`, then remount it",
+        ),
+        _ => None,
+    };
+    let error = HostError::io(format!("{action} {}", path.display()), error);
+    match hint {
+        Some(hint) => error.hint(hint),
+        None => error,
+    }
+}
+
+/// Removes the remains of something that failed. The failure is what the caller reports; remains that will not go are
+/// only logged, since whoever makes the same thing again begins by removing them.
+pub(crate) fn remove_remains(path: &Path) {
+    if let Err(error) = fs::remove_file(path)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!(path = %path.display(), %error, "could not remove an unfinished file");
+    }
+}
+
+/// Makes what was renamed, made or removed in `directory` durable.
+pub(crate) fn sync_directory(directory: &Path) -> Result<(), HostError> {
+    File::open(directory)
+        .and_then(|directory| directory.sync_all())
+        .map_err(|error| failed("flush directory", directory, error))
+}
+
+/// Makes `path`, a directory only its owner can enter. Its parent exists. Not durable until the parent is synced.
+pub(crate) fn ensure_directory(path: &Path) -> Result<Ensured, HostError> {
+    match DirBuilder::new().mode(0o700).create(path) {
+        Ok(()) => Ok(Ensured::Created),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => {
+            Ok(Ensured::AlreadyPresent)
+        }
+        Err(error) => Err(failed("make directory", path, error)),
+    }
+}
+
+/// Makes a new file that only its owner can read, empty, to be written. An older one of that name is emptied.
+pub(crate) fn create_file(path: &Path) -> Result<File, HostError> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(|error| failed("create", path, error))
+}
+
+/// Opens an existing file to be read.
+pub(crate) fn open_file(path: &Path) -> Result<File, HostError> {
+    File::open(path).map_err(|error| failed("open", path, error))
+}
+
+/// Renames `from` to `to`, which must not exist ([`ErrorKind::AlreadyExists`]). Not durable until both directories are
+/// synced.
+pub(crate) fn rename_to_new(from: &Path, to: &Path) -> Result<(), HostError> {
+    rustix::fs::renameat_with(
+        rustix::fs::CWD,
+        from,
+        rustix::fs::CWD,
+        to,
+        RenameFlags::NOREPLACE,
+    )
+    .map_err(|error| {
+        failed(
+            &format!("rename {} to", from.display()),
+            to,
+            io::Error::from(error),
+        )
+    })
+}
+
+/// Whether something exists at `path`. Unlike [`Path::exists`], an error is not "no".
+pub(crate) fn exists(path: &Path) -> Result<bool, HostError> {
+    match fs::symlink_metadata(path) {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(failed("look at", path, error)),
+    }
+}
+
+/// Ensures that there is no file at `path`. Not durable until the directory is synced.
+pub(crate) fn remove_file(path: &Path) -> Result<Removed, HostError> {
+    match fs::remove_file(path) {
+        Ok(()) => Ok(Removed::Removed),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Removed::AlreadyAbsent),
+        Err(error) => Err(failed("remove", path, error)),
+    }
+}
+
+/// Ensures that there is nothing at `path`, whole trees included. Symbolic links are removed, not followed. Not durable
+/// until the directory above is synced.
+pub(crate) fn remove_tree(path: &Path) -> Result<Removed, HostError> {
+    let removed = match fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+        Err(error) => Err(error),
+    };
+    match removed {
+        Ok(()) => Ok(Removed::Removed),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Removed::AlreadyAbsent),
+        Err(error) => Err(failed("remove", path, error)),
+    }
+}
+
+/// Replaces the file `name` in `directory` by one with `content`, by one atomic rename. Durable on return.
+///
+/// A crash leaves either the old or the new content. If it fails, the old content is there, except when only the last
+/// step, the flush of the directory, failed: then the new content is there and may not survive a power loss.
+pub(crate) fn replace_file(directory: &Path, name: &str, content: &[u8]) -> Result<(), HostError> {
+    let path = directory.join(name);
+    let temporary = directory.join(format!("{name}.new"));
+    let mut file = create_file(&temporary)?;
+    let written = file
+        .write_all(content)
+        .and_then(|()| file.sync_all())
+        .map_err(|error| failed("write", &temporary, error))
+        .and_then(|()| {
+            fs::rename(&temporary, &path).map_err(|error| failed("replace", &path, error))
+        });
+    if written.is_err() {
+        remove_remains(&temporary);
+    }
+    written?;
+    sync_directory(directory)
+}
+
+/// Makes every file and directory under `directory` durable, itself included, deepest first.
+pub(crate) fn sync_tree(directory: &Path) -> Result<(), HostError> {
+    for entry in entries(directory)? {
+        let path = entry.path();
+        let kind = entry
+            .file_type()
+            .map_err(|error| failed("look at", &path, error))?;
+        if kind.is_dir() {
+            sync_tree(&path)?;
+        } else if kind.is_file() {
+            open_file(&path)?
+                .sync_all()
+                .map_err(|error| failed("flush", &path, error))?;
+        }
+    }
+    sync_directory(directory)
+}
+
+/// The entries of a directory; none if it does not exist.
+pub(crate) fn entries(directory: &Path) -> Result<Vec<fs::DirEntry>, HostError> {
+    match fs::read_dir(directory) {
+        Ok(entries) => entries
+            .collect::<io::Result<_>>()
+            .map_err(|error| failed("list", directory, error)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(failed("list", directory, error)),
+    }
+}
+
+/// Bytes that the file system stores for the file at `path`, what it shares with other files included (INV-27).
+///
+/// # Errors
+/// The file cannot be looked at.
+pub fn allocated(path: &Path) -> Result<Bytes, HostError> {
+    fs::symlink_metadata(path)
+        .map(|metadata| Bytes(metadata.blocks() * STAT_BLOCK))
+        .map_err(|error| failed("look at", path, error))
+}
+
+/// Bytes that the file system stores for everything under `path`. What disappears meanwhile counts as nothing.
+///
+/// # Errors
+/// A directory cannot be listed.
+pub fn allocated_tree(path: &Path) -> Result<Bytes, HostError> {
+    let own = match allocated(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Bytes(0)),
+        own => own?,
+    };
+    if !path.is_dir() || path.is_symlink() {
+        return Ok(own);
+    }
+    entries(path)?
+        .iter()
+        .try_fold(own, |sum, entry| Ok(sum + allocated_tree(&entry.path())?))
+}
+
+/// Bytes that the file system stores for `file` alone: extents it shares with another file (a clone) do not count.
+///
+/// Asks the file system for its extents (`FS_IOC_FIEMAP`, Documentation/filesystems/fiemap.rst in Linux) and flushes
+/// the file first, since data not yet written has no extent. Costs time in proportion to the number of extents. A file
+/// system without extents never shares them: there it is [`allocated`].
+///
+/// # Errors
+/// The file cannot be opened, flushed or mapped.
+pub fn allocated_exclusively(path: &Path) -> Result<Bytes, HostError> {
+    let file = open_file(path)?;
+    match sys::exclusive_extents(&file) {
+        Ok(bytes) => Ok(Bytes(bytes)),
+        Err(Errno::OPNOTSUPP | Errno::NOTTY) => allocated(path),
+        Err(error) => Err(failed("list the extents of", path, error.into())),
+    }
+}
+
+/// A stretch of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Chunk<'a> {
+    /// Bytes that are stored.
+    Data(&'a [u8]),
+    /// This many bytes that the file system stores nothing for; they read as zeros.
+    Hole(u64),
+}
+
+impl Chunk<'_> {
+    /// Its length in bytes.
+    #[must_use]
+    #[expect(clippy::len_without_is_empty, reason = "no stretch is empty")]
+    pub fn len(&self) -> u64 {
+        match self {
+            Self::Data(bytes) => bytes.len() as u64,
+            Self::Hole(length) => *length,
+        }
+    }
+}
+
+/// Walks `file` from its start to its end: holes as holes where the file system can tell (`SEEK_DATA`, lseek(2)), as
+/// data where it cannot. Data comes in pieces of at most 1 MiB, holes in pieces of at most 64 MiB.
+///
+/// # Errors
+/// Reading failed, the file was cut short meanwhile, or `each` failed.
+pub fn for_each_chunk(
+    file: &File,
+    mut each: impl FnMut(Chunk<'_>) -> io::Result<()>,
+) -> io::Result<()> {
+    let end = file.metadata()?.len();
+    let mut buffer = vec![0; CHUNK];
+    let mut at = 0;
+    while at < end {
+        let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(data) => data.min(end),
+            // From here to the end there is only a hole.
+            Err(Errno::NXIO) => end,
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => at,
+            Err(error) => return Err(error.into()),
+        };
+        while at < data {
+            let part = (data - at).min(HOLE);
+            each(Chunk::Hole(part))?;
+            at += part;
+        }
+        if at == end {
+            break;
+        }
+        let data_end = match rustix::fs::seek(file, SeekFrom::Hole(at)) {
+            Ok(hole) => hole.min(end),
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => end,
+            Err(error) => return Err(error.into()),
+        };
+        while at < data_end {
+            let part = clamp_usize(data_end - at).min(buffer.len());
+            let bytes = &mut buffer[..part];
+            file.read_exact_at(bytes, at)?;
+            each(Chunk::Data(bytes))?;
+            at += part as u64;
+        }
+    }
+    Ok(())
+}
+
+/// SHA-256 of a file's content, holes read as the zeros they stand for: they cost the hashing of zeros but no reading.
+/// `progress` hears how many bytes have been hashed, and of how many.
+///
+/// # Errors
+/// Reading failed.
+pub fn sha256(file: &File, mut progress: impl FnMut(u64, u64)) -> io::Result<Digest> {
+    static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+    let total = file.metadata()?.len();
+    let mut hash = Sha256::new();
+    let mut done = 0;
+    for_each_chunk(file, |chunk| {
+        match chunk {
+            Chunk::Data(bytes) => hash.update(bytes),
+            Chunk::Hole(mut length) => {
+                while length > 0 {
+                    let part = clamp_usize(length).min(ZEROS.len());
+                    hash.update(&ZEROS[..part]);
+                    length -= part as u64;
+                }
+            }
+        }
+        done += chunk.len();
+        progress(done, total);
+        Ok(())
+    })?;
+    Ok(Digest::from_bytes(hash.finalize().into()))
+}
+
+/// `n` as an index. Every `n` here is bounded by the length of a buffer, or is about to be.
+pub(crate) fn clamp_usize(n: u64) -> usize {
+    usize::try_from(n).unwrap_or(usize::MAX)
+}
+
+/// Whether all of `bytes` are zero.
+#[must_use]
+pub fn is_zero(bytes: &[u8]) -> bool {
+    // The compiler turns the fold of a fixed-size piece into vector instructions; an early exit per byte would not be.
+    let (pieces, rest) = bytes.as_chunks::<64>();
+    pieces
+        .iter()
+        .all(|piece| piece.iter().fold(0, |all, byte| all | byte) == 0)
+        && rest.iter().all(|byte| *byte == 0)
+}
+
+/// Writes `bytes` at `offset` of a sparse file: blocks of zeros become holes instead of data.
+pub(crate) fn write_sparse(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
+    let mut at = offset;
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        // Up to the next block boundary of the file, so that a hole is one the file system can make.
+        let to_boundary = ZERO_GRAIN - clamp_usize(at % ZERO_GRAIN as u64);
+        let first = &rest[..to_boundary.min(rest.len())];
+        let zero = is_zero(first);
+        let mut length = first.len();
+        for block in rest[length..].chunks(ZERO_GRAIN) {
+            if is_zero(block) != zero {
+                break;
+            }
+            length += block.len();
+        }
+        let (run, after) = rest.split_at(length);
+        if zero {
+            punch(file, at, run.len() as u64)?;
+        } else {
+            file.write_all_at(run, at)?;
+        }
+        at += run.len() as u64;
+        rest = after;
+    }
+    Ok(())
+}
+
+/// Makes a stretch of `file` zero, without storage where the file system can do that. The file's length stays.
+pub(crate) fn punch(file: &File, offset: u64, length: u64) -> io::Result<()> {
+    match rustix::fs::fallocate(
+        file,
+        FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+        offset,
+        length,
+    ) {
+        Ok(()) => Ok(()),
+        Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
+            let end = (offset + length).min(file.metadata()?.len());
+            let zeros = [0; ZERO_GRAIN];
+            let mut at = offset;
+            while at < end {
+                let part = clamp_usize(end - at).min(zeros.len());
+                file.write_all_at(&zeros[..part], at)?;
+                at += part as u64;
+            }
+            Ok(())
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// How [`sparse_copy`] got the data across.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Copied {
+    /// The file system shares the extents: nothing was copied.
+    Shared,
+    /// Data was read and written; holes and blocks of zeros stayed holes.
+    Copied,
+}
+
+/// Makes `to`, an empty file, equal to `from`: by sharing extents where the file system can (`FICLONE`, ioctl_ficlone(2)),
+/// else by copying what is not zero. Not durable until `to` is synced.
+///
+/// # Errors
+/// Reading or writing failed; `to` is then incomplete.
+pub fn sparse_copy(from: &File, to: &File) -> io::Result<Copied> {
+    match rustix::fs::ioctl_ficlone(to, from) {
+        Ok(()) => return Ok(Copied::Shared),
+        // What the manual page lists for "cannot share these two": another file system, one that cannot share at all,
+        // one of the files not being suitable.
+        Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::NOTTY | Errno::INVAL | Errno::PERM) => {}
+        Err(error) => return Err(error.into()),
+    }
+    to.set_len(from.metadata()?.len())?;
+    let mut at = 0;
+    for_each_chunk(from, |chunk| {
+        if let Chunk::Data(bytes) = chunk {
+            write_sparse(to, bytes, at)?;
+        }
+        at += chunk.len();
+        Ok(())
+    })?;
+    Ok(Copied::Copied)
+}
+
+/// Room on a file system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Space {
+    /// All of it.
+    pub total: Bytes,
+    /// What can still be written without the reserve of the superuser.
+    pub available: Bytes,
+}
+
+/// The room on the file system of `path`.
+///
+/// # Errors
+/// The file system does not answer.
+pub fn space(path: &Path) -> Result<Space, HostError> {
+    let stat = rustix::fs::statvfs(path)
+        .map_err(|error| failed("ask for the free space of", path, error.into()))?;
+    Ok(Space {
+        total: Bytes(stat.f_blocks.saturating_mul(stat.f_frsize)),
+        available: Bytes(stat.f_bavail.saturating_mul(stat.f_frsize)),
+    })
+}
+
+/// Reads a file of at most `limit` bytes.
+pub(crate) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, HostError> {
+    let mut content = Vec::new();
+    open_file(path)?
+        .take(limit + 1)
+        .read_to_end(&mut content)
+        .map_err(|error| failed("read", path, error))?;
+    if content.len() as u64 > limit {
+        return Err(HostError::new(
+            ErrorKind::Invalid,
+            format!(
+                "{} is longer than {}: it is not what its name says",
+                path.display(),
+                Bytes(limit)
+            ),
+        ));
+    }
+    Ok(content)
+}
