@@ -6,3 +6,4 @@ pub mod fs;
 pub mod guest_image;
 pub mod instance;
 pub mod network;
+pub mod store;
