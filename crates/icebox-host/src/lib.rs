@@ -7,3 +7,4 @@ pub mod guest_image;
 pub mod instance;
 pub mod network;
 pub mod store;
+pub mod volume;

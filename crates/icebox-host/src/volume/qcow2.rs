@@ -1,0 +1,239 @@
+//! The `qcow2` driver: overlays of qcow2 over a raw base, frozen by the VMM.
+//!
+//! It needs nothing of the host but files, so it is the embedded default. A head is an empty overlay that this module
+//! writes itself, in one file creation and without a process; the VMM switches a running guest to it and the old head is
+//! then sealed, by one rename, as a layer. Flattening reads the immutable chain here, too.
+//!
+//! The names of backing files are never in the overlays' headers: the chain is known from the manifests and handed to
+//! the VMM as open files. To look at one with the tools of QEMU, spell the chain out:
+//!
+//! ```text
+//! qemu-img map --image-opts driver=qcow2,file.filename=layers/l…/disk,backing.driver=raw,backing.file.filename=bases/…/image
+//! ```
+//!
+//! An overlay that a VMM had open for writing is hostile input: a guest that broke out of its VMM can have written any
+//! header into it. Its [header is checked](format) before it is handed to the next VMM or flattened, so that it cannot
+//! name a file to be opened in its stead.
+
+pub mod format;
+
+use std::path::{Path, PathBuf};
+
+use async_trait::async_trait;
+use icebox_engine::host::{
+    BlockDevice, Chain, Ensured, ErrorKind, HostError, LiveFreeze, Removed, VolumeDriver,
+};
+use icebox_engine::id::{Digest, HeadId};
+use icebox_engine::layout::Layout;
+use icebox_engine::unit::Bytes;
+
+use self::format::Overlay;
+use super::heads::{self, Heads};
+use crate::blocking::blocking;
+use crate::fs::{self, failed};
+
+/// The `qcow2` driver.
+#[derive(Clone, Debug)]
+pub struct Qcow2 {
+    heads: Heads,
+}
+
+impl Qcow2 {
+    /// The driver for the data directory of `layout`.
+    #[must_use]
+    pub fn new(layout: Layout) -> Self {
+        Self {
+            heads: Heads::new(layout, "qcow2"),
+        }
+    }
+
+    /// Runs `work` on a thread that may block.
+    async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Heads) -> Result<T, HostError> + Send + 'static,
+    ) -> Result<T, HostError> {
+        let heads = self.heads.clone();
+        blocking(move || work(&heads)).await
+    }
+}
+
+#[async_trait]
+impl VolumeDriver for Qcow2 {
+    fn name(&self) -> &'static str {
+        "qcow2"
+    }
+
+    async fn probe(&self) -> Result<(), HostError> {
+        self.run(|heads| probe(heads.layout().data())).await
+    }
+
+    fn live_freeze(&self) -> LiveFreeze<'_> {
+        LiveFreeze::ByVmm
+    }
+
+    fn layers_are_whole(&self) -> bool {
+        false
+    }
+
+    async fn ensure_base(&self, base: &Digest) -> Result<Ensured, HostError> {
+        let image = self.heads.layout().base_image(base);
+        blocking(move || heads::require_image(&image)).await?;
+        Ok(Ensured::AlreadyPresent)
+    }
+
+    async fn remove_base(&self, _base: &Digest) -> Result<Removed, HostError> {
+        Ok(Removed::AlreadyAbsent)
+    }
+
+    async fn ensure_head(&self, head: &HeadId, chain: &Chain) -> Result<Ensured, HostError> {
+        let (head, chain) = (head.clone(), chain.clone());
+        self.run(move |heads| {
+            require_chain(heads.layout(), &chain)?;
+            heads.ensure(&head, |file, path| {
+                format::write_empty(file, chain.size.0).map_err(|error| error.at(path))
+            })
+        })
+        .await
+    }
+
+    async fn remove_head(&self, head: &HeadId) -> Result<Removed, HostError> {
+        let head = head.clone();
+        self.run(move |heads| heads.remove(&head)).await
+    }
+
+    async fn attach(&self, head: &HeadId, chain: &Chain) -> Result<BlockDevice, HostError> {
+        let (head, chain) = (head.clone(), chain.clone());
+        self.run(move |heads| {
+            let layout = heads.layout();
+            let base = require_chain(layout, &chain)?;
+            let path = heads.path(&head);
+            let overlay = open(&path, chain.size)?;
+            if overlay.size() != chain.size.0 {
+                return Err(HostError::new(
+                    ErrorKind::Invalid,
+                    format!(
+                        "{} is a disk of {} bytes instead of {}",
+                        path.display(),
+                        overlay.size(),
+                        chain.size.0
+                    ),
+                ));
+            }
+            Ok(BlockDevice::Qcow2 {
+                head: path,
+                layers: chain
+                    .layers
+                    .iter()
+                    .map(|layer| layout.layer_disk(layer))
+                    .collect(),
+                base,
+            })
+        })
+        .await
+    }
+
+    async fn detach(&self, _head: &HeadId) -> Result<Removed, HostError> {
+        Ok(Removed::AlreadyAbsent)
+    }
+
+    async fn flush(&self, head: &HeadId) -> Result<(), HostError> {
+        let head = head.clone();
+        self.run(move |heads| heads.flush(&head)).await
+    }
+
+    async fn seal(&self, head: &HeadId, staging: &Path) -> Result<(), HostError> {
+        let (head, staging) = (head.clone(), staging.to_owned());
+        self.run(move |heads| heads.seal(&head, &staging)).await
+    }
+
+    async fn flatten(&self, chain: &Chain, out: &Path) -> Result<(), HostError> {
+        let (chain, out) = (chain.clone(), out.to_owned());
+        self.run(move |heads| flatten(heads.layout(), &chain, &out))
+            .await
+    }
+
+    async fn head_usage(&self, head: &HeadId) -> Result<Bytes, HostError> {
+        let head = head.clone();
+        self.run(move |heads| fs::allocated(&heads.path(&head)))
+            .await
+    }
+
+    async fn list_heads(&self) -> Result<Vec<HeadId>, HostError> {
+        self.run(Heads::list).await
+    }
+}
+
+/// Opens an overlay for a disk of at most `size_max`, and checks its header.
+fn open(path: &Path, size_max: Bytes) -> Result<Overlay, HostError> {
+    Overlay::open(fs::open_file(path)?, size_max.0).map_err(|error| error.at(path))
+}
+
+/// Refuses a chain whose files are not all there and what they should be. Returns its base's image.
+fn require_chain(layout: &Layout, chain: &Chain) -> Result<PathBuf, HostError> {
+    let Some(base) = &chain.base else {
+        return Err(HostError::new(
+            ErrorKind::Invalid,
+            "a chain of qcow2 overlays without a base image under it",
+        ));
+    };
+    let image = layout.base_image(base);
+    heads::require_image(&image)?;
+    let base_size = std::fs::metadata(&image)
+        .map_err(|error| failed("look at", &image, error))?
+        .len();
+    if chain.size.0 < base_size || !chain.size.0.is_multiple_of(512) {
+        return Err(HostError::new(
+            ErrorKind::Invalid,
+            format!(
+                "a disk of {} bytes over a base of {base_size}: it must be at least as big, and a multiple of 512",
+                chain.size.0
+            ),
+        ));
+    }
+    for layer in &chain.layers {
+        open(&layout.layer_disk(layer), chain.size)?;
+    }
+    Ok(image)
+}
+
+/// Writes, checks and flattens a scratch overlay in files that have no name.
+fn probe(data: &Path) -> Result<(), HostError> {
+    const SIZE: u64 = 1 << 20;
+    let scratch = || {
+        tempfile::tempfile_in(data).map_err(|error| failed("make a scratch file in", data, error))
+    };
+    let (file, out) = (scratch()?, scratch()?);
+    format::write_empty(&file, SIZE)
+        .and_then(|()| Overlay::open(file, SIZE))
+        .and_then(|overlay| overlay.apply(&out))
+        .map_err(|error| error.at(data))
+}
+
+/// Writes the disk as of `chain` to `out`: the base, then what each layer changed, oldest first.
+fn flatten(layout: &Layout, chain: &Chain, out: &Path) -> Result<(), HostError> {
+    let image = require_chain(layout, chain)?;
+    let base = fs::open_file(&image)?;
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(out)
+        .map_err(|error| failed("create", out, error))?;
+    let write = || {
+        fs::sparse_copy(&base, &file)
+            .and_then(|_| file.set_len(chain.size.0))
+            .map_err(|error| failed(&format!("copy {} to", image.display()), out, error))?;
+        for layer in chain.layers.iter().rev() {
+            let path = layout.layer_disk(layer);
+            open(&path, chain.size)?
+                .apply(&file)
+                .map_err(|error| error.at(&path))?;
+        }
+        file.sync_all().map_err(|error| failed("flush", out, error))
+    };
+    let written = write();
+    if written.is_err() {
+        fs::remove_remains(out);
+    }
+    written
+}
