@@ -7,7 +7,27 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+mod catalog;
+mod collect;
+mod deadline;
+mod engine;
+mod error;
+mod event;
+mod gate;
 pub mod host;
 pub mod id;
 pub mod layout;
+mod ledger;
+mod lifecycle;
+pub mod manifest;
+mod phase;
+mod sandbox;
 pub mod unit;
+
+pub use collect::Plan;
+pub use engine::{Config, CreateRequest, Engine, ImageRequest, Route, SandboxView};
+pub use error::Error;
+pub use event::{Batch, Event, Events};
+pub use gate::{Gate, Pass};
+pub use phase::{Phase, Refusal, Step, Verb};
+pub use sandbox::Outcome;

@@ -57,6 +57,9 @@ pub trait Store: Send + Sync {
     /// SHA-256 of a file's content, holes read as zeros. Takes time in proportion to its size.
     async fn digest(&self, file: &Path) -> Result<Digest, HostError>;
 
+    /// A file's length, holes included.
+    async fn file_size(&self, file: &Path) -> Result<Bytes, HostError>;
+
     /// Moves a file of the same file system into the staging directory of `object`, under the name `as_file`.
     async fn move_into_staging(
         &self,

@@ -1,0 +1,586 @@
+//! What exists, in memory: an index over the manifests, and the one place that knows who needs what.
+//!
+//! References are *derived* from the records here, never counted (INV-52): an object is needed if a template, a
+//! sandbox or a [`Pin`] reaches it. A pin is how work in flight keeps what it has looked up or is about to publish.
+//! One lock orders everything: looking an object up and pinning it is one step, and so is finding it unreachable and
+//! forgetting it, so nothing can be collected between its look-up and its use. No lock is held across an await.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::error::Error;
+use crate::gate::Gate;
+use crate::host::{Chain, HostError};
+use crate::id::{Digest, GenerationNo, LayerId, MemoryId, Name, SandboxId, Slot, TemplateId};
+use crate::layout::Object;
+use crate::manifest::v1::{
+    Base, Capture, Generation, Hold, Intent, Layer, Memory, Sandbox, Template, TemplateContent,
+    Under,
+};
+use crate::sandbox::Mailbox;
+use crate::unit::Bytes;
+
+pub(crate) struct Catalog {
+    slots: u16,
+    inner: Arc<Mutex<Inner>>,
+}
+
+#[derive(Default)]
+struct Inner {
+    bases: BTreeMap<Digest, Base>,
+    layers: BTreeMap<LayerId, Layer>,
+    memories: BTreeMap<MemoryId, Memory>,
+    templates: BTreeMap<TemplateId, Template>,
+    sandboxes: BTreeMap<SandboxId, Entry>,
+    template_names_in_making: BTreeSet<Name>,
+    pins: BTreeMap<u64, BTreeSet<Object>>,
+    next_pin: u64,
+}
+
+/// A sandbox, as everybody but its own task sees it.
+#[derive(Clone)]
+pub(crate) struct Entry {
+    pub(crate) record: Arc<Sandbox>,
+    pub(crate) generations: BTreeMap<GenerationNo, Generation>,
+    /// What its task is doing, in words.
+    pub(crate) busy: Option<&'static str>,
+    pub(crate) gate: Gate,
+    pub(crate) mailbox: Mailbox,
+}
+
+/// Keeps objects from the collector until it is dropped.
+pub(crate) struct Pin {
+    inner: Arc<Mutex<Inner>>,
+    number: u64,
+}
+
+/// A template name that is taken by a template in the making.
+pub(crate) struct NameReservation {
+    inner: Arc<Mutex<Inner>>,
+    name: Name,
+}
+
+fn lock(inner: &Mutex<Inner>) -> MutexGuard<'_, Inner> {
+    // The index is changed by single inserts and removes: a panic elsewhere leaves it whole.
+    inner.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        lock(&self.inner).pins.remove(&self.number);
+    }
+}
+
+impl Pin {
+    /// Keeps one more object.
+    pub(crate) fn add(&self, object: Object) {
+        lock(&self.inner)
+            .pins
+            .entry(self.number)
+            .or_default()
+            .insert(object);
+    }
+}
+
+impl Drop for NameReservation {
+    fn drop(&mut self) {
+        lock(&self.inner)
+            .template_names_in_making
+            .remove(&self.name);
+    }
+}
+
+impl Catalog {
+    pub(crate) fn new(slots: u16) -> Self {
+        Self {
+            slots,
+            inner: Arc::default(),
+        }
+    }
+
+    pub(crate) fn pin(&self, objects: impl IntoIterator<Item = Object>) -> Pin {
+        let mut inner = lock(&self.inner);
+        inner.next_pin += 1;
+        let number = inner.next_pin;
+        inner.pins.insert(number, objects.into_iter().collect());
+        Pin {
+            inner: Arc::clone(&self.inner),
+            number,
+        }
+    }
+
+    // Immutable objects.
+
+    pub(crate) fn add_base(&self, base: Base) {
+        lock(&self.inner).bases.insert(base.digest.clone(), base);
+    }
+
+    pub(crate) fn add_layer(&self, layer: Layer) {
+        lock(&self.inner).layers.insert(layer.id.clone(), layer);
+    }
+
+    pub(crate) fn add_memory(&self, memory: Memory) {
+        lock(&self.inner).memories.insert(memory.id.clone(), memory);
+    }
+
+    pub(crate) fn add_template(&self, template: Template) {
+        lock(&self.inner)
+            .templates
+            .insert(template.id.clone(), template);
+    }
+
+    pub(crate) fn has_base(&self, digest: &Digest) -> bool {
+        lock(&self.inner).bases.contains_key(digest)
+    }
+
+    pub(crate) fn layer_driver(&self, id: &LayerId) -> Result<String, Error> {
+        let layer = lock(&self.inner)
+            .layers
+            .get(id)
+            .map(|layer| layer.driver.clone());
+        layer.ok_or_else(|| missing("layer", id.as_str()))
+    }
+
+    pub(crate) fn memory(&self, id: &MemoryId) -> Result<Memory, Error> {
+        lock(&self.inner)
+            .memories
+            .get(id)
+            .cloned()
+            .ok_or_else(|| missing("memory", id.as_str()))
+    }
+
+    /// The chain under a head that sits on `under`, for a disk of `size`.
+    pub(crate) fn chain(&self, under: &Under, size: Bytes) -> Result<Chain, Error> {
+        let inner = lock(&self.inner);
+        let mut layers = Vec::new();
+        let mut next = under.clone();
+        loop {
+            match next {
+                Under::Base(base) => {
+                    return Ok(Chain {
+                        layers,
+                        base: Some(base),
+                        size,
+                    });
+                }
+                Under::Layer(id) => {
+                    let layer = inner
+                        .layers
+                        .get(&id)
+                        .ok_or_else(|| missing("layer", id.as_str()))?;
+                    layers.push(id);
+                    next = match (&layer.parent, &layer.base) {
+                        (Some(parent), _) => Under::Layer(parent.clone()),
+                        (None, Some(base)) => Under::Base(base.clone()),
+                        (None, None) => {
+                            return Ok(Chain {
+                                layers,
+                                base: None,
+                                size,
+                            });
+                        }
+                    };
+                }
+            }
+        }
+    }
+
+    // Templates.
+
+    /// Takes a template name for a template in the making.
+    pub(crate) fn reserve_template_name(&self, name: &Name) -> Result<NameReservation, Error> {
+        let mut inner = lock(&self.inner);
+        let taken = inner
+            .templates
+            .values()
+            .any(|template| template.name == *name);
+        if taken || !inner.template_names_in_making.insert(name.clone()) {
+            return Err(Error::NameTaken {
+                kind: "template",
+                name: name.clone(),
+            });
+        }
+        Ok(NameReservation {
+            inner: Arc::clone(&self.inner),
+            name: name.clone(),
+        })
+    }
+
+    pub(crate) fn templates(&self) -> Vec<Template> {
+        lock(&self.inner).templates.values().cloned().collect()
+    }
+
+    /// Finds a template by name, id or unique prefix of an id, and pins what it holds.
+    pub(crate) fn template(&self, wanted: &str) -> Result<(Template, Pin), Error> {
+        let found = {
+            let inner = lock(&self.inner);
+            let named = inner
+                .templates
+                .values()
+                .map(|t| (t.id.as_str(), Some(&t.name), t));
+            find(
+                "template",
+                wanted,
+                named,
+                "`icebox template ls` lists the templates there are",
+            )?
+            .clone()
+        };
+        let pin = self.pin(content_roots(&found));
+        // It may have been removed between the two locks; then what was pinned may be gone too.
+        if lock(&self.inner).templates.contains_key(&found.id) {
+            Ok((found, pin))
+        } else {
+            Err(missing("template", wanted))
+        }
+    }
+
+    /// Forgets a template, unless a sandbox was created from it.
+    pub(crate) fn forget_template(&self, id: &TemplateId) -> Result<(), Error> {
+        let mut inner = lock(&self.inner);
+        let users: Vec<String> = inner
+            .sandboxes
+            .values()
+            .filter(|entry| entry.record.spec.template == *id)
+            .map(|entry| format!("sandbox {}", display_name(&entry.record)))
+            .collect();
+        if !users.is_empty() {
+            let what = inner
+                .templates
+                .get(id)
+                .map_or_else(|| id.to_string(), |template| template.name.to_string());
+            return Err(Error::InUse {
+                what: format!("template {what}"),
+                users,
+            });
+        }
+        inner.templates.remove(id);
+        Ok(())
+    }
+
+    // Sandboxes.
+
+    /// Adds a sandbox in the making: from here on its name and slot are taken. `record` gets the lowest free slot.
+    pub(crate) fn admit(
+        &self,
+        mut record: Sandbox,
+        gate: Gate,
+        mailbox: Mailbox,
+    ) -> Result<Sandbox, Error> {
+        let mut inner = lock(&self.inner);
+        if let Some(name) = &record.name
+            && inner
+                .sandboxes
+                .values()
+                .any(|entry| entry.record.name.as_ref() == Some(name))
+        {
+            return Err(Error::NameTaken {
+                kind: "sandbox",
+                name: name.clone(),
+            });
+        }
+        let taken: BTreeSet<u16> = inner
+            .sandboxes
+            .values()
+            .map(|entry| entry.record.slot.0)
+            .collect();
+        let free = (0..self.slots)
+            .find(|slot| !taken.contains(slot))
+            .ok_or_else(|| Error::Exhausted {
+                message: format!("all {} network slots are in use", self.slots),
+                hint: "destroy a sandbox (a paused one keeps its slot), or widen `network.prefix`"
+                    .into(),
+            })?;
+        record.slot = Slot(free);
+        inner.insert(record.clone(), BTreeMap::new(), gate, mailbox);
+        Ok(record)
+    }
+
+    /// Slots that the next sandboxes will get.
+    pub(crate) fn next_slots(&self, count: usize) -> Vec<Slot> {
+        let inner = lock(&self.inner);
+        let taken: BTreeSet<u16> = inner
+            .sandboxes
+            .values()
+            .map(|entry| entry.record.slot.0)
+            .collect();
+        (0..self.slots)
+            .filter(|slot| !taken.contains(slot))
+            .take(count)
+            .map(Slot)
+            .collect()
+    }
+
+    /// Adds a sandbox that was found at start.
+    pub(crate) fn restore(
+        &self,
+        record: Sandbox,
+        generations: BTreeMap<GenerationNo, Generation>,
+        gate: Gate,
+        mailbox: Mailbox,
+    ) {
+        lock(&self.inner).insert(record, generations, gate, mailbox);
+    }
+
+    pub(crate) fn set_record(&self, record: &Sandbox) {
+        if let Some(entry) = lock(&self.inner).sandboxes.get_mut(&record.id) {
+            entry
+                .generations
+                .retain(|number, _| record.generations.contains(number));
+            entry.record = Arc::new(record.clone());
+        }
+    }
+
+    pub(crate) fn add_generation(&self, sandbox: &SandboxId, generation: Generation) {
+        if let Some(entry) = lock(&self.inner).sandboxes.get_mut(sandbox) {
+            entry.generations.insert(generation.number, generation);
+        }
+    }
+
+    pub(crate) fn set_busy(&self, sandbox: &SandboxId, busy: Option<&'static str>) {
+        if let Some(entry) = lock(&self.inner).sandboxes.get_mut(sandbox) {
+            entry.busy = busy;
+        }
+    }
+
+    pub(crate) fn forget_sandbox(&self, sandbox: &SandboxId) {
+        lock(&self.inner).sandboxes.remove(sandbox);
+    }
+
+    pub(crate) fn generation(
+        &self,
+        sandbox: &SandboxId,
+        wanted: GenerationNo,
+    ) -> Result<Generation, Error> {
+        let inner = lock(&self.inner);
+        let entry = inner
+            .sandboxes
+            .get(sandbox)
+            .ok_or_else(|| missing("sandbox", sandbox.as_str()))?;
+        entry
+            .generations
+            .get(&wanted)
+            .cloned()
+            .ok_or_else(|| Error::NoGeneration {
+                wanted,
+                have: entry.generations.keys().copied().collect(),
+            })
+    }
+
+    pub(crate) fn sandboxes(&self) -> Vec<Entry> {
+        lock(&self.inner).sandboxes.values().cloned().collect()
+    }
+
+    /// Finds a sandbox by name, id or unique prefix of an id.
+    pub(crate) fn sandbox(&self, wanted: &str) -> Result<Entry, Error> {
+        let inner = lock(&self.inner);
+        let named = inner
+            .sandboxes
+            .values()
+            .map(|e| (e.record.id.as_str(), e.record.name.as_ref(), e));
+        find(
+            "sandbox",
+            wanted,
+            named,
+            "`icebox ls` lists the sandboxes there are",
+        )
+        .cloned()
+    }
+
+    // Reachability.
+
+    /// Bases, layers and memories that nothing reaches.
+    pub(crate) fn unreachable(&self) -> Vec<Object> {
+        lock(&self.inner).unreachable()
+    }
+
+    /// Forgets the objects that nothing reaches, and says which: from here on nobody can come to need them.
+    pub(crate) fn forget_unreachable(&self) -> Vec<Object> {
+        let mut inner = lock(&self.inner);
+        let unreachable = inner.unreachable();
+        for object in &unreachable {
+            match object {
+                Object::Base(digest) => drop(inner.bases.remove(digest)),
+                Object::Layer(id) => drop(inner.layers.remove(id)),
+                Object::Memory(id) => drop(inner.memories.remove(id)),
+                _ => {}
+            }
+        }
+        unreachable
+    }
+}
+
+impl Inner {
+    fn insert(
+        &mut self,
+        record: Sandbox,
+        generations: BTreeMap<GenerationNo, Generation>,
+        gate: Gate,
+        mailbox: Mailbox,
+    ) {
+        let id = record.id.clone();
+        self.sandboxes.insert(
+            id,
+            Entry {
+                record: Arc::new(record),
+                generations,
+                busy: None,
+                gate,
+                mailbox,
+            },
+        );
+    }
+
+    fn unreachable(&self) -> Vec<Object> {
+        let mut reached: BTreeSet<Object> = self.pins.values().flatten().cloned().collect();
+        reached.extend(self.templates.values().flat_map(content_roots));
+        for entry in self.sandboxes.values() {
+            reached.extend(record_roots(&entry.record));
+            reached.extend(
+                entry
+                    .generations
+                    .values()
+                    .flat_map(|generation| capture_roots(&generation.capture)),
+            );
+        }
+        let mut frontier: Vec<Object> = reached.iter().cloned().collect();
+        while let Some(object) = frontier.pop() {
+            let needs: Vec<Object> = match &object {
+                Object::Layer(id) => self.layers.get(id).map(layer_needs).unwrap_or_default(),
+                Object::Memory(id) => self
+                    .memories
+                    .get(id)
+                    .and_then(|m| m.against.clone())
+                    .map(Object::Memory)
+                    .into_iter()
+                    .collect(),
+                _ => Vec::new(),
+            };
+            frontier.extend(
+                needs
+                    .into_iter()
+                    .filter(|need| reached.insert(need.clone())),
+            );
+        }
+        let bases = self.bases.keys().cloned().map(Object::Base);
+        let layers = self.layers.keys().cloned().map(Object::Layer);
+        let memories = self.memories.keys().cloned().map(Object::Memory);
+        bases
+            .chain(layers)
+            .chain(memories)
+            .filter(|object| !reached.contains(object))
+            .collect()
+    }
+}
+
+fn layer_needs(layer: &Layer) -> Vec<Object> {
+    let parent = layer.parent.clone().map(Object::Layer);
+    let base = layer.base.clone().map(Object::Base);
+    parent.into_iter().chain(base).collect()
+}
+
+fn under_root(under: &Under) -> Object {
+    match under {
+        Under::Base(digest) => Object::Base(digest.clone()),
+        Under::Layer(id) => Object::Layer(id.clone()),
+    }
+}
+
+fn capture_roots(capture: &Capture) -> Vec<Object> {
+    vec![
+        Object::Layer(capture.layer.clone()),
+        Object::Memory(capture.memory.clone()),
+    ]
+}
+
+fn content_roots(template: &Template) -> Vec<Object> {
+    match &template.content {
+        TemplateContent::Image { base } => vec![Object::Base(base.clone())],
+        TemplateContent::Snapshot { capture } => capture_roots(capture),
+    }
+}
+
+fn record_roots(record: &Sandbox) -> Vec<Object> {
+    let heads = record.holds.iter().filter_map(|hold| match hold {
+        Hold::Head { over, .. } => Some(under_root(over)),
+        _ => None,
+    });
+    let intent = record.intent.iter().map(|intent| match intent {
+        Intent::Freeze { layer, .. } | Intent::SetAside { layer, .. } => {
+            Object::Layer(layer.clone())
+        }
+    });
+    let branches = record
+        .branches
+        .iter()
+        .map(|branch| Object::Layer(branch.layer.clone()));
+    let memory = record.restored_from.iter().cloned().map(Object::Memory);
+    heads.chain(intent).chain(branches).chain(memory).collect()
+}
+
+/// What a person calls a sandbox.
+pub(crate) fn display_name(record: &Sandbox) -> String {
+    record
+        .name
+        .as_ref()
+        .map_or_else(|| record.id.to_string(), ToString::to_string)
+}
+
+fn missing(kind: &'static str, wanted: &str) -> Error {
+    Error::Unknown {
+        kind,
+        wanted: wanted.to_owned(),
+        hint: format!("the {kind} was removed meanwhile"),
+    }
+}
+
+/// An exact name or id wins; else a prefix of ids that only one has.
+fn find<'a, T>(
+    kind: &'static str,
+    wanted: &str,
+    all: impl Iterator<Item = (&'a str, Option<&'a Name>, T)>,
+    hint: &str,
+) -> Result<T, Error> {
+    let mut candidates = Vec::new();
+    for (id, name, value) in all {
+        if id == wanted || name.is_some_and(|name| name.as_str() == wanted) {
+            return Ok(value);
+        }
+        if !wanted.is_empty() && id.starts_with(wanted) {
+            candidates.push((
+                name.map_or_else(|| id.to_owned(), |name| format!("{name} ({id})")),
+                value,
+            ));
+        }
+    }
+    match candidates.len() {
+        1 => Ok(candidates.swap_remove(0).1),
+        0 => {
+            let wanted = wanted.chars().take(80).collect();
+            Err(Error::Unknown {
+                kind,
+                wanted,
+                hint: hint.to_owned(),
+            })
+        }
+        _ => Err(Error::Ambiguous {
+            wanted: wanted.to_owned(),
+            candidates: candidates.into_iter().map(|(shown, _)| shown).collect(),
+        }),
+    }
+}
+
+/// A driver that a record names and this host does not have.
+pub(crate) fn no_driver(kind: &'static str, wanted: &str, have: &[&str]) -> Error {
+    Error::Step {
+        step: "finding the driver",
+        source: HostError::new(
+            crate::host::ErrorKind::Unsupported,
+            format!("this host has no {kind} {wanted:?} that works"),
+        )
+        .hint(format!(
+            "working here: {}; `icebox doctor` says why others do not",
+            have.join(", ")
+        )),
+    }
+}

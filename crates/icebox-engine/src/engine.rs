@@ -1,0 +1,519 @@
+//! The engine as its callers see it: create, find, and tell sandboxes what to do.
+//!
+//! Every verb runs in a task of its own and ends by itself; a caller that stops waiting changes nothing (INV-20).
+
+mod open;
+mod templates;
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+
+use futures_util::StreamExt as _;
+use jiff::Timestamp;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::catalog::Entry;
+use crate::collect::{self, Plan};
+use crate::deadline::{self, within};
+use crate::error::Error;
+use crate::event::Events;
+use crate::gate::{Gate, Pass};
+use crate::host::{Egress, Host, Secret};
+use crate::id::{GenerationNo, Name, SandboxId, Slot};
+use crate::layout::Object;
+use crate::ledger::Ledger;
+use crate::lifecycle::Beginning;
+use crate::manifest::v1::{self, Generation, Rest, Spec, Template, TemplateContent};
+use crate::sandbox::{
+    Life, Mailbox, Origin, Outcome, Request, Sandbox, Shared, find_vmm, find_volume_driver,
+};
+use crate::unit::{Bytes, Geometry};
+
+pub use templates::ImageRequest;
+
+/// How many slots the network is asked to keep ready.
+const SLOTS_READY: usize = 4;
+/// How many sandboxes are recovered, or forks made, at once.
+const AT_ONCE: usize = 8;
+
+/// What an operator can set.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// How many generations a sandbox keeps: the newest ones. At least 1.
+    pub keep_generations: usize,
+    /// The most memory that one sandbox may ask for, in MiB. Usually the host's.
+    pub max_mem_mib: u32,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            keep_generations: 8,
+            max_mem_mib: u32::MAX,
+        }
+    }
+}
+
+/// What a new sandbox should be. What is not asked for comes from the template, or is the default.
+#[derive(Clone, Debug, Default)]
+pub struct CreateRequest {
+    /// Name, id or unique prefix.
+    pub template: String,
+    /// The new sandbox's name.
+    pub name: Option<Name>,
+    /// Virtual CPUs.
+    pub vcpus: Option<u8>,
+    /// Memory in MiB.
+    pub mem_mib: Option<u32>,
+    /// Size of the disk. At least the template's.
+    pub disk_size: Option<Bytes>,
+    /// Volume driver. The default is the first that works here.
+    pub volume_driver: Option<String>,
+    /// VMM. The default is the first that works here.
+    pub vmm: Option<String>,
+    /// What it may reach.
+    pub egress: Egress,
+    /// Variables for every command, on top of the template's.
+    pub env: BTreeMap<String, String>,
+    /// The user's own words.
+    pub metadata: BTreeMap<String, String>,
+}
+
+/// A sandbox as it is at this moment.
+#[derive(Clone, Debug)]
+pub struct SandboxView {
+    /// Its record, as committed.
+    pub record: Arc<v1::Sandbox>,
+    /// Its generations, oldest first.
+    pub generations: Vec<Generation>,
+    /// What is being done to it.
+    pub busy: Option<&'static str>,
+    /// Reaches its guest from the host, on any port.
+    pub host_address: Ipv4Addr,
+}
+
+/// The right to talk to a running guest.
+pub struct Route {
+    /// Reaches the guest, on any port.
+    pub ip: Ipv4Addr,
+    /// What its agent accepts.
+    pub token: Secret,
+    /// Held as long as the connection is.
+    pub pass: Pass,
+}
+
+/// The engine. Cheap to clone; all clones are the same engine.
+#[derive(Clone)]
+pub struct Engine {
+    shared: Arc<Shared>,
+}
+
+impl Engine {
+    /// Creates a sandbox, running, its guest answering.
+    ///
+    /// # Errors
+    /// Nothing of it is left.
+    pub async fn create(&self, request: CreateRequest) -> Result<SandboxView, Error> {
+        let (template, pin) = self.shared.catalog.template(&request.template)?;
+        self.check_space().await?;
+        let spec = self.spec(&template, &request)?;
+        let beginning = match template.content {
+            TemplateContent::Image { base } => Beginning::Image { base, _pin: pin },
+            TemplateContent::Snapshot { capture } => {
+                let object = Object::Template(template.id.clone());
+                let origin = Origin {
+                    object,
+                    capture: *capture,
+                    _pin: pin,
+                };
+                Beginning::Instant(Arc::new(origin))
+            }
+        };
+        self.begin(spec, request.name, beginning).await
+    }
+
+    /// Creates `count` sandboxes from this instant of one. Each is created or fails by itself.
+    ///
+    /// # Errors
+    /// The instant could not be had; there is no fork then.
+    pub async fn fork(
+        &self,
+        wanted: &str,
+        count: u16,
+    ) -> Result<Vec<Result<SandboxView, Error>>, Error> {
+        if count == 0 {
+            return Err(Error::Invalid {
+                message: "cannot make 0 forks".into(),
+                hint: "ask for at least one: `-n 1`".into(),
+            });
+        }
+        self.check_space().await?;
+        let entry = self.shared.catalog.sandbox(wanted)?;
+        self.detached(|engine| async move {
+            let origin = Arc::new(ask(&entry, Request::Fork).await?);
+            let mut spec = entry.record.spec.clone();
+            spec.metadata
+                .insert("icebox.forked-from".into(), entry.record.id.to_string());
+            let forks = (0..count).map(|_| {
+                let beginning = Beginning::Instant(Arc::clone(&origin));
+                engine.begin(spec.clone(), None, beginning)
+            });
+            Ok(futures_util::stream::iter(forks)
+                .buffered(AT_ONCE)
+                .collect()
+                .await)
+        })
+        .await
+    }
+
+    /// Runs work of several steps to its end, whether or not its caller waits for it.
+    async fn detached<T, F>(&self, work: impl FnOnce(Self) -> F) -> Result<T, Error>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, Error>> + Send + 'static,
+    {
+        let work = tokio::spawn(work(self.clone()));
+        work.await.map_err(|_| Error::Stopping)?
+    }
+
+    async fn begin(
+        &self,
+        spec: Spec,
+        name: Option<Name>,
+        beginning: Beginning,
+    ) -> Result<SandboxView, Error> {
+        let (gate, (mailbox, requests)) = (Gate::default(), mpsc::unbounded_channel());
+        let record = self
+            .shared
+            .catalog
+            .admit(new_record(spec, name), gate.clone(), mailbox)?;
+        let id = record.id.clone();
+        let ledger = Ledger::new(Arc::clone(&self.shared.host.store), record);
+        let mut sandbox = Sandbox {
+            shared: Arc::clone(&self.shared),
+            ledger,
+            life: Life::AtRest,
+            gate,
+        };
+        let (reply, created) = oneshot::channel();
+        let engine = self.clone();
+        tokio::spawn(async move {
+            sandbox
+                .shared
+                .catalog
+                .set_busy(sandbox.id(), Some("creating"));
+            let result = sandbox.create(&beginning).await;
+            drop(beginning);
+            sandbox.shared.catalog.set_busy(sandbox.id(), None);
+            let lives = result.is_ok() || sandbox.record().broken.is_some();
+            if !lives {
+                sandbox.shared.catalog.forget_sandbox(sandbox.id());
+            }
+            // The client may have gone: the sandbox is there all the same (INV-20).
+            drop(reply.send(result));
+            engine.make_slots_ready();
+            if lives {
+                sandbox.run(requests).await;
+            }
+        });
+        created.await.map_err(|_| Error::Stopping)??;
+        self.inspect(id.as_str())
+    }
+
+    fn spec(&self, template: &Template, request: &CreateRequest) -> Result<Spec, Error> {
+        let host = &self.shared.host;
+        let first_vmm = || {
+            host.vmms
+                .first()
+                .map(|vmm| vmm.identity().name.clone())
+                .unwrap_or_default()
+        };
+        let first_driver = || {
+            host.volumes
+                .first()
+                .map(|driver| driver.name().to_owned())
+                .unwrap_or_default()
+        };
+        let (captured_vmm, captured_driver) = match &template.content {
+            TemplateContent::Image { .. } => (None, None),
+            TemplateContent::Snapshot { capture } => {
+                let driver = self.shared.catalog.layer_driver(&capture.layer)?;
+                (Some(capture.machine.vmm.name.clone()), Some(driver))
+            }
+        };
+        let vmm = request
+            .vmm
+            .clone()
+            .or(captured_vmm)
+            .unwrap_or_else(first_vmm);
+        let volume_driver = request
+            .volume_driver
+            .clone()
+            .or_else(|| captured_driver.clone())
+            .unwrap_or_else(first_driver);
+        let found = find_vmm(host, &vmm)?;
+        find_volume_driver(host, &volume_driver)?;
+        if let Some(captured) = captured_driver
+            && captured != volume_driver
+        {
+            return Err(Error::Incompatible {
+                what: format!("template {}", template.name),
+                field: "volume driver",
+                captured,
+                here: volume_driver,
+            });
+        }
+        let geometry = Geometry {
+            vcpus: request.vcpus.unwrap_or(template.geometry.vcpus),
+            mem_mib: request.mem_mib.unwrap_or(template.geometry.mem_mib),
+        };
+        check_geometry(
+            geometry,
+            found.capabilities().max_vcpus,
+            self.shared.config.max_mem_mib,
+        )?;
+        let disk_size = request.disk_size.unwrap_or(template.disk_size);
+        if disk_size < template.disk_size || !disk_size.0.is_multiple_of(512) {
+            return Err(Error::Invalid {
+                message: format!(
+                    "a disk of {disk_size} cannot hold the template's {}",
+                    template.disk_size
+                ),
+                hint: "ask for at least the template's size, in whole sectors of 512 bytes".into(),
+            });
+        }
+        if matches!(template.content, TemplateContent::Snapshot { .. })
+            && (geometry != template.geometry || disk_size != template.disk_size)
+        {
+            return Err(Error::Invalid {
+                message: format!(
+                    "template {} is a snapshot of a machine with {} vCPUs, {} MiB and a disk of {}: it cannot become another",
+                    template.name, template.geometry.vcpus, template.geometry.mem_mib, template.disk_size
+                ),
+                hint: "leave CPUs, memory and disk size out, or `flatten` it to a template of its disk alone".into(),
+            });
+        }
+        let mut env = template.env.clone();
+        env.extend(request.env.clone());
+        Ok(Spec {
+            template: template.id.clone(),
+            template_name: template.name.to_string(),
+            geometry,
+            disk_size,
+            volume_driver,
+            vmm,
+            kernel: template.kernel.clone(),
+            egress: request.egress,
+            env,
+            metadata: request.metadata.clone(),
+        })
+    }
+
+    /// Boots a stopped sandbox's newest disk.
+    pub async fn start(&self, wanted: &str) -> Result<(Outcome, SandboxView), Error> {
+        self.check_space().await?;
+        self.verb(wanted, Request::Start).await
+    }
+
+    /// Freezes a running sandbox to disk.
+    pub async fn pause(&self, wanted: &str) -> Result<(Outcome, SandboxView), Error> {
+        self.verb(wanted, Request::Pause).await
+    }
+
+    /// Continues a paused sandbox: from its last pause, or from a named one of a sandbox that is paused or stopped.
+    pub async fn resume(
+        &self,
+        wanted: &str,
+        generation: Option<GenerationNo>,
+    ) -> Result<(Outcome, SandboxView), Error> {
+        self.check_space().await?;
+        self.verb(wanted, |reply| Request::Resume(generation, reply))
+            .await
+    }
+
+    /// Ends a sandbox's VMM, and keeps its disk.
+    pub async fn stop(&self, wanted: &str) -> Result<(Outcome, SandboxView), Error> {
+        self.verb(wanted, Request::Stop).await
+    }
+
+    /// Makes a snapshot template of a running or paused sandbox.
+    pub async fn snapshot(&self, wanted: &str, name: Name) -> Result<Template, Error> {
+        self.check_space().await?;
+        let entry = self.shared.catalog.sandbox(wanted)?;
+        ask(&entry, |reply| Request::Snapshot(name, reply)).await
+    }
+
+    /// Removes a sandbox and everything it holds.
+    pub async fn destroy(&self, wanted: &str) -> Result<(), Error> {
+        let entry = self.shared.catalog.sandbox(wanted)?;
+        let destroyed = ask(&entry, Request::Destroy).await;
+        self.collect_soon();
+        destroyed
+    }
+
+    async fn verb(
+        &self,
+        wanted: &str,
+        request: impl FnOnce(oneshot::Sender<Result<Outcome, Error>>) -> Request,
+    ) -> Result<(Outcome, SandboxView), Error> {
+        let entry = self.shared.catalog.sandbox(wanted)?;
+        let outcome = ask(&entry, request).await?;
+        Ok((outcome, self.inspect(entry.record.id.as_str())?))
+    }
+
+    /// All sandboxes.
+    #[must_use]
+    pub fn list(&self) -> Vec<SandboxView> {
+        self.shared
+            .catalog
+            .sandboxes()
+            .into_iter()
+            .map(|entry| self.view(entry))
+            .collect()
+    }
+
+    /// One sandbox, by name, id or unique prefix of an id.
+    pub fn inspect(&self, wanted: &str) -> Result<SandboxView, Error> {
+        self.shared
+            .catalog
+            .sandbox(wanted)
+            .map(|entry| self.view(entry))
+    }
+
+    fn view(&self, entry: Entry) -> SandboxView {
+        let host_address = self.shared.host.network.host_address(entry.record.slot);
+        let generations = entry.generations.into_values().collect();
+        SandboxView {
+            record: entry.record,
+            generations,
+            busy: entry.busy,
+            host_address,
+        }
+    }
+
+    /// Allocated bytes that are this sandbox's own: its head and its generations' device states.
+    pub async fn usage(&self, wanted: &str) -> Result<Bytes, Error> {
+        let entry = self.shared.catalog.sandbox(wanted)?;
+        let object = Object::Sandbox(entry.record.id.clone());
+        within(
+            deadline::DISK,
+            "measuring the sandbox",
+            self.shared.host.store.allocated(&object),
+        )
+        .await
+    }
+
+    /// Allocated bytes of an immutable object.
+    pub async fn object_usage(&self, object: &Object) -> Result<Bytes, Error> {
+        within(
+            deadline::DISK,
+            "measuring an object",
+            self.shared.host.store.allocated(object),
+        )
+        .await
+    }
+
+    /// Admits a connection to a running guest. `None` while it does not run, or stands still for a capture.
+    pub fn route(&self, wanted: &str) -> Result<Option<Route>, Error> {
+        let entry = self.shared.catalog.sandbox(wanted)?;
+        let ip = self.shared.host.network.host_address(entry.record.slot);
+        let token = entry.record.token.clone();
+        Ok(entry.gate.enter().map(|pass| Route { ip, token, pass }))
+    }
+
+    /// What happened.
+    #[must_use]
+    pub fn events(&self) -> &Events {
+        &self.shared.events
+    }
+
+    /// The host, as the engine was opened with it.
+    #[must_use]
+    pub fn host(&self) -> &Host {
+        &self.shared.host
+    }
+
+    /// Removes what nothing reaches, or with `dry_run` says what that would be.
+    ///
+    /// # Errors
+    /// Something would not go; the rest went.
+    pub async fn collect(&self, dry_run: bool) -> Result<Plan, Error> {
+        self.detached(|engine| async move { collect::collect(&engine.shared, dry_run).await })
+            .await
+    }
+
+    fn collect_soon(&self) {
+        let engine = self.clone();
+        tokio::spawn(async move {
+            if let Err(error) = engine.collect(false).await {
+                tracing::warn!(%error, "left for the next collection");
+            }
+        });
+    }
+
+    fn make_slots_ready(&self) {
+        let next: Vec<Slot> = self.shared.catalog.next_slots(SLOTS_READY);
+        self.shared.host.network.prepare(&next);
+    }
+
+    async fn check_space(&self) -> Result<(), Error> {
+        within(
+            deadline::DISK,
+            "checking free space",
+            self.shared.host.store.check_space(),
+        )
+        .await
+    }
+}
+
+async fn ask<T>(
+    entry: &Entry,
+    request: impl FnOnce(oneshot::Sender<Result<T, Error>>) -> Request,
+) -> Result<T, Error> {
+    let (reply, answer) = oneshot::channel();
+    let mailbox: &Mailbox = &entry.mailbox;
+    mailbox.send(request(reply)).map_err(|_| Error::Destroyed)?;
+    answer.await.map_err(|_| Error::Destroyed)?
+}
+
+fn check_geometry(geometry: Geometry, max_vcpus: u8, max_mem_mib: u32) -> Result<(), Error> {
+    /// Less does not boot a kernel and an agent.
+    const MIN_MEM_MIB: u32 = 64;
+    let Geometry { vcpus, mem_mib } = geometry;
+    if vcpus == 0 || vcpus > max_vcpus {
+        return Err(Error::Invalid {
+            message: format!("cannot give a sandbox {vcpus} vCPUs"),
+            hint: format!("ask for 1 to {max_vcpus}"),
+        });
+    }
+    if mem_mib < MIN_MEM_MIB || mem_mib > max_mem_mib {
+        return Err(Error::Invalid {
+            message: format!("cannot give a sandbox {mem_mib} MiB of memory"),
+            hint: format!("ask for {MIN_MEM_MIB} to {max_mem_mib}"),
+        });
+    }
+    Ok(())
+}
+
+fn new_record(spec: Spec, name: Option<Name>) -> v1::Sandbox {
+    v1::Sandbox {
+        id: SandboxId::random(),
+        name,
+        created_at: Timestamp::now(),
+        spec,
+        token: Secret::random(),
+        slot: Slot(0),
+        rests: Rest::Nowhere,
+        holds: Vec::new(),
+        intent: None,
+        machine: None,
+        restored_from: None,
+        generations: Vec::new(),
+        next_generation: GenerationNo(1),
+        next_head: 0,
+        branches: Vec::new(),
+        last_exit: None,
+        broken: None,
+    }
+}

@@ -1,0 +1,177 @@
+//! Why a verb did not do what was asked.
+
+use crate::host::{ErrorKind, HostError};
+use crate::id::{GenerationNo, Name};
+use crate::manifest::ManifestError;
+use crate::phase::Refusal;
+
+/// Why a verb did not do what was asked. Whatever the variant, the sandbox rests in a phase again, or is broken and
+/// says so.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// No such thing.
+    #[error("no {kind} is called {wanted:?}")]
+    Unknown {
+        /// Sandbox, template, generation, driver…
+        kind: &'static str,
+        /// What was asked for.
+        wanted: String,
+        /// What there is, or what to do.
+        hint: String,
+    },
+    /// A prefix that several things share.
+    #[error("{wanted:?} could be {}", candidates.join(", "))]
+    Ambiguous {
+        /// What was asked for.
+        wanted: String,
+        /// Ids and names that it could mean.
+        candidates: Vec<String>,
+    },
+    /// The name is taken. Nothing is ever overwritten (INV-22).
+    #[error("a {kind} called {name} exists already")]
+    NameTaken {
+        /// Sandbox or template.
+        kind: &'static str,
+        /// The name.
+        name: Name,
+    },
+    /// The phase does not accept the verb.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// What was asked makes no sense, whatever the phase.
+    #[error("{message}")]
+    Invalid {
+        /// What is wrong with it.
+        message: String,
+        /// What would be right.
+        hint: String,
+    },
+    /// Something else needs it.
+    #[error("{what} is in use by {}", users.join(", "))]
+    InUse {
+        /// What was to be removed.
+        what: String,
+        /// What needs it.
+        users: Vec<String>,
+    },
+    /// There is no room for one more.
+    #[error("{message}")]
+    Exhausted {
+        /// What has run out.
+        message: String,
+        /// What would make room.
+        hint: String,
+    },
+    /// A saved state was made by something else than what would have to restore it (INV-44).
+    #[error(
+        "cannot restore {what}: it was captured with {field} {captured:?}, and this host has {here:?}"
+    )]
+    Incompatible {
+        /// The generation or template.
+        what: String,
+        /// Which property differs.
+        field: &'static str,
+        /// Its value in the capture.
+        captured: String,
+        /// Its value here.
+        here: String,
+    },
+    /// There is no such generation.
+    #[error("the sandbox has no generation {wanted} (it has {})", list(have))]
+    NoGeneration {
+        /// What was asked for.
+        wanted: GenerationNo,
+        /// What there is.
+        have: Vec<GenerationNo>,
+    },
+    /// A step of the verb failed. What it had taken has been given back.
+    #[error("{step}")]
+    Step {
+        /// What was being done.
+        step: &'static str,
+        /// Why it failed.
+        source: HostError,
+    },
+    /// A step did not end in its time.
+    #[error("{step} did not finish within {seconds} s")]
+    Deadline {
+        /// What was being done.
+        step: &'static str,
+        /// Its deadline.
+        seconds: u64,
+    },
+    /// The VMM ended while the verb ran.
+    #[error("the VMM ended while {step}: {detail}")]
+    VmmEnded {
+        /// What was being done.
+        step: &'static str,
+        /// How it ended.
+        detail: String,
+    },
+    /// A failure that could not be undone either: the sandbox is broken.
+    #[error("{stuck} could not be released; the sandbox is broken")]
+    Stuck {
+        /// The hold that would not go.
+        stuck: String,
+        /// Why.
+        source: HostError,
+    },
+    /// A manifest cannot be used.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+    /// The sandbox went away before the verb's turn came.
+    #[error("the sandbox was destroyed meanwhile")]
+    Destroyed,
+    /// The engine is shutting down.
+    #[error("the daemon is stopping")]
+    Stopping,
+}
+
+fn list(have: &[GenerationNo]) -> String {
+    if have.is_empty() {
+        return "none".to_owned();
+    }
+    have.iter()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
+impl Error {
+    /// What the user can do, where there is something.
+    #[must_use]
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Unknown { hint, .. } | Self::Invalid { hint, .. } | Self::Exhausted { hint, .. } => Some(hint.clone()),
+            Self::Ambiguous { .. } => Some("give more characters of the id, or the full name".into()),
+            Self::NameTaken { kind, .. } => Some(format!("choose another name, or remove the {kind} first")),
+            Self::Refused(refusal) => Some(refusal.hint().into()),
+            Self::InUse { .. } => Some("remove what uses it first".into()),
+            Self::Incompatible { .. } => {
+                Some("restore it with what it was captured with, or boot its disk: `stop`, then `start`".into())
+            }
+            Self::Step { source, .. } => source.hint_text().map(ToOwned::to_owned),
+            Self::Stuck { source, .. } => Some(
+                source
+                    .hint_text()
+                    .unwrap_or("free what holds it, then `icebox rm` the sandbox; a restart of the daemon tries again")
+                    .to_owned(),
+            ),
+            Self::Manifest(ManifestError::TooNew { .. }) => Some("install the newer version again".into()),
+            _ => None,
+        }
+    }
+
+    /// A step of the host that failed.
+    pub(crate) fn step(step: &'static str) -> impl FnOnce(HostError) -> Self {
+        move |source| {
+            if source.kind() == ErrorKind::Exhausted && source.hint_text().is_none() {
+                let source =
+                    source.hint("free some space: `icebox gc`, or remove sandboxes and templates");
+                return Self::Step { step, source };
+            }
+            Self::Step { step, source }
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! Capture: one instant of a running guest, disk and memory together (INV-04).
+//!
+//! ```text
+//!   prepare guest -> probe VMM -> begin freeze -> stage
+//!   -> pause vCPUs -> device state and changed pages -> flush host -> freeze disk -> [resume vCPUs]
+//!   -> seal and publish layer -> publish memory -> publish what refers to them
+//! ```
+//!
+//! Only what must happen in one instant happens between pausing and resuming the vCPUs. Whatever fails, the guest
+//! runs again, the freeze is settled, and staging is gone ([`Sandbox::abandon_capture`], INV-01). vCPUs that cannot
+//! be resumed break the sandbox, since nobody may call it running (INV-02).
+
+use futures_util::FutureExt as _;
+use jiff::Timestamp;
+
+use crate::catalog::Pin;
+use crate::deadline::{self, within};
+use crate::error::Error;
+use crate::event::Steps;
+use crate::host::{Machine, SavePlan, SavedPages};
+use crate::id::MemoryId;
+use crate::layout::{DEVICE_STATE, Object};
+use crate::lifecycle::freeze::Freeze;
+use crate::manifest;
+use crate::manifest::v1::{Capture, Memory, Sandbox as Record};
+use crate::sandbox::{Chained, Sandbox};
+
+/// What the guest does after the instant.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Then {
+    /// It runs on: snapshot, fork.
+    RunsOn,
+    /// It stands still until the caller ends it: pause.
+    StandsStill,
+}
+
+/// How far a capture has come: what there is to clean up if it fails.
+pub(super) struct Attempt {
+    /// The object that will hold the device state: a generation or a template.
+    into: Object,
+    memory: MemoryId,
+    freeze: Option<Freeze>,
+    vcpus_may_stand: bool,
+    /// Keeps the memory from the collector until a manifest refers to it.
+    pin: Pin,
+}
+
+impl Attempt {
+    /// Brings the record to what it says once the captured disk is under a new head.
+    pub(super) fn record(&self, record: &mut Record) {
+        if let Some(freeze) = &self.freeze {
+            freeze.record(record);
+        }
+    }
+
+    /// What keeps the captured objects, for work that goes on with them.
+    pub(super) fn into_pin(self) -> Pin {
+        if let Some(freeze) = &self.freeze {
+            self.pin.add(Object::Layer(freeze.layer.clone()));
+        }
+        self.pin
+    }
+}
+
+impl Sandbox {
+    pub(super) fn begin_capture(&self, into: Object) -> Attempt {
+        let memory = MemoryId::random();
+        let pin = self.shared.catalog.pin([Object::Memory(memory.clone())]);
+        Attempt {
+            into,
+            memory,
+            freeze: None,
+            vcpus_may_stand: false,
+            pin,
+        }
+    }
+
+    /// Captures the guest. `document` makes the manifest of [`Attempt::into`]. The caller commits
+    /// [`Attempt::record`], or calls [`abandon_capture`](Self::abandon_capture).
+    pub(super) async fn capture(
+        &mut self,
+        machine: &dyn Machine,
+        attempt: &mut Attempt,
+        then: Then,
+        steps: &mut Steps,
+        document: impl FnOnce(&Capture) -> Vec<u8>,
+    ) -> Result<Capture, Error> {
+        let host = self.shared.host.clone();
+
+        let token = self.record().token.clone();
+        let prepare = within(
+            deadline::PREPARE,
+            "preparing the guest",
+            host.guest.prepare(self.address(), &token),
+        );
+        if let Err(error) = steps.time("prepare-guest", prepare).await {
+            tracing::info!(sandbox = %self.id(), error = %Chained(&error), "the guest did not prepare for the capture");
+        }
+        steps
+            .time(
+                "probe",
+                within(deadline::PROBE, "probing the VMM", machine.probe()),
+            )
+            .await?;
+        let freeze = steps.time("begin-freeze", self.begin_freeze()).await?;
+        let freeze: &Freeze = attempt.freeze.insert(freeze);
+        let into = within(
+            deadline::STORE,
+            "staging the capture",
+            host.store.stage(&attempt.into),
+        )
+        .await?;
+        let memory = Object::Memory(attempt.memory.clone());
+        let memory = within(
+            deadline::STORE,
+            "staging the memory",
+            host.store.stage(&memory),
+        )
+        .await?;
+        let restored_from = self
+            .record()
+            .restored_from
+            .as_ref()
+            .map(|memory| self.memory_source(memory))
+            .transpose()?;
+        let plan = SavePlan {
+            device_state: into.join(DEVICE_STATE),
+            memory,
+            restored_from,
+        };
+
+        attempt.vcpus_may_stand = true;
+        steps
+            .time(
+                "pause-vcpus",
+                within(deadline::VCPUS, "pausing the vCPUs", machine.pause_vcpus()),
+            )
+            .await?;
+        let captured_at = Timestamp::now();
+        let saved = steps
+            .time(
+                "save",
+                within(deadline::SAVE, "saving the memory", machine.save(plan)),
+            )
+            .await?;
+        steps
+            .time("freeze", self.freeze_under_guest(machine, freeze))
+            .await?;
+        if then == Then::RunsOn {
+            let resumed = within(
+                deadline::VCPUS,
+                "letting the vCPUs run",
+                machine.resume_vcpus(),
+            );
+            steps.time("resume-vcpus", resumed).await?;
+            attempt.vcpus_may_stand = false;
+        }
+
+        let record = self.record();
+        let capture = Capture {
+            layer: freeze.layer.clone(),
+            memory: attempt.memory.clone(),
+            machine: record.machine.clone().ok_or(Error::Destroyed)?,
+            sandbox: record.id.clone(),
+            token,
+            saved,
+            captured_at,
+        };
+        let published = self.publish_capture(&attempt.into, freeze, &capture, document(&capture));
+        steps.time("publish", published).await?;
+        Ok(capture)
+    }
+
+    /// Cleans up after a capture that failed at any point. The guest runs on.
+    ///
+    /// # Errors
+    /// The guest could not be made to run: the sandbox is broken.
+    pub(super) async fn abandon_capture(
+        &mut self,
+        machine: &dyn Machine,
+        attempt: Attempt,
+    ) -> Result<(), Error> {
+        if attempt.vcpus_may_stand {
+            self.run_again(machine).await?;
+        }
+        if let Err(error) = self.settle().await {
+            tracing::warn!(sandbox = %self.id(), error = %Chained(&error), "an unfinished freeze stays pending");
+        }
+        for object in [attempt.into, Object::Memory(attempt.memory)] {
+            self.discard(&object).await;
+        }
+        Ok(())
+    }
+
+    /// Lets the vCPUs run at the end of a window, however it went.
+    ///
+    /// # Errors
+    /// They do not, though the VMM lives: the sandbox is broken.
+    pub(super) async fn run_again(&mut self, machine: &dyn Machine) -> Result<(), Error> {
+        let resumed = within(
+            deadline::VCPUS,
+            "letting the vCPUs run",
+            machine.resume_vcpus(),
+        )
+        .await;
+        // A VMM that has ended is no guest that stands still: the task notices its end by itself.
+        if let Err(error) = resumed
+            && machine.exited().now_or_never().is_none()
+        {
+            self.break_down(format!(
+                "its vCPUs could not be resumed: {}",
+                Chained(&error)
+            ))
+            .await;
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    /// Removes what a failed publication may have left, staged or in place.
+    pub(super) async fn discard(&self, object: &Object) {
+        let store = &self.shared.host.store;
+        let discarded = within(deadline::STORE, "discarding what is not needed", async {
+            store.discard(object).await?;
+            store.trash(object).await
+        });
+        if let Err(error) = discarded.await {
+            tracing::warn!(%object, error = %Chained(&error), "left for the next start to remove");
+        }
+    }
+
+    /// Durable, in the order of reference: nothing refers to what does not exist.
+    async fn publish_capture(
+        &self,
+        into: &Object,
+        freeze: &Freeze,
+        capture: &Capture,
+        document: Vec<u8>,
+    ) -> Result<(), Error> {
+        self.finish_freeze(freeze).await?;
+        let store = &self.shared.host.store;
+        let memory = Memory {
+            id: capture.memory.clone(),
+            pages: capture.saved.pages,
+            against: match capture.saved.pages {
+                SavedPages::Full => None,
+                SavedPages::Diff => self.full_memory_under_guest()?,
+            },
+            size: capture.machine.geometry.memory(),
+            created_at: capture.captured_at,
+        };
+        let (object, bytes) = (
+            Object::Memory(memory.id.clone()),
+            manifest::encode(1, &memory),
+        );
+        within(
+            deadline::STORE,
+            "publishing the memory",
+            store.publish(&object, &bytes),
+        )
+        .await?;
+        self.shared.catalog.add_memory(memory);
+        within(
+            deadline::STORE,
+            "publishing the capture",
+            store.publish(into, &document),
+        )
+        .await
+    }
+
+    /// The full memory that the running guest maps.
+    fn full_memory_under_guest(&self) -> Result<Option<MemoryId>, Error> {
+        let restored_from = self.record().restored_from.as_ref();
+        restored_from
+            .map(|id| {
+                self.shared
+                    .catalog
+                    .memory(id)
+                    .map(|memory| memory.against.unwrap_or(memory.id))
+            })
+            .transpose()
+    }
+}

@@ -1,0 +1,109 @@
+//! Create: from a template, or from an instant of another sandbox, to `Running`. All or nothing.
+//!
+//! 1. The name and a slot are taken in the catalog; the first commit makes the directory, and rests `Nowhere`: until
+//!    the last commit, a crash means that the sandbox never was.
+//! 2. Image: a head over the base, then as [start](super::start). Snapshot: a generation 0 with a copy of the device
+//!    state, then as [resume](super::resume), with a new identity for the guest (INV-37).
+//! 3. Commit `Running`. A failure before that gives back everything, the directory included.
+
+use std::sync::Arc;
+
+use crate::catalog::Pin;
+use crate::deadline::{self, within};
+use crate::error::Error;
+use crate::event::Steps;
+use crate::id::{Digest, GenerationNo};
+use crate::layout::{DEVICE_STATE, Object};
+use crate::manifest;
+use crate::manifest::v1::{Capture, Generation, Hold, Rest, Under};
+use crate::sandbox::{Origin, Sandbox};
+
+/// What a new sandbox begins with.
+pub(crate) enum Beginning {
+    /// A disk image: cold boot.
+    Image {
+        base: Digest,
+        /// Keeps the base until the sandbox refers to it.
+        _pin: Pin,
+    },
+    /// An instant of a guest: restore.
+    Instant(Arc<Origin>),
+}
+
+impl Sandbox {
+    /// Creates the sandbox that the ledger describes and that does not exist yet.
+    pub(crate) async fn create(&mut self, beginning: &Beginning) -> Result<(), Error> {
+        let mut steps = Steps::default();
+        let created = match beginning {
+            Beginning::Image { base, .. } => self.create_from_image(base, &mut steps).await,
+            Beginning::Instant(origin) => {
+                self.create_from_instant(&origin.object, &origin.capture, &mut steps)
+                    .await
+            }
+        };
+        match created {
+            Ok(()) => {
+                self.emit(
+                    "sandbox.created",
+                    format!("from {}", self.record().spec.template_name),
+                    &steps,
+                );
+                Ok(())
+            }
+            Err(error) => match self.remove().await {
+                Ok(()) => Err(error),
+                Err(stuck) => {
+                    let cause = crate::sandbox::Chained(&error).to_string();
+                    tracing::error!(sandbox = %self.id(), cause, "a failed create could not be undone");
+                    Err(stuck)
+                }
+            },
+        }
+    }
+
+    async fn create_from_image(&mut self, base: &Digest, steps: &mut Steps) -> Result<(), Error> {
+        let over = Under::Base(base.clone());
+        self.update(|record| {
+            record.holds = vec![Hold::Directory, Hold::Slot, Hold::Head { number: 0, over }];
+            record.next_head = 1;
+        })
+        .await?;
+        self.boot(steps).await
+    }
+
+    async fn create_from_instant(
+        &mut self,
+        from: &Object,
+        capture: &Capture,
+        steps: &mut Steps,
+    ) -> Result<(), Error> {
+        const FIRST: GenerationNo = GenerationNo(0);
+        self.check_restorable(&from.to_string(), capture)?;
+        self.update(|record| {
+            record.holds = vec![Hold::Directory, Hold::Slot];
+            record.generations = vec![FIRST];
+        })
+        .await?;
+        let generation = Generation {
+            number: FIRST,
+            capture: capture.clone(),
+        };
+        let into = Object::Generation(self.id().clone(), FIRST);
+        let store = Arc::clone(&self.shared.host.store);
+        let copied = within(deadline::STORE, "copying the device state", async {
+            store.stage(&into).await?;
+            store.copy_into_staging(from, DEVICE_STATE, &into).await?;
+            store
+                .publish(&into, &manifest::encode(1, &generation))
+                .await
+        });
+        steps.time("copy-device-state", copied).await?;
+        self.shared.catalog.add_generation(self.id(), generation);
+        self.restore(FIRST, steps).await
+    }
+
+    /// A sandbox that never was, or is to be no more, rests nowhere.
+    pub(crate) fn rests_nowhere(&self) -> bool {
+        self.record().rests == Rest::Nowhere
+    }
+}

@@ -1,0 +1,52 @@
+//! Destroy: nothing left.
+//!
+//! 1. Commit `Nowhere`: from here on, every start finishes the job.
+//! 2. Shut the gate, end the VMM, and give back every hold down to the directory.
+//! 3. Move the directory to the trash: that is when the sandbox does not exist any more.
+
+use crate::deadline::{self, within};
+use crate::error::Error;
+use crate::event::Steps;
+use crate::layout::Object;
+use crate::manifest::v1::{Intent, Rest};
+use crate::sandbox::Sandbox;
+
+impl Sandbox {
+    pub(crate) async fn destroy(&mut self) -> Result<(), Error> {
+        let mut steps = Steps::default();
+        self.update(|record| record.rests = Rest::Nowhere).await?;
+        self.gate.shut();
+        steps.time("release", self.remove()).await?;
+        self.emit(
+            "sandbox.destroyed",
+            crate::catalog::display_name(self.record()),
+            &steps,
+        );
+        self.shared.catalog.forget_sandbox(self.id());
+        Ok(())
+    }
+
+    /// Gives back everything, the directory last. The record rests nowhere.
+    pub(crate) async fn remove(&mut self) -> Result<(), Error> {
+        let object = Object::Sandbox(self.id().clone());
+        let intent = self.record().intent.clone();
+        self.unwind().await?;
+        if let Some(Intent::Freeze { layer, to }) = &intent {
+            let head = self.head_id(*to);
+            within(
+                deadline::DISK,
+                "removing an unused head",
+                self.volumes()?.remove_head(&head),
+            )
+            .await?;
+            self.discard(&Object::Layer(layer.clone())).await;
+        }
+        if let Some(Intent::SetAside { layer, .. }) = &intent {
+            self.discard(&Object::Layer(layer.clone())).await;
+        }
+        let trashed = self.shared.host.store.trash(&object);
+        within(deadline::STORE, "moving the sandbox to the trash", trashed)
+            .await
+            .map(drop)
+    }
+}

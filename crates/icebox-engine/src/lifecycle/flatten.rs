@@ -1,0 +1,94 @@
+//! Flatten: a disk-only template. The sandbox stays where it is, and stands still for the freeze alone.
+//!
+//! 1. Freeze the head into a layer (running or stopped), or take the generation's layer (paused).
+//! 2. In the background, write that immutable layer out as one raw image, hash it, and publish it as a base and a
+//!    template. That is [`crate::Engine`]'s: the sandbox is free for other verbs meanwhile.
+
+use std::sync::Arc;
+
+use crate::deadline::{self, within};
+use crate::error::Error;
+use crate::event::Steps;
+use crate::host::Machine;
+use crate::id::LayerId;
+use crate::layout::Object;
+use crate::manifest::v1::{Rest, Under};
+use crate::phase::Verb;
+use crate::sandbox::{Chained, Frozen, Life, Sandbox};
+
+impl Sandbox {
+    pub(crate) async fn freeze_disk(&mut self) -> Result<Frozen, Error> {
+        self.admit(Verb::Flatten).await?;
+        let layer = match (&self.life, &self.record().rests) {
+            (_, Rest::Paused { generation }) => {
+                self.shared
+                    .catalog
+                    .generation(self.id(), *generation)?
+                    .capture
+                    .layer
+            }
+            (Life::Running(machine), _) => {
+                let machine = Arc::clone(machine);
+                self.freeze_running(&*machine).await?
+            }
+            (Life::AtRest, _) => match self.freeze_at_rest().await {
+                Ok(freeze) => freeze.layer,
+                Err(error) => return Err(self.settle_after(error).await),
+            },
+        };
+        // The sandbox refers to the layer at this moment, so nothing can have collected it.
+        let pin = self.shared.catalog.pin([Object::Layer(layer.clone())]);
+        Ok(Frozen {
+            chain: self.chain(&Under::Layer(layer))?,
+            _pin: pin,
+        })
+    }
+
+    async fn freeze_running(&mut self, machine: &dyn Machine) -> Result<LayerId, Error> {
+        let mut steps = Steps::default();
+        let token = self.record().token.clone();
+        let guest = Arc::clone(&self.shared.host.guest);
+        let prepare = within(
+            deadline::PREPARE,
+            "preparing the guest",
+            guest.prepare(self.address(), &token),
+        );
+        if let Err(error) = prepare.await {
+            tracing::info!(sandbox = %self.id(), error = %Chained(&error), "the guest did not prepare for the freeze");
+        }
+        within(deadline::PROBE, "probing the VMM", machine.probe()).await?;
+        let freeze = match self.begin_freeze().await {
+            Ok(freeze) => freeze,
+            Err(error) => return Err(self.settle_after(error).await),
+        };
+        let frozen = async {
+            within(deadline::VCPUS, "pausing the vCPUs", machine.pause_vcpus()).await?;
+            self.freeze_under_guest(machine, &freeze).await
+        };
+        let frozen = steps.time("freeze", frozen).await;
+        let resumed = self.run_again(machine).await;
+        let finished = match frozen {
+            Ok(()) => match self.finish_freeze(&freeze).await {
+                Ok(()) => self.update(|record| freeze.record(record)).await,
+                Err(error) => Err(error),
+            },
+            Err(error) => Err(error),
+        };
+        resumed?;
+        match finished {
+            Ok(()) => {
+                self.emit("sandbox.frozen", "its disk, for a flatten", &steps);
+                Ok(freeze.layer)
+            }
+            Err(error) => Err(self.settle_after(error).await),
+        }
+    }
+
+    /// Settles a freeze that failed, and passes on why.
+    async fn settle_after(&mut self, error: Error) -> Error {
+        if let Err(pending) = self.settle().await {
+            tracing::warn!(sandbox = %self.id(), error = %Chained(&pending), "an unfinished freeze stays pending");
+        }
+        error
+    }
+}

@@ -1,0 +1,95 @@
+//! Fork: more sandboxes like this one. The sandbox stays where it is.
+//!
+//! 1. Running: capture into a generation of this sandbox, while it runs on. Paused: its generation is there already.
+//! 2. Each fork is created from that generation like a sandbox from a snapshot template: a directory, a slot of its
+//!    own, a copy of the device state, a head over the layer, a private mapping of the memory. O(1) each, and they
+//!    share nothing that they write (INV-38).
+//!
+//! Step 1 is the sandbox's; step 2 is [`crate::Engine`]'s, one creation for each fork, and each is all or nothing.
+
+use crate::error::Error;
+use crate::event::Steps;
+use crate::id::GenerationNo;
+use crate::layout::Object;
+use crate::lifecycle::capture::Then;
+use crate::manifest;
+use crate::manifest::v1::{Capture, Generation, Rest};
+use crate::phase::Verb;
+use crate::sandbox::{Origin, Sandbox};
+
+impl Sandbox {
+    pub(crate) async fn fork_origin(&mut self) -> Result<Origin, Error> {
+        self.admit(Verb::Fork).await?;
+        if let Rest::Paused { generation } = self.record().rests {
+            let capture = self
+                .shared
+                .catalog
+                .generation(self.id(), generation)?
+                .capture;
+            let objects = [
+                Object::Layer(capture.layer.clone()),
+                Object::Memory(capture.memory.clone()),
+            ];
+            let pin = self.shared.catalog.pin(objects);
+            let object = Object::Generation(self.id().clone(), generation);
+            return Ok(Origin {
+                object,
+                capture,
+                _pin: pin,
+            });
+        }
+        let machine = self.machine(Verb::Fork)?;
+        let number = self.record().next_generation;
+        let object = Object::Generation(self.id().clone(), number);
+        let mut steps = Steps::default();
+        let mut attempt = self.begin_capture(object.clone());
+        let document = |capture: &Capture| {
+            manifest::encode(
+                1,
+                &Generation {
+                    number,
+                    capture: capture.clone(),
+                },
+            )
+        };
+        let captured = self
+            .capture(&*machine, &mut attempt, Then::RunsOn, &mut steps, document)
+            .await;
+        let committed = match captured {
+            Ok(capture) => {
+                let commit = self.update(|record| {
+                    attempt.record(record);
+                    record.generations.push(number);
+                    record.next_generation = GenerationNo(number.0 + 1);
+                });
+                commit.await.map(|()| capture)
+            }
+            Err(error) => Err(error),
+        };
+        match committed {
+            Ok(capture) => {
+                self.shared.catalog.add_generation(
+                    self.id(),
+                    Generation {
+                        number,
+                        capture: capture.clone(),
+                    },
+                );
+                self.emit(
+                    "sandbox.checkpointed",
+                    format!("generation {number}, for its forks"),
+                    &steps,
+                );
+                Ok(Origin {
+                    object,
+                    capture,
+                    _pin: attempt.into_pin(),
+                })
+            }
+            Err(error) => {
+                self.abandon_capture(&*machine, attempt).await?;
+                Err(error)
+            }
+        }
+    }
+}

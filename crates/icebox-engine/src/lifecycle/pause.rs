@@ -1,0 +1,105 @@
+//! Pause: `Running` to `Paused`. Memory, devices and disk go to the host's disk, and the process goes.
+//!
+//! 1. Close the gate: connections end by themselves within 5 s, or are closed (INV-07).
+//! 2. Capture the guest into the next generation; it stands still from the instant on.
+//! 3. Commit `Paused(n)`. Before this write the guest runs again, whatever happened; after it, it never does.
+//! 4. End the VMM and give back everything above the slot, the head over the generation's layer included.
+
+use crate::deadline;
+use crate::error::Error;
+use crate::event::Steps;
+use crate::id::GenerationNo;
+use crate::layout::Object;
+use crate::lifecycle::capture::Then;
+use crate::manifest;
+use crate::manifest::v1::{Generation, Rest};
+use crate::phase::{Step, Verb};
+use crate::sandbox::{Outcome, Sandbox};
+
+impl Sandbox {
+    pub(crate) async fn pause(&mut self) -> Result<Outcome, Error> {
+        if self.admit(Verb::Pause).await? == Step::AlreadyThere {
+            return Ok(Outcome::AlreadyThere);
+        }
+        let machine = self.machine(Verb::Pause)?;
+        let number = self.record().next_generation;
+        let mut steps = Steps::default();
+
+        let gate = self.gate.clone();
+        let closed = steps.time("drain", gate.close(deadline::DRAIN)).await;
+
+        let mut attempt = self.begin_capture(Object::Generation(self.id().clone(), number));
+        let document = |capture: &_| {
+            manifest::encode(
+                1,
+                &Generation {
+                    number,
+                    capture: Clone::clone(capture),
+                },
+            )
+        };
+        let captured = self
+            .capture(
+                &*machine,
+                &mut attempt,
+                Then::StandsStill,
+                &mut steps,
+                document,
+            )
+            .await;
+        let paused = match captured {
+            Ok(capture) => {
+                let commit = self.update(|record| {
+                    attempt.record(record);
+                    record.rests = Rest::Paused { generation: number };
+                    record.generations.push(number);
+                    record.next_generation = GenerationNo(number.0 + 1);
+                });
+                steps.time("commit", commit).await.map(|()| capture)
+            }
+            Err(error) => Err(error),
+        };
+        let capture = match paused {
+            Ok(capture) => capture,
+            Err(error) => {
+                self.abandon_capture(&*machine, attempt).await?;
+                return Err(error);
+            }
+        };
+        closed.keep();
+        self.gate.shut();
+        let saved = capture.saved;
+        self.shared
+            .catalog
+            .add_generation(self.id(), Generation { number, capture });
+        steps.time("release", self.unwind()).await?;
+        self.retire_generations().await;
+        let detail = format!(
+            "generation {number}: {} changed pages, {} on disk",
+            saved.changed_pages, saved.allocated
+        );
+        self.emit("sandbox.paused", detail, &steps);
+        Ok(Outcome::Changed)
+    }
+
+    /// Forgets the oldest generations beyond the number that is kept. What they alone referred to is collected later.
+    async fn retire_generations(&mut self) {
+        let keep = self.shared.config.keep_generations.max(1);
+        let excess = self.record().generations.len().saturating_sub(keep);
+        let retired: Vec<GenerationNo> = self.record().generations[..excess].to_vec();
+        if retired.is_empty()
+            || self
+                .update(|record| drop(record.generations.drain(..excess)))
+                .await
+                .is_err()
+        {
+            return;
+        }
+        for number in retired {
+            let object = Object::Generation(self.id().clone(), number);
+            if let Err(error) = self.shared.host.store.trash(&object).await {
+                tracing::warn!(%object, %error, "left for the next start to remove");
+            }
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! What create, start and resume share: from a disk on the host to a guest that answers.
+
+use std::sync::Arc;
+
+use crate::deadline::{self, within};
+use crate::error::Error;
+use crate::event::Steps;
+use crate::host::{LaunchPlan, Limits, Machine, Secret, Start, Welcome};
+use crate::manifest::v1::{Hold, Rest};
+use crate::sandbox::{Life, Sandbox};
+
+/// Processes and threads in a box: vCPU threads, the VMM's I/O threads and some room.
+const PIDS_MAX: u32 = 256;
+
+/// The holds between a head and a running guest, in the order they are taken.
+pub(super) fn power_holds() -> [Hold; 4] {
+    [
+        Hold::Disk,
+        Hold::Network,
+        Hold::Box,
+        Hold::Vmm { process: None },
+    ]
+}
+
+impl Sandbox {
+    /// Acquires the head and what [`power_holds`] names, all of which is written down already, and brings the guest
+    /// to where it answers. On failure the caller gives back.
+    pub(super) async fn power_on(
+        &mut self,
+        start: Start,
+        welcome: Welcome,
+        steps: &mut Steps,
+    ) -> Result<Arc<dyn Machine>, Error> {
+        let host = self.shared.host.clone();
+        let (volumes, vmm) = (self.volumes()?, self.vmm()?);
+        let (slot, spec) = (self.record().slot, self.record().spec.clone());
+        let (head, under) = self.head()?;
+        let chain = self.chain(&under)?;
+        let limits = Limits {
+            geometry: spec.geometry,
+            pids_max: PIDS_MAX,
+        };
+
+        // Independent of each other, so together. All of them end before a failure is reported, since giving back
+        // must not race with taking.
+        let disk = within(deadline::DISK, "attaching the disk", async {
+            if let Some(base) = &chain.base {
+                volumes.ensure_base(base).await?;
+            }
+            volumes.ensure_head(&head, &chain).await?;
+            volumes.attach(&head, &chain).await
+        });
+        let network = within(
+            deadline::SETUP,
+            "setting up the network",
+            host.network.ensure(slot, spec.egress),
+        );
+        let fence = within(
+            deadline::SETUP,
+            "making the box",
+            host.boxes.ensure(self.id(), slot, limits),
+        );
+        let prepared = futures_util::future::join3(disk, network, fence);
+        let (disk, network, fence) = steps.time("prepare", prepared).await;
+        let (disk, network) = (disk?, network?);
+        fence?;
+
+        let restored = matches!(start, Start::Restore { .. });
+        let plan = LaunchPlan {
+            sandbox: self.id().clone(),
+            slot,
+            geometry: spec.geometry,
+            disk,
+            network,
+            start,
+        };
+        let launched = within(deadline::LAUNCH, "starting the VMM", vmm.launch(plan));
+        let machine = steps.time("launch", launched).await?;
+        if restored {
+            within(
+                deadline::VCPUS,
+                "letting the vCPUs run",
+                machine.resume_vcpus(),
+            )
+            .await?;
+        }
+        let answer = host.guest.welcome(self.address(), &welcome);
+        let answer =
+            Self::while_alive(&machine, deadline::WELCOME, "waiting for the guest", answer);
+        steps.time("welcome", answer).await?;
+        Ok(machine)
+    }
+
+    /// The commit point of create, start and resume: the guest answers, and the manifest says so.
+    pub(super) async fn running(&mut self, machine: Arc<dyn Machine>) -> Result<(), Error> {
+        let process = machine.process();
+        self.update(|record| {
+            record.rests = Rest::Running;
+            record.last_exit = None;
+            if let Some(Hold::Vmm { process: recorded }) = record.holds.last_mut() {
+                *recorded = Some(process);
+            }
+        })
+        .await?;
+        self.life = Life::Running(machine);
+        self.gate.open();
+        Ok(())
+    }
+
+    /// What the guest is told first. `new_identity`: it was another sandbox when it was captured, or never any.
+    pub(super) fn welcome(&self, current_token: Secret, new_identity: bool) -> Welcome {
+        let record = self.record();
+        Welcome {
+            current_token,
+            token: record.token.clone(),
+            sandbox: record.id.clone(),
+            template: record.spec.template.to_string(),
+            hostname: record
+                .name
+                .as_ref()
+                .map_or_else(|| record.id.to_string(), ToString::to_string),
+            env: record.spec.env.clone(),
+            new_identity,
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! Resume: `Paused` to `Running` with memory, devices and disk as they were.
+//!
+//! 1. Check that this host can restore what was captured (INV-44).
+//! 2. Write down what will be held: a new head over the generation's layer, disk device, network, box, VMM, and the
+//!    memory that will be mapped.
+//! 3. Take it, restore, let the vCPUs run, and wait until the guest answers.
+//! 4. Commit `Running`. A failure before that gives back everything and leaves `Paused`, whole and retryable
+//!    (INV-16): the generation was only read, and the head that was thrown away was new.
+//!
+//! Resuming a named generation of a stopped sandbox first sets its newest disk aside as a branch (INV-51).
+
+use jiff::Timestamp;
+
+use crate::deadline::{self, within};
+use crate::error::Error;
+use crate::event::Steps;
+use crate::host::{MemorySource, Start};
+use crate::id::{GenerationNo, LayerId, MemoryId, Name};
+use crate::layout::{DEVICE_STATE, MEMORY_BASE, MEMORY_DIFF, Object};
+use crate::lifecycle::power::power_holds;
+use crate::manifest::v1::{Branch, Capture, Hold, Intent, Rest, Under};
+use crate::phase::{Phase, Refusal, Step, Verb};
+use crate::sandbox::{Outcome, Sandbox};
+use crate::unit::Geometry;
+
+impl Sandbox {
+    pub(crate) async fn resume(&mut self) -> Result<Outcome, Error> {
+        if self.admit(Verb::Resume).await? == Step::AlreadyThere {
+            return Ok(Outcome::AlreadyThere);
+        }
+        let Rest::Paused { generation } = self.record().rests else {
+            return Err(Refusal::WrongPhase {
+                verb: Verb::Resume,
+                phase: self.phase(),
+            }
+            .into());
+        };
+        let mut steps = Steps::default();
+        match self.restore(generation, &mut steps).await {
+            Ok(()) => {
+                self.emit(
+                    "sandbox.resumed",
+                    format!("continues from generation {generation}"),
+                    &steps,
+                );
+                Ok(Outcome::Changed)
+            }
+            Err(error) => Err(self.give_back(error).await),
+        }
+    }
+
+    pub(crate) async fn resume_generation(
+        &mut self,
+        number: GenerationNo,
+    ) -> Result<Outcome, Error> {
+        self.admit(Verb::ResumeGeneration).await?;
+        let capture = self.shared.catalog.generation(self.id(), number)?.capture;
+        self.check_restorable(&format!("generation {number}"), &capture)?;
+        match self.phase() {
+            Phase::Stopped => self.set_aside(number).await?,
+            // A pause left no newer disk than its own generation's, which stays listed.
+            _ => {
+                self.update(|record| record.rests = Rest::Paused { generation: number })
+                    .await?;
+            }
+        }
+        self.resume().await
+    }
+
+    /// Restores a generation of this sandbox. The caller gives back on failure.
+    pub(super) async fn restore(
+        &mut self,
+        number: GenerationNo,
+        steps: &mut Steps,
+    ) -> Result<(), Error> {
+        let capture = self.shared.catalog.generation(self.id(), number)?.capture;
+        self.check_restorable(&format!("generation {number}"), &capture)?;
+        let memory = self.memory_source(&capture.memory)?;
+        let head = self.record().next_head;
+        self.update(|record| {
+            record.holds.push(Hold::Head {
+                number: head,
+                over: Under::Layer(capture.layer.clone()),
+            });
+            record.holds.extend(power_holds());
+            record.next_head += 1;
+            record.machine = Some(capture.machine.clone());
+            record.restored_from = Some(capture.memory.clone());
+        })
+        .await?;
+
+        let object = Object::Generation(self.id().clone(), number);
+        let device_state = self.shared.host.store.path(&object, DEVICE_STATE);
+        let welcome = self.welcome(capture.token, capture.sandbox != *self.id());
+        let machine = self
+            .power_on(
+                Start::Restore {
+                    device_state,
+                    memory,
+                },
+                welcome,
+                steps,
+            )
+            .await?;
+        self.running(machine).await
+    }
+
+    /// The files of a memory.
+    pub(super) fn memory_source(&self, memory: &MemoryId) -> Result<MemorySource, Error> {
+        let path = |id, file| self.shared.host.store.path(&Object::Memory(id), file);
+        let memory = self.shared.catalog.memory(memory)?;
+        Ok(match memory.against {
+            None => MemorySource {
+                base: path(memory.id, MEMORY_BASE),
+                diff: None,
+            },
+            Some(full) => MemorySource {
+                base: path(full, MEMORY_BASE),
+                diff: Some(path(memory.id, MEMORY_DIFF)),
+            },
+        })
+    }
+
+    /// Compares what a capture ran on with what is here, field by field.
+    pub(super) fn check_restorable(&self, what: &str, capture: &Capture) -> Result<(), Error> {
+        let here = self.vmm()?.identity().clone();
+        let then = &capture.machine;
+        let geometry = |g: Geometry| format!("{} vCPUs, {} MiB", g.vcpus, g.mem_mib);
+        let fields = [
+            ("VMM", &then.vmm.name, &here.name),
+            ("VMM version", &then.vmm.version, &here.version),
+            ("machine type", &then.vmm.machine, &here.machine),
+            ("CPU model", &then.vmm.cpu, &here.cpu),
+            ("accelerator", &then.vmm.accelerator, &here.accelerator),
+            (
+                "geometry",
+                &geometry(then.geometry),
+                &geometry(self.record().spec.geometry),
+            ),
+        ];
+        match fields
+            .into_iter()
+            .find(|(_, captured, here)| captured != here)
+        {
+            None => Ok(()),
+            Some((field, captured, here)) => Err(Error::Incompatible {
+                what: what.to_owned(),
+                field,
+                captured: captured.clone(),
+                here: here.clone(),
+            }),
+        }
+    }
+
+    /// Keeps the newest disk as a branch, so that the sandbox rests at a generation.
+    async fn set_aside(&mut self, generation: GenerationNo) -> Result<(), Error> {
+        // Unique within the sandbox, since head numbers are never reused.
+        let number = self.record().next_head;
+        let branch: Name =
+            format!("disk-{number}")
+                .parse()
+                .map_err(|error: crate::id::ParseIdError| Error::Invalid {
+                    message: error.to_string(),
+                    hint: "please report this as a bug".into(),
+                })?;
+        let intent = Intent::SetAside {
+            layer: LayerId::random(),
+            branch,
+            generation,
+        };
+        self.update(|record| {
+            record.intent = Some(intent);
+            record.next_head += 1;
+        })
+        .await?;
+        self.settle().await
+    }
+
+    pub(crate) async fn settle_set_aside(
+        &mut self,
+        layer: &LayerId,
+        branch: Name,
+        generation: GenerationNo,
+    ) -> Result<(), Error> {
+        let (head, under) = self.head()?;
+        let staging = self.staged_layer(layer).await?;
+        within(
+            deadline::DISK,
+            "sealing the disk",
+            self.volumes()?.seal(&head, &staging),
+        )
+        .await?;
+        self.publish_layer(layer, &under).await?;
+        let said = format!("its newest disk is kept as branch {branch}");
+        let kept = Branch {
+            name: branch,
+            layer: layer.clone(),
+            created_at: Timestamp::now(),
+        };
+        self.update(|record| {
+            record
+                .holds
+                .retain(|hold| !matches!(hold, Hold::Head { .. }));
+            record.branches.push(kept);
+            record.intent = None;
+            record.rests = Rest::Paused { generation };
+        })
+        .await?;
+        self.emit("sandbox.set-aside", said, &Steps::default());
+        Ok(())
+    }
+}

@@ -1,0 +1,129 @@
+//! Snapshot: a template that holds the disk, the memory and the devices of one instant. The sandbox stays where it is.
+//!
+//! Running: capture into the template, the guest runs on at once, and connections to it live through it; commit the
+//! new head. Paused: the template refers to
+//! the generation's layer and memory, and copies its device state; nothing is revived (INV-23).
+//!
+//! The commit point is the publication of the template's directory. Its name is taken before anything begins (INV-22).
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+
+use crate::deadline::{self, within};
+use crate::error::Error;
+use crate::event::Steps;
+use crate::id::{Name, TemplateId};
+use crate::layout::{DEVICE_STATE, Object};
+use crate::lifecycle::capture::Then;
+use crate::manifest;
+use crate::manifest::v1::{Capture, Rest, Template, TemplateContent};
+use crate::phase::Verb;
+use crate::sandbox::Sandbox;
+
+impl Sandbox {
+    pub(crate) async fn snapshot(&mut self, name: Name) -> Result<Template, Error> {
+        self.admit(Verb::Snapshot).await?;
+        let _reserved = self.shared.catalog.reserve_template_name(&name)?;
+        let mut steps = Steps::default();
+        let id = TemplateId::random();
+        let template = match self.record().rests {
+            Rest::Paused { generation } => {
+                let capture = self
+                    .shared
+                    .catalog
+                    .generation(self.id(), generation)?
+                    .capture;
+                let template = self.template_of(id, name, &capture);
+                self.publish_copy(
+                    &Object::Generation(self.id().clone(), generation),
+                    &template,
+                )
+                .await?;
+                self.shared.catalog.add_template(template.clone());
+                template
+            }
+            _ => self.snapshot_running(id, name, &mut steps).await?,
+        };
+        self.emit(
+            "template.created",
+            format!("{} from a snapshot", template.name),
+            &steps,
+        );
+        Ok(template)
+    }
+
+    async fn snapshot_running(
+        &mut self,
+        id: TemplateId,
+        name: Name,
+        steps: &mut Steps,
+    ) -> Result<Template, Error> {
+        let machine = self.machine(Verb::Snapshot)?;
+        let mut attempt = self.begin_capture(Object::Template(id.clone()));
+        let maker = self.template_maker(id, name);
+        let document = |capture: &_| manifest::encode(1, &maker(capture));
+        let captured = self
+            .capture(&*machine, &mut attempt, Then::RunsOn, steps, document)
+            .await;
+        let committed = match captured {
+            Ok(capture) => self
+                .update(|record| attempt.record(record))
+                .await
+                .map(|()| capture),
+            Err(error) => Err(error),
+        };
+        match committed {
+            Ok(capture) => {
+                let template = maker(&capture);
+                self.shared.catalog.add_template(template.clone());
+                Ok(template)
+            }
+            Err(error) => {
+                self.abandon_capture(&*machine, attempt).await?;
+                Err(error)
+            }
+        }
+    }
+
+    fn template_of(&self, id: TemplateId, name: Name, capture: &Capture) -> Template {
+        self.template_maker(id, name)(capture)
+    }
+
+    fn template_maker(&self, id: TemplateId, name: Name) -> impl Fn(&Capture) -> Template + use<> {
+        let spec = self.record().spec.clone();
+        let source = format!(
+            "snapshot of {}",
+            crate::catalog::display_name(self.record())
+        );
+        move |capture| Template {
+            id: id.clone(),
+            name: name.clone(),
+            content: TemplateContent::Snapshot {
+                capture: Box::new(capture.clone()),
+            },
+            geometry: spec.geometry,
+            disk_size: spec.disk_size,
+            kernel: spec.kernel.clone(),
+            env: spec.env.clone(),
+            source: source.clone(),
+            created_at: Timestamp::now(),
+        }
+    }
+
+    /// Publishes a template with a copy of another object's device state.
+    async fn publish_copy(&self, from: &Object, template: &Template) -> Result<(), Error> {
+        let into = Object::Template(template.id.clone());
+        let store = Arc::clone(&self.shared.host.store);
+        let published = within(deadline::STORE, "publishing the template", async {
+            store.stage(&into).await?;
+            store.copy_into_staging(from, DEVICE_STATE, &into).await?;
+            store.publish(&into, &manifest::encode(1, template)).await
+        });
+        let published = published.await;
+        if published.is_err() {
+            self.discard(&into).await;
+        }
+        published
+    }
+}

@@ -1,0 +1,74 @@
+//! Stop: to `Stopped`, the disk kept and the process gone.
+//!
+//! Running: the guest writes out its caches (best effort, bounded), then the commit of `Stopped` decides, then the
+//! VMM ends. Paused: a new head over the generation's layer; the memory stays listed as a generation.
+
+use std::sync::Arc;
+
+use crate::deadline::{self, within};
+use crate::error::Error;
+use crate::event::Steps;
+use crate::manifest::v1::{Hold, Rest, Under};
+use crate::phase::{Step, Verb};
+use crate::sandbox::{Chained, Outcome, Sandbox};
+
+impl Sandbox {
+    pub(crate) async fn stop(&mut self) -> Result<Outcome, Error> {
+        if self.admit(Verb::Stop).await? == Step::AlreadyThere {
+            return Ok(Outcome::AlreadyThere);
+        }
+        let mut steps = Steps::default();
+        if let Rest::Paused { generation } = self.record().rests {
+            if let Err(error) = self.unpack_disk(generation).await {
+                return Err(self.give_back(error).await);
+            }
+        } else {
+            let gate = self.gate.clone();
+            let closed = steps.time("drain", gate.close(deadline::DRAIN)).await;
+            let guest = Arc::clone(&self.shared.host.guest);
+            let token = self.record().token.clone();
+            let synced = within(
+                deadline::PREPARE,
+                "syncing the guest",
+                guest.sync(self.address(), &token),
+            );
+            if let Err(error) = steps.time("sync-guest", synced).await {
+                tracing::info!(sandbox = %self.id(), error = %Chained(&error), "the guest did not sync before the stop");
+            }
+            self.update(|record| record.rests = Rest::Stopped).await?;
+            closed.keep();
+            self.gate.shut();
+            steps.time("release", self.unwind()).await?;
+        }
+        self.emit("sandbox.stopped", "its disk is kept", &steps);
+        Ok(Outcome::Changed)
+    }
+
+    /// Puts a head over a generation's disk, and rests there.
+    async fn unpack_disk(&mut self, generation: crate::id::GenerationNo) -> Result<(), Error> {
+        let layer = self
+            .shared
+            .catalog
+            .generation(self.id(), generation)?
+            .capture
+            .layer;
+        let (number, over) = (self.record().next_head, Under::Layer(layer));
+        self.update(|record| {
+            record.holds.push(Hold::Head {
+                number,
+                over: over.clone(),
+            });
+            record.next_head += 1;
+        })
+        .await?;
+        let (volumes, chain) = (self.volumes()?, self.chain(&over)?);
+        let head = self.head_id(number);
+        within(
+            deadline::DISK,
+            "making a head",
+            volumes.ensure_head(&head, &chain),
+        )
+        .await?;
+        self.update(|record| record.rests = Rest::Stopped).await
+    }
+}

@@ -1,0 +1,318 @@
+//! Format 1. Frozen once released: a change of meaning is a new format, with a conversion from this one.
+
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::Document;
+use crate::host::{Egress, ProcessIdentity, SavedMemory, SavedPages, Secret, VmmIdentity};
+use crate::id::{Digest, GenerationNo, LayerId, MemoryId, Name, SandboxId, Slot, TemplateId};
+use crate::unit::{Bytes, Geometry};
+
+/// An immutable disk state that something can sit on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Under {
+    /// An imported image.
+    Base(Digest),
+    /// A layer.
+    Layer(LayerId),
+}
+
+/// An imported image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Base {
+    /// SHA-256 of the image.
+    pub digest: Digest,
+    /// The image's length.
+    pub size: Bytes,
+    /// When it was imported.
+    pub created_at: Timestamp,
+}
+
+/// An immutable disk state.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Layer {
+    /// Its id.
+    pub id: LayerId,
+    /// The driver whose format its data has.
+    pub driver: String,
+    /// The layer that its data needs, if it needs one.
+    pub parent: Option<LayerId>,
+    /// The base at the bottom, if its data needs one.
+    pub base: Option<Digest>,
+    /// Size of the disk that the guest sees.
+    pub size: Bytes,
+    /// When it was frozen.
+    pub created_at: Timestamp,
+}
+
+/// An immutable guest memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Memory {
+    /// Its id.
+    pub id: MemoryId,
+    /// Full, or a diff.
+    pub pages: SavedPages,
+    /// For a diff: the memory whose base it is against. That one is full.
+    pub against: Option<MemoryId>,
+    /// The guest's memory size.
+    pub size: Bytes,
+    /// When it was saved.
+    pub created_at: Timestamp,
+}
+
+/// What a guest runs on. Everything that a saved state depends on, recorded when the guest booted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Machine {
+    /// The VMM and how it was configured.
+    pub vmm: VmmIdentity,
+    /// CPUs and memory.
+    pub geometry: Geometry,
+    /// The kernel that the guest booted.
+    pub kernel: Digest,
+    /// The agent that runs in it.
+    pub agent: Digest,
+}
+
+/// One instant of a guest: memory, devices and disk. The device state lies beside the manifest that this is part of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Capture {
+    /// The disk.
+    pub layer: LayerId,
+    /// The memory.
+    pub memory: MemoryId,
+    /// What the guest ran on.
+    pub machine: Machine,
+    /// Which sandbox the guest was.
+    pub sandbox: SandboxId,
+    /// The token that its agent accepts.
+    pub token: Secret,
+    /// What the save wrote.
+    pub saved: SavedMemory,
+    /// When the guest stood still.
+    pub captured_at: Timestamp,
+}
+
+/// What one pause wrote.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Generation {
+    /// Its number within the sandbox.
+    pub number: GenerationNo,
+    /// The instant it holds.
+    pub capture: Capture,
+}
+
+/// What a template holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "kind")]
+pub enum TemplateContent {
+    /// Disk only: cold boot.
+    Image {
+        /// The disk.
+        base: Digest,
+    },
+    /// Disk, memory and devices: restore.
+    Snapshot {
+        /// The instant it holds.
+        capture: Box<Capture>,
+    },
+}
+
+/// What sandboxes are created from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Template {
+    /// Its id.
+    pub id: TemplateId,
+    /// Its name.
+    pub name: Name,
+    /// What it holds.
+    pub content: TemplateContent,
+    /// Geometry of sandboxes that do not ask for another. A snapshot allows no other.
+    pub geometry: Geometry,
+    /// Size of the disk.
+    pub disk_size: Bytes,
+    /// The kernel to boot.
+    pub kernel: Digest,
+    /// Variables for every command in sandboxes made from it.
+    pub env: BTreeMap<String, String>,
+    /// Where it came from, in words.
+    pub source: String,
+    /// When it was made.
+    pub created_at: Timestamp,
+}
+
+/// What a sandbox was asked to be. Fixed for its life.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Spec {
+    /// The template that it was created from.
+    pub template: TemplateId,
+    /// That template's name when it was.
+    pub template_name: String,
+    /// CPUs and memory.
+    pub geometry: Geometry,
+    /// Size of the disk.
+    pub disk_size: Bytes,
+    /// The volume driver, recorded: never chosen again.
+    pub volume_driver: String,
+    /// The VMM, recorded: never chosen again.
+    pub vmm: String,
+    /// The kernel to boot.
+    pub kernel: Digest,
+    /// What it may reach.
+    pub egress: Egress,
+    /// Variables for every command.
+    pub env: BTreeMap<String, String>,
+    /// The user's own words.
+    pub metadata: BTreeMap<String, String>,
+}
+
+/// One host resource that a sandbox has taken, or is about to take.
+///
+/// Its name on the host derives from the sandbox and what is recorded here, so it can be released by a process that
+/// never acquired it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "kind", deny_unknown_fields)]
+pub enum Hold {
+    /// The sandbox's directory, and so this manifest.
+    Directory,
+    /// The network identity.
+    Slot,
+    /// A writable head.
+    Head {
+        /// Which head of the sandbox.
+        number: u32,
+        /// What it sits on.
+        over: Under,
+    },
+    /// The head below it, attached.
+    Disk,
+    /// Namespace, tap, addresses and rules of the slot.
+    Network,
+    /// Limits and runtime directory of the VMM.
+    Box,
+    /// The VMM.
+    Vmm {
+        /// Known once it has been launched.
+        process: Option<ProcessIdentity>,
+    },
+}
+
+/// Where a sandbox rests, as its manifest says it: the watermark that recovery unwinds to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "phase")]
+pub enum Rest {
+    /// It is being made, or being destroyed: recovery removes it.
+    Nowhere,
+    /// Only its disk.
+    Stopped,
+    /// Its memory is on disk.
+    Paused {
+        /// Which generation.
+        generation: GenerationNo,
+    },
+    /// A VMM runs it.
+    Running,
+}
+
+/// An effect that cannot be undone once it has happened, written down before it begins.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "kind", deny_unknown_fields)]
+pub enum Intent {
+    /// The head becomes `layer`, and head number `to` goes on top of it.
+    Freeze {
+        /// The layer that the present head becomes.
+        layer: LayerId,
+        /// The number of the new head.
+        to: u32,
+    },
+    /// The head becomes `layer`, kept as a branch; the sandbox then rests at a generation.
+    SetAside {
+        /// The layer that the present head becomes.
+        layer: LayerId,
+        /// The name of the branch.
+        branch: Name,
+        /// Where the sandbox rests afterwards.
+        generation: GenerationNo,
+    },
+}
+
+/// A disk that was set aside, kept by name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Branch {
+    /// Its name within the sandbox.
+    pub name: Name,
+    /// Its disk.
+    pub layer: LayerId,
+    /// When it was set aside.
+    pub created_at: Timestamp,
+}
+
+/// How a sandbox's VMM last ended without being asked to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Exit {
+    /// When it was noticed.
+    pub at: Timestamp,
+    /// Whether the guest asked for it.
+    pub by_guest: bool,
+    /// For people.
+    pub detail: String,
+}
+
+/// A sandbox.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sandbox {
+    /// Its id.
+    pub id: SandboxId,
+    /// Its name, if it has one.
+    pub name: Option<Name>,
+    /// When it was created.
+    pub created_at: Timestamp,
+    /// What it was asked to be.
+    pub spec: Spec,
+    /// What its agent accepts.
+    pub token: Secret,
+    /// Its network identity, from create to destroy (INV-17).
+    pub slot: Slot,
+    /// Where it rests.
+    pub rests: Rest,
+    /// What it holds, oldest first.
+    pub holds: Vec<Hold>,
+    /// What has begun and cannot be undone.
+    pub intent: Option<Intent>,
+    /// The guest that runs or is paused, since its boot.
+    pub machine: Option<Machine>,
+    /// The memory that the running guest was restored from. Kept from the collector while it is mapped.
+    pub restored_from: Option<MemoryId>,
+    /// Committed generations, oldest first. A generation's directory that is not listed does not exist.
+    pub generations: Vec<GenerationNo>,
+    /// The number of the next generation. Never reused.
+    pub next_generation: GenerationNo,
+    /// The number of the next head. Never reused.
+    pub next_head: u32,
+    /// Disks that were set aside.
+    pub branches: Vec<Branch>,
+    /// How its VMM last ended by itself.
+    pub last_exit: Option<Exit>,
+    /// Why only inspect and destroy work.
+    pub broken: Option<String>,
+}
+
+impl Document for Base {}
+impl Document for Layer {}
+impl Document for Memory {}
+impl Document for Generation {}
+impl Document for Template {}
+impl Document for Sandbox {}

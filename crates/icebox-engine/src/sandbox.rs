@@ -1,0 +1,573 @@
+//! One task per sandbox: it owns the sandbox's state, takes one request after another, and watches the VMM between
+//! them.
+//!
+//! A client that goes away changes nothing: it only stops listening for the answer (INV-20). Verbs on one sandbox
+//! take turns, so equal verbs that were asked for at once coalesce: the second finds the sandbox there already
+//! (INV-19). Sandboxes never wait for each other.
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::catalog::{Catalog, Pin};
+use crate::deadline::{self, within};
+use crate::engine::Config;
+use crate::error::Error;
+use crate::event::{Events, Steps};
+use crate::gate::Gate;
+use crate::host::{
+    Chain, ErrorKind, ExitReason, GuestAddress, Host, HostError, Machine, Vmm, VolumeDriver,
+};
+use crate::id::{GenerationNo, HeadId, Name, SandboxId};
+use crate::layout::Object;
+use crate::ledger::Ledger;
+use crate::manifest::v1::{self, Capture, Exit, Hold, Intent, Rest, Under};
+use crate::phase::{Phase, Refusal, Step, Verb};
+
+pub(crate) type Mailbox = mpsc::UnboundedSender<Request>;
+
+/// What all sandboxes share.
+pub(crate) struct Shared {
+    pub(crate) host: Host,
+    pub(crate) catalog: Catalog,
+    pub(crate) events: Events,
+    pub(crate) config: Config,
+    /// Serialises what could make a content-addressed object with what could remove it.
+    pub(crate) collecting: tokio::sync::Mutex<()>,
+}
+
+/// What a sandbox's task can be asked for.
+pub(crate) enum Request {
+    Start(oneshot::Sender<Result<Outcome, Error>>),
+    Pause(oneshot::Sender<Result<Outcome, Error>>),
+    Resume(
+        Option<GenerationNo>,
+        oneshot::Sender<Result<Outcome, Error>>,
+    ),
+    Stop(oneshot::Sender<Result<Outcome, Error>>),
+    Snapshot(Name, oneshot::Sender<Result<v1::Template, Error>>),
+    Fork(oneshot::Sender<Result<Origin, Error>>),
+    Freeze(oneshot::Sender<Result<Frozen, Error>>),
+    Destroy(oneshot::Sender<Result<(), Error>>),
+}
+
+/// Whether a verb had anything to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It had, and has done it.
+    Changed,
+    /// The sandbox rested there already.
+    AlreadyThere,
+}
+
+/// An instant of a guest that new sandboxes can begin with.
+pub(crate) struct Origin {
+    /// The object whose directory holds the device state.
+    pub(crate) object: Object,
+    pub(crate) capture: Capture,
+    /// Keeps what the capture refers to until new sandboxes refer to it.
+    pub(crate) _pin: Pin,
+}
+
+/// A disk state that will not change any more.
+pub(crate) struct Frozen {
+    pub(crate) chain: Chain,
+    pub(crate) _pin: Pin,
+}
+
+/// Whether there is a VMM.
+pub(crate) enum Life {
+    AtRest,
+    Running(Arc<dyn Machine>),
+}
+
+pub(crate) struct Sandbox {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) ledger: Ledger,
+    pub(crate) life: Life,
+    pub(crate) gate: Gate,
+}
+
+/// Whether the sandbox still exists after a request.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Lives,
+    Gone,
+}
+
+impl Sandbox {
+    /// The task: runs until the sandbox is destroyed or the engine is dropped.
+    pub(crate) async fn run(mut self, mut mailbox: mpsc::UnboundedReceiver<Request>) {
+        loop {
+            let machine = match &self.life {
+                Life::Running(machine) => Some(Arc::clone(machine)),
+                Life::AtRest => None,
+            };
+            let ended = async move {
+                match machine {
+                    Some(machine) => machine.exited().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                reason = ended => self.vmm_ended(&reason).await,
+                request = mailbox.recv() => {
+                    let Some(request) = request else { return };
+                    if self.serve(request).await == Fate::Gone {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn serve(&mut self, request: Request) -> Fate {
+        let mut fate = Fate::Lives;
+        match request {
+            Request::Start(reply) => {
+                self.answer(Verb::Start, reply, async |it| it.start().await)
+                    .await;
+            }
+            Request::Pause(reply) => {
+                self.answer(Verb::Pause, reply, async |it| it.pause().await)
+                    .await;
+            }
+            Request::Resume(None, reply) => {
+                self.answer(Verb::Resume, reply, async |it| it.resume().await)
+                    .await;
+            }
+            Request::Resume(Some(number), reply) => {
+                self.answer(Verb::ResumeGeneration, reply, async |it| {
+                    it.resume_generation(number).await
+                })
+                .await;
+            }
+            Request::Stop(reply) => {
+                self.answer(Verb::Stop, reply, async |it| it.stop().await)
+                    .await;
+            }
+            Request::Snapshot(name, reply) => {
+                self.answer(Verb::Snapshot, reply, async |it| it.snapshot(name).await)
+                    .await;
+            }
+            Request::Fork(reply) => {
+                self.answer(Verb::Fork, reply, async |it| it.fork_origin().await)
+                    .await;
+            }
+            Request::Freeze(reply) => {
+                self.answer(Verb::Flatten, reply, async |it| it.freeze_disk().await)
+                    .await;
+            }
+            Request::Destroy(reply) => {
+                self.answer(Verb::Destroy, reply, async |it| {
+                    let destroyed = it.destroy().await;
+                    if destroyed.is_ok() {
+                        fate = Fate::Gone;
+                    }
+                    destroyed
+                })
+                .await;
+            }
+        }
+        fate
+    }
+
+    async fn answer<T>(
+        &mut self,
+        verb: Verb,
+        reply: oneshot::Sender<Result<T, Error>>,
+        work: impl AsyncFnOnce(&mut Self) -> Result<T, Error>,
+    ) {
+        let id = self.id().clone();
+        self.shared.catalog.set_busy(&id, Some(busy_word(verb)));
+        let result = work(self).await;
+        if let Err(error) = &result {
+            tracing::warn!(sandbox = %id, %verb, error = %Chained(error), "verb failed");
+        }
+        self.shared.catalog.set_busy(&id, None);
+        // The client may have gone: the outcome is the same.
+        drop(reply.send(result));
+    }
+
+    // What the verbs are made of.
+
+    pub(crate) fn record(&self) -> &v1::Sandbox {
+        self.ledger.record()
+    }
+
+    pub(crate) fn id(&self) -> &SandboxId {
+        &self.ledger.record().id
+    }
+
+    pub(crate) fn phase(&self) -> Phase {
+        match self.record().rests {
+            Rest::Running => Phase::Running,
+            Rest::Paused { .. } => Phase::Paused,
+            Rest::Stopped | Rest::Nowhere => Phase::Stopped,
+        }
+    }
+
+    /// Admits a verb by the transition table, and finishes what an earlier verb had to leave pending.
+    pub(crate) async fn admit(&mut self, verb: Verb) -> Result<Step, Error> {
+        if let Some(why) = &self.record().broken {
+            return Err(Refusal::Broken {
+                verb,
+                why: why.clone(),
+            }
+            .into());
+        }
+        let step = verb.from(self.phase())?;
+        if step != Step::AlreadyThere && self.record().intent.is_some() {
+            self.settle().await?;
+        }
+        Ok(step)
+    }
+
+    /// Commits a change of the record, and shows it to everybody.
+    pub(crate) async fn update(
+        &mut self,
+        change: impl FnOnce(&mut v1::Sandbox),
+    ) -> Result<(), Error> {
+        self.ledger.update(change).await?;
+        self.shared.catalog.set_record(self.ledger.record());
+        Ok(())
+    }
+
+    pub(crate) fn emit(&self, kind: &str, detail: impl Into<String>, steps: &Steps) {
+        self.shared
+            .events
+            .emit(Some(self.id()), kind, detail, steps);
+    }
+
+    pub(crate) fn machine(&self, verb: Verb) -> Result<Arc<dyn Machine>, Error> {
+        match &self.life {
+            Life::Running(machine) => Ok(Arc::clone(machine)),
+            Life::AtRest => Err(Refusal::WrongPhase {
+                verb,
+                phase: Phase::Stopped,
+            }
+            .into()),
+        }
+    }
+
+    pub(crate) fn vmm(&self) -> Result<Arc<dyn Vmm>, Error> {
+        let wanted = &self.record().spec.vmm;
+        find_vmm(&self.shared.host, wanted)
+    }
+
+    pub(crate) fn volumes(&self) -> Result<Arc<dyn VolumeDriver>, Error> {
+        let wanted = &self.record().spec.volume_driver;
+        find_volume_driver(&self.shared.host, wanted)
+    }
+
+    /// The head that the sandbox holds, and what it sits on.
+    pub(crate) fn head(&self) -> Result<(HeadId, Under), Error> {
+        let held = self.record().holds.iter().find_map(|hold| match hold {
+            Hold::Head { number, over } => Some((self.head_id(*number), over.clone())),
+            _ => None,
+        });
+        held.ok_or_else(|| Error::Invalid {
+            message: "the sandbox holds no disk head".into(),
+            hint: "`icebox inspect` shows what it holds".into(),
+        })
+    }
+
+    pub(crate) fn head_id(&self, number: u32) -> HeadId {
+        HeadId {
+            sandbox: self.id().clone(),
+            number,
+        }
+    }
+
+    pub(crate) fn chain(&self, under: &Under) -> Result<Chain, Error> {
+        self.shared
+            .catalog
+            .chain(under, self.record().spec.disk_size)
+    }
+
+    pub(crate) fn address(&self) -> GuestAddress {
+        GuestAddress {
+            ip: self.shared.host.network.host_address(self.record().slot),
+        }
+    }
+
+    /// Waits for `work`, but not longer than the VMM lives.
+    pub(crate) async fn while_alive<T>(
+        machine: &Arc<dyn Machine>,
+        limit: std::time::Duration,
+        step: &'static str,
+        work: impl Future<Output = Result<T, HostError>>,
+    ) -> Result<T, Error> {
+        tokio::select! {
+            biased;
+            result = within(limit, step, work) => result,
+            reason = machine.exited() => Err(Error::VmmEnded { step, detail: reason.detail }),
+        }
+    }
+
+    // Giving back.
+
+    /// Releases everything above where the sandbox rests, newest first, and stops at the first hold that will not go
+    /// (it may be in use by the ones above it). The sandbox is broken then, and names that hold.
+    pub(crate) async fn unwind(&mut self) -> Result<(), Error> {
+        let keep = watermark(&self.record().rests, &self.record().holds);
+        let mut left = self.record().holds.len();
+        let mut stuck = None;
+        while left > keep {
+            let hold = self.record().holds[left - 1].clone();
+            match within(deadline::RELEASE, "releasing a hold", self.release(&hold)).await {
+                Ok(()) => left -= 1,
+                Err(error) => {
+                    stuck = Some((hold, error));
+                    break;
+                }
+            }
+        }
+        if !self.record().holds[..left]
+            .iter()
+            .any(|hold| matches!(hold, Hold::Vmm { .. }))
+        {
+            self.life = Life::AtRest;
+        }
+        let broken = stuck
+            .as_ref()
+            .map(|(hold, error)| format!("{}: {}", hold_name(hold), Chained(error)));
+        if left < self.record().holds.len() || self.record().broken != broken {
+            self.update(|record| {
+                record.holds.truncate(left);
+                record.broken = broken;
+                if !record
+                    .holds
+                    .iter()
+                    .any(|hold| matches!(hold, Hold::Vmm { .. }))
+                {
+                    record.restored_from = None;
+                }
+            })
+            .await?;
+        }
+        match stuck {
+            None => Ok(()),
+            Some((hold, error)) => Err(stuck_error(&hold, error)),
+        }
+    }
+
+    async fn release(&self, hold: &Hold) -> Result<(), HostError> {
+        let host = &self.shared.host;
+        let driver_gone = |error: Error| HostError::new(ErrorKind::Unsupported, error.to_string());
+        match hold {
+            Hold::Directory => host
+                .store
+                .trash(&Object::Sandbox(self.id().clone()))
+                .await
+                .map(drop),
+            Hold::Slot => Ok(()),
+            Hold::Head { number, .. } => self
+                .volumes()
+                .map_err(driver_gone)?
+                .remove_head(&self.head_id(*number))
+                .await
+                .map(drop),
+            Hold::Disk => {
+                let (head, _) = self.head().map_err(driver_gone)?;
+                self.volumes()
+                    .map_err(driver_gone)?
+                    .detach(&head)
+                    .await
+                    .map(drop)
+            }
+            Hold::Network => host.network.release(self.record().slot).await.map(drop),
+            Hold::Box => host.boxes.release(self.id()).await.map(drop),
+            Hold::Vmm { process } => self
+                .vmm()
+                .map_err(driver_gone)?
+                .kill(self.id(), process.as_ref())
+                .await
+                .map(drop),
+        }
+    }
+
+    /// What a failed verb ends with: everything it took is given back. If that fails too, that is the error.
+    pub(crate) async fn give_back(&mut self, error: Error) -> Error {
+        match self.unwind().await {
+            Ok(()) => error,
+            Err(stuck) => {
+                tracing::error!(sandbox = %self.id(), cause = %Chained(&error), stuck = %Chained(&stuck), "a failed verb could not be undone");
+                stuck
+            }
+        }
+    }
+
+    /// The VMM ended without being asked to: its holds are given back, the newest disk stays (INV-31).
+    pub(crate) async fn vmm_ended(&mut self, reason: &ExitReason) {
+        self.gate.shut();
+        self.life = Life::AtRest;
+        let exit = Exit {
+            at: Timestamp::now(),
+            by_guest: reason.by_guest,
+            detail: reason.detail.clone(),
+        };
+        let last = self.record().generations.last().copied();
+        let result = match self.record_exit(exit).await {
+            Ok(()) => {
+                if let Err(error) = self.settle().await {
+                    tracing::warn!(sandbox = %self.id(), error = %Chained(&error), "an unfinished freeze stays pending");
+                }
+                self.unwind().await
+            }
+            Err(error) => Err(error),
+        };
+        let kind = if reason.by_guest {
+            "sandbox.stopped"
+        } else {
+            "sandbox.crashed"
+        };
+        let offer = last.map_or_else(String::new, |number| {
+            format!("; its newest disk is there (`start`), and so is its last pause (`resume --generation {number}`)")
+        });
+        self.emit(kind, format!("{}{offer}", reason.detail), &Steps::default());
+        if let Err(error) = result {
+            self.emit(
+                "sandbox.broken",
+                Chained(&error).to_string(),
+                &Steps::default(),
+            );
+        }
+    }
+
+    /// Nobody waits for this commit, so it is tried more than once.
+    async fn record_exit(&mut self, exit: Exit) -> Result<(), Error> {
+        let mut pauses = [100, 1000]
+            .into_iter()
+            .map(std::time::Duration::from_millis);
+        loop {
+            let exit = exit.clone();
+            let committed = self
+                .update(|record| {
+                    record.rests = Rest::Stopped;
+                    record.last_exit = Some(exit);
+                })
+                .await;
+            match (committed, pauses.next()) {
+                (Err(_), Some(pause)) => tokio::time::sleep(pause).await,
+                (committed, _) => return committed,
+            }
+        }
+    }
+
+    /// Marks the sandbox as one that only inspect and destroy work on.
+    pub(crate) async fn break_down(&mut self, why: String) {
+        self.gate.shut();
+        self.emit("sandbox.broken", why.clone(), &Steps::default());
+        if let Err(error) = self.update(|record| record.broken = Some(why)).await {
+            tracing::error!(sandbox = %self.id(), error = %Chained(&error), "could not record that the sandbox is broken");
+        }
+    }
+
+    /// Finishes an effect that had begun and cannot be undone.
+    pub(crate) async fn settle(&mut self) -> Result<(), Error> {
+        match self.record().intent.clone() {
+            None => Ok(()),
+            Some(Intent::Freeze { layer, to }) => self.settle_freeze(&layer, to).await,
+            Some(Intent::SetAside {
+                layer,
+                branch,
+                generation,
+            }) => self.settle_set_aside(&layer, branch, generation).await,
+        }
+    }
+}
+
+/// How many holds a sandbox keeps where it rests.
+fn watermark(rests: &Rest, holds: &[Hold]) -> usize {
+    let stays = |hold: &Hold| match rests {
+        // The directory goes last, with the record in it.
+        Rest::Nowhere => matches!(hold, Hold::Directory),
+        Rest::Paused { .. } => matches!(hold, Hold::Directory | Hold::Slot),
+        Rest::Stopped => matches!(hold, Hold::Directory | Hold::Slot | Hold::Head { .. }),
+        Rest::Running => true,
+    };
+    holds.iter().take_while(|hold| stays(hold)).count()
+}
+
+pub(crate) fn hold_name(hold: &Hold) -> &'static str {
+    match hold {
+        Hold::Directory => "its directory",
+        Hold::Slot => "its slot",
+        Hold::Head { .. } => "its disk head",
+        Hold::Disk => "its disk device",
+        Hold::Network => "its network",
+        Hold::Box => "its box",
+        Hold::Vmm { .. } => "its VMM",
+    }
+}
+
+fn stuck_error(hold: &Hold, error: Error) -> Error {
+    match error {
+        Error::Step { source, .. } => Error::Stuck {
+            stuck: hold_name(hold).to_owned(),
+            source,
+        },
+        other => Error::Stuck {
+            stuck: hold_name(hold).to_owned(),
+            source: HostError::new(ErrorKind::Timeout, other.to_string()),
+        },
+    }
+}
+
+fn busy_word(verb: Verb) -> &'static str {
+    match verb {
+        Verb::Start => "starting",
+        Verb::Pause => "pausing",
+        Verb::Resume | Verb::ResumeGeneration => "resuming",
+        Verb::Stop => "stopping",
+        Verb::Snapshot => "snapshotting",
+        Verb::Fork => "forking",
+        Verb::Flatten => "flattening",
+        Verb::Destroy => "destroying",
+    }
+}
+
+pub(crate) fn find_vmm(host: &Host, wanted: &str) -> Result<Arc<dyn Vmm>, Error> {
+    let have: Vec<&str> = host
+        .vmms
+        .iter()
+        .map(|vmm| vmm.identity().name.as_str())
+        .collect();
+    let found = host.vmms.iter().find(|vmm| vmm.identity().name == wanted);
+    found
+        .cloned()
+        .ok_or_else(|| crate::catalog::no_driver("VMM", wanted, &have))
+}
+
+pub(crate) fn find_volume_driver(
+    host: &Host,
+    wanted: &str,
+) -> Result<Arc<dyn VolumeDriver>, Error> {
+    let have: Vec<&str> = host.volumes.iter().map(|driver| driver.name()).collect();
+    let found = host.volumes.iter().find(|driver| driver.name() == wanted);
+    found
+        .cloned()
+        .ok_or_else(|| crate::catalog::no_driver("volume driver", wanted, &have))
+}
+
+/// An error with its causes, on one line.
+pub(crate) struct Chained<'a>(pub(crate) &'a Error);
+
+impl std::fmt::Display for Chained<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut next: Option<&dyn std::error::Error> = Some(self.0);
+        let mut first = true;
+        while let Some(error) = next {
+            if !first {
+                f.write_str(": ")?;
+            }
+            write!(f, "{error}")?;
+            first = false;
+            next = error.source();
+        }
+        Ok(())
+    }
+}
