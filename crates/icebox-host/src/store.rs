@@ -237,6 +237,17 @@ impl Store for FileStore {
         .await
     }
 
+    async fn file_size(&self, file: &Path) -> Result<Bytes, HostError> {
+        let path = file.to_owned();
+        blocking(move || {
+            let metadata = path
+                .metadata()
+                .map_err(|error| failed("measure", &path, error))?;
+            Ok(Bytes(metadata.len()))
+        })
+        .await
+    }
+
     async fn move_into_staging(
         &self,
         file: &Path,
