@@ -2,6 +2,7 @@
 #![warn(missing_docs)]
 
 mod blocking;
+pub mod cgroup;
 pub mod fs;
 pub mod guest_image;
 pub mod instance;

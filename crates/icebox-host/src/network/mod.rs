@@ -41,7 +41,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use icebox_engine::host::{Egress, ErrorKind, HostError, Network, Removed, SlotNetwork};
+use icebox_engine::host::{Egress, HostError, Network, Removed, SlotNetwork};
 use icebox_engine::id::Slot;
 use ipnet::Ipv4Net;
 
@@ -194,7 +194,7 @@ impl Network for NetworkSlots {
 /// Blocks for well under a millisecond. Needs `CAP_SYS_ADMIN` and `CAP_NET_ADMIN`.
 ///
 /// # Errors
-/// When `namespace` is not a network namespace or the tap is open already ([`ErrorKind::Busy`]).
+/// When `namespace` is not a network namespace or the tap is open already ([`Busy`](icebox_engine::host::ErrorKind::Busy)).
 pub fn open_tap(namespace: &Path, tap: &str) -> Result<OwnedFd, HostError> {
     let message = || format!("open tap {tap} in {}", namespace.display());
     let opened = Namespace::open(namespace).and_then(|found| {
@@ -212,18 +212,8 @@ pub fn open_tap(namespace: &Path, tap: &str) -> Result<OwnedFd, HostError> {
         .map_err(|error| HostError::io(message(), error))
 }
 
-/// Runs `work` where it may block. It is not cancelled when the caller goes away: a slot is never left half-way
-/// because a client disconnected.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, NetworkError> + Send + 'static,
 ) -> Result<T, HostError> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result.map_err(Into::into),
-        Err(error) => match error.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            Err(error) => Err(
-                HostError::new(ErrorKind::Other, "the daemon is shutting down").caused_by(error),
-            ),
-        },
-    }
+    crate::blocking::blocking(move || work().map_err(HostError::from)).await
 }
