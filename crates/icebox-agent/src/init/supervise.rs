@@ -1,0 +1,198 @@
+//! Process 1 in the real root: sets the guest up, then reaps orphans, keeps the server running and powers off.
+//!
+//! | signal | from | does |
+//! |---|---|---|
+//! | `SIGCHLD` | the kernel | reaps; starts the server again if that is what ended |
+//! | `SIGTERM`, `SIGUSR2`, `SIGPWR`, `SIGUSR1` | `poweroff` and `halt` of busybox, whoever may | powers off in order |
+//! | `SIGINT` | ctrl-alt-del, and `reboot` of some | reboots in order, which ends the machine as well |
+
+use std::{
+    convert::Infallible,
+    error::Error,
+    fs, io,
+    path::Path,
+    process::{Child, Command},
+    time::{Duration, Instant},
+};
+
+use icebox_agent_api::cmdline;
+use rustix::{
+    io::Errno,
+    mount::{MountFlags, MountPropagationFlags},
+    process::WaitOptions,
+    system::RebootCommand,
+};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    time::sleep_until,
+};
+
+use super::{
+    KernelParameters, network,
+    power::{self, After},
+};
+use crate::server;
+
+/// A server that fails at once, again and again, must not keep the processor busy.
+const RESTART_DELAY: Duration = Duration::from_secs(1);
+
+/// `SIGPWR` on Linux, which tokio has no name for.
+const SIGPWR: i32 = 30;
+
+/// Filesystems that every program expects: type, where, flags, options.
+const MOUNTS: [(&str, &str, MountFlags, &str); 3] = [
+    (
+        "devpts",
+        "/dev/pts",
+        MountFlags::NOSUID.union(MountFlags::NOEXEC),
+        "gid=5,mode=0620,ptmxmode=0666",
+    ),
+    (
+        "tmpfs",
+        "/dev/shm",
+        MountFlags::NOSUID.union(MountFlags::NODEV),
+        "mode=1777",
+    ),
+    (
+        "cgroup2",
+        "/sys/fs/cgroup",
+        MountFlags::NOSUID
+            .union(MountFlags::NODEV)
+            .union(MountFlags::NOEXEC),
+        "nsdelegate",
+    ),
+];
+
+/// Links in /dev that programs expect and the kernel does not make.
+const LINKS: [(&str, &str); 4] = [
+    ("/proc/self/fd", "/dev/fd"),
+    ("/proc/self/fd/0", "/dev/stdin"),
+    ("/proc/self/fd/1", "/dev/stdout"),
+    ("/proc/self/fd/2", "/dev/stderr"),
+];
+
+pub(super) fn run() -> Result<Infallible, Box<dyn Error>> {
+    let parameters = KernelParameters::read(Path::new("/proc/cmdline"))?;
+    set_up(&parameters)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(supervise())
+}
+
+/// Prepares the guest for the server. Only the network is indispensable: without it nobody can be served.
+fn set_up(parameters: &KernelParameters) -> Result<(), Box<dyn Error>> {
+    // Ctrl-alt-del is a signal to us, not the end of everything unsaved.
+    best_effort(
+        "take over ctrl-alt-del",
+        rustix::system::reboot(RebootCommand::CadOff),
+    );
+    for (kind, target, flags, options) in MOUNTS {
+        best_effort(
+            &format!("mount {kind} on {target}"),
+            mount(kind, target, flags, options),
+        );
+    }
+    let private = MountPropagationFlags::REC | MountPropagationFlags::SHARED;
+    best_effort(
+        "let mounts propagate",
+        rustix::mount::mount_change("/", private),
+    );
+    for (target, link) in LINKS {
+        match std::os::unix::fs::symlink(target, link) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            result => best_effort(&format!("make {link}"), result),
+        }
+    }
+    // The out-of-memory killer takes what the user runs, not what the host needs to reach the guest.
+    best_effort(
+        "protect the agent from the out-of-memory killer",
+        fs::write("/proc/self/oom_score_adj", "-1000"),
+    );
+    if let Some(name) = parameters.get(cmdline::HOSTNAME) {
+        best_effort(
+            "set the host name",
+            rustix::system::sethostname(name.as_bytes()),
+        );
+    }
+    network::set_up(parameters)?;
+    best_effort("write /etc/resolv.conf", network::name_servers(parameters));
+    Ok(())
+}
+
+fn mount(kind: &str, target: &str, flags: MountFlags, options: &str) -> io::Result<()> {
+    fs::create_dir_all(target)?;
+    let options = std::ffi::CString::new(options)?;
+    match rustix::mount::mount(kind, target, kind, flags, options.as_c_str()) {
+        Ok(()) | Err(Errno::BUSY) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn best_effort<E: Into<io::Error>>(what: &str, result: Result<(), E>) {
+    if let Err(error) = result {
+        eprintln!("icebox: failed to {what}: {}", error.into());
+    }
+}
+
+async fn supervise() -> Result<Infallible, Box<dyn Error>> {
+    let mut children = signal(SignalKind::child())?;
+    let mut power_off = [
+        signal(SignalKind::terminate())?,
+        signal(SignalKind::user_defined1())?,
+        signal(SignalKind::user_defined2())?,
+        signal(SignalKind::from_raw(SIGPWR))?,
+    ];
+    let mut reboot = signal(SignalKind::interrupt())?;
+    loop {
+        let started = Instant::now();
+        let server = start_server()?;
+        let after = loop {
+            let [term, usr1, usr2, pwr] = &mut power_off;
+            tokio::select! {
+                _ = children.recv() => if reap(&server) { break None },
+                _ = any_of(term, usr1, usr2, pwr) => break Some(After::Off),
+                _ = reboot.recv() => break Some(After::Reboot),
+            }
+        };
+        if let Some(after) = after {
+            power::off(after, &mut children).await;
+            return Err(io::Error::other("the machine is still on").into());
+        }
+        eprintln!("icebox: the server ended; starting it again");
+        sleep_until((started + RESTART_DELAY).into()).await;
+    }
+}
+
+async fn any_of(a: &mut Signal, b: &mut Signal, c: &mut Signal, d: &mut Signal) {
+    tokio::select! {
+        _ = a.recv() => {}
+        _ = b.recv() => {}
+        _ = c.recv() => {}
+        _ = d.recv() => {}
+    }
+}
+
+/// Starts the server. The handle is only used for its pid: [`reap`] waits for every child alike.
+fn start_server() -> io::Result<Child> {
+    Command::new(std::env::current_exe()?)
+        .arg(server::ROLE)
+        .env_clear()
+        .spawn()
+}
+
+/// Waits for every child that has ended. Whether the server was among them.
+fn reap(server: &Child) -> bool {
+    let mut ended = false;
+    loop {
+        match rustix::process::wait(WaitOptions::NOHANG) {
+            Ok(Some((pid, status))) => {
+                if u32::try_from(pid.as_raw_nonzero().get()) == Ok(server.id()) {
+                    eprintln!("icebox: the server ended: {status:?}");
+                    ended = true;
+                }
+            }
+            Ok(None) | Err(_) => return ended,
+        }
+    }
+}
