@@ -24,6 +24,7 @@ pub(super) enum Step {
     /// Giving a prepared namespace to a slot.
     Forwarding,
     Link,
+    LinkForwarding,
     GatewayAddress,
     HostRoute,
     SlotAddress,
@@ -46,6 +47,7 @@ impl fmt::Display for Step {
             Self::SlotRules => "apply the namespace's rules",
             Self::Forwarding => "switch net.ipv4.ip_forward on",
             Self::Link => "link the namespace to the host",
+            Self::LinkForwarding => "let the host judge what comes out of the link",
             Self::GatewayAddress => "give the host its address on the link",
             Self::HostRoute => "add the host's route to the slot",
             Self::SlotAddress => "give the namespace the slot's address",

@@ -93,6 +93,12 @@ impl Pool {
         self.replenish();
     }
 
+    /// How many spares are in stock.
+    #[cfg(test)]
+    pub(super) fn stock(&self) -> usize {
+        self.shared.lock().spares.len()
+    }
+
     /// Blocks until the stock is full, or cannot be filled.
     #[cfg(test)]
     pub(super) fn wait_until_stocked(&self) {

@@ -114,7 +114,7 @@ impl Slots {
                 // Nobody has to ask: a guest that is not up yet would cost the first connection a second.
                 Ok(netlink.add_neighbour(tap, GUEST_ADDRESS, GUEST_MAC)?)
             })?;
-            self.step(Step::SlotRules, || Ok(rules::apply_slot()?))?;
+            self.step(Step::SlotRules, || Ok(rules::apply_slot(&self.naming)?))?;
             Ok(netlink)
         })?;
         Ok(Spare { namespace, netlink })
@@ -200,6 +200,12 @@ impl Slots {
                 link = existing(host.link(&names.name)?)?;
             }
             Ok((link.index, uplink.index))
+        })?;
+        self.step(Step::LinkForwarding, || {
+            // On this link alone: what comes out of it then reaches the rules that refuse it aloud, where a host that
+            // forwards nothing would drop it in silence.
+            let file = format!("/proc/sys/net/ipv4/conf/{}/forwarding", names.name);
+            Ok(fs::write(file, "1")?)
         })?;
         self.step(Step::GatewayAddress, || {
             Ok(host.add_address(link, names.gateway, 32)?)

@@ -7,6 +7,7 @@ use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -28,7 +29,7 @@ use crate::instance::Instance;
 /// How long a connection that must come about is tried. It takes well under a millisecond; but the first packet over a
 /// link that has just come up may be lost, and is repeated after a second.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How long a connection is tried before it counts as refused by the rules, which drop and do not answer.
+/// How long a connection is tried before it counts as refused by the rules, some of which drop and do not answer.
 const DOUBT: Duration = Duration::from_millis(400);
 /// Where the stand-in for the internet is reached: public by every registry, and routed only inside the lab.
 pub(super) const INTERNET: Ipv4Addr = Ipv4Addr::new(11, 1, 1, 1);
@@ -176,13 +177,13 @@ impl Elsewhere {
 /// A guest: a whole network stack of its own behind the slot's tap, as a VMM would put one there.
 pub(super) struct Guest {
     namespace: Namespace,
+    card: Arc<File>,
     pump: Option<(OwnedFd, JoinHandle<()>)>,
 }
 
 impl Guest {
     pub(super) fn boot(slot: &SlotNetwork) -> Self {
-        let outer = File::from(open_tap(&slot.namespace, &slot.tap).unwrap());
-        let (namespace, inner) = Namespace::create(|| -> io::Result<File> {
+        let (namespace, card) = Namespace::create(|| -> io::Result<File> {
             let tap = sys::attach_tap("eth0")?;
             let mut netlink = Netlink::open()?;
             let link = netlink.link("eth0")?.unwrap().index;
@@ -196,11 +197,29 @@ impl Guest {
             Ok(tap)
         })
         .unwrap();
-        let (stopped, stop) = rustix::pipe::pipe().unwrap();
-        let pump = thread::spawn(move || carry(&outer, &inner, &stopped));
-        Self {
+        let mut guest = Self {
             namespace,
-            pump: Some((stop, pump)),
+            card: Arc::new(card),
+            pump: None,
+        };
+        guest.plug_in(slot);
+        guest
+    }
+
+    /// Connects the guest to a slot: what a VMM does that restores it.
+    pub(super) fn plug_in(&mut self, slot: &SlotNetwork) {
+        let tap = File::from(open_tap(&slot.namespace, &slot.tap).unwrap());
+        let card = Arc::clone(&self.card);
+        let (stopped, stop) = rustix::pipe::pipe().unwrap();
+        let pump = thread::spawn(move || carry(&tap, &card, &stopped));
+        self.pump = Some((stop, pump));
+    }
+
+    /// Disconnects the guest, which keeps all its connections in mind: what a pause does.
+    pub(super) fn unplug(&mut self) {
+        if let Some((stop, pump)) = self.pump.take() {
+            drop(stop);
+            pump.join().expect("the pump");
         }
     }
 
@@ -230,10 +249,7 @@ impl Guest {
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        if let Some((stop, pump)) = self.pump.take() {
-            drop(stop);
-            pump.join().expect("the pump");
-        }
+        self.unplug();
     }
 }
 

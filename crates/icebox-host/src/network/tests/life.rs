@@ -2,12 +2,17 @@
 
 use std::net::Ipv4Addr;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
-use icebox_engine::host::{Egress, ErrorKind, Network as _, Removed};
+use icebox_engine::host::{Egress, ErrorKind, Network as _, Removed, SlotNetwork};
 use icebox_engine::id::Slot;
 
+use super::super::error::Step;
 use super::super::namespace::Namespace;
 use super::super::netlink::Netlink;
+use super::super::slots::Hook;
 use super::super::{NetworkConfig, NetworkSlots, open_tap};
 use super::lab::in_lab;
 use crate::instance::Instance;
@@ -75,11 +80,21 @@ fn a_slot_survives_the_daemon_and_is_found_again() {
             let error = open_tap(&found.namespace, &found.tap).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Busy);
             drop(tap);
-            open_tap(&found.namespace, &found.tap).unwrap();
+            open_when_free(&found);
             restarted.release(Slot(1)).await.unwrap();
             restarted.close().await.unwrap();
         });
     });
+}
+
+/// Opens the tap; tries again while a process that another thread is starting still has a copy of its last descriptor.
+fn open_when_free(slot: &SlotNetwork) {
+    let start = Instant::now();
+    while let Err(error) = open_tap(&slot.namespace, &slot.tap) {
+        assert_eq!(error.kind(), ErrorKind::Busy);
+        assert!(start.elapsed() < Duration::from_secs(5), "still busy");
+        std::thread::yield_now();
+    }
 }
 
 #[test]
@@ -195,13 +210,13 @@ fn inv_48_an_address_in_use_is_refused_and_left_alone() {
 #[test]
 fn many_slots_at_once() {
     in_lab(|lab| {
-        let network = std::sync::Arc::new(lab.open(4));
+        let network = Arc::new(lab.open(4));
         lab.run(async {
             network.prepare(&[Slot(0); 24]);
             for _ in 0..2 {
                 let tasks: Vec<_> = (0..24)
                     .map(|slot| {
-                        let network = std::sync::Arc::clone(&network);
+                        let network = Arc::clone(&network);
                         tokio::spawn(async move {
                             network.ensure(Slot(slot), Egress::Deny).await?;
                             network.ensure(Slot(slot), Egress::Internet).await
@@ -215,7 +230,7 @@ fn many_slots_at_once() {
                 assert_eq!(network.list().await.unwrap().len(), 24);
                 let tasks: Vec<_> = (0..24)
                     .map(|slot| {
-                        let network = std::sync::Arc::clone(&network);
+                        let network = Arc::clone(&network);
                         tokio::spawn(async move { network.release(Slot(slot)).await })
                     })
                     .collect();
@@ -224,7 +239,7 @@ fn many_slots_at_once() {
                 }
                 assert_eq!(network.list().await.unwrap(), []);
             }
-            let Ok(network) = std::sync::Arc::try_unwrap(network) else {
+            let Ok(network) = Arc::try_unwrap(network) else {
                 panic!("a task still holds the network");
             };
             network.close().await.unwrap();
@@ -244,6 +259,60 @@ fn the_probe_proves_and_leaves_nothing() {
 }
 
 #[test]
+fn the_stock_is_kept_and_grows_for_what_is_announced() {
+    in_lab(|lab| {
+        let network = lab.open(2);
+        network.pool.wait_until_stocked();
+        assert_eq!(network.pool.stock(), 2);
+        network.prepare(&[Slot(0), Slot(1), Slot(2), Slot(3), Slot(4)]);
+        network.pool.wait_until_stocked();
+        assert_eq!(network.pool.stock(), 5);
+        lab.run(async {
+            for slot in 0..5 {
+                network.ensure(Slot(slot), Egress::Deny).await.unwrap();
+            }
+            network.pool.wait_until_stocked();
+            assert_eq!(network.pool.stock(), 2);
+            assert_eq!(
+                network.list().await.unwrap().len(),
+                5,
+                "the stock is not listed"
+            );
+            for slot in 0..5 {
+                network.release(Slot(slot)).await.unwrap();
+            }
+            network.close().await.unwrap();
+        });
+    });
+}
+
+#[test]
+fn a_stock_that_cannot_be_filled_is_not_tried_in_a_loop() {
+    in_lab(|lab| {
+        let attempts = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&attempts);
+        let hook: Hook = Box::new(move |step| match step {
+            Some(Step::Tap) => {
+                counted.fetch_add(1, Ordering::SeqCst);
+                Err(std::io::Error::other("no tap today"))
+            }
+            _ => Ok(()),
+        });
+        let network = lab.open_with(4, hook);
+        network.pool.wait_until_stocked();
+        assert_eq!(attempts.load(Ordering::SeqCst), 1);
+        let error = lab
+            .run(network.ensure(Slot(0), Egress::Deny))
+            .expect_err("made without a tap");
+        assert_eq!(error.to_string(), "set up network slot 0");
+        network.pool.wait_until_stocked();
+        // One for the slot itself, one for the stock after it.
+        assert_eq!(attempts.load(Ordering::SeqCst), 3);
+        lab.run(network.close()).unwrap();
+    });
+}
+
+#[test]
 #[ignore = "measures: run it alone, with --nocapture"]
 fn how_long_slots_take() {
     in_lab(|lab| {
@@ -251,19 +320,19 @@ fn how_long_slots_take() {
         lab.run(async {
             let (mut spare, mut stocked, mut again, mut release) = (vec![], vec![], vec![], vec![]);
             for _ in 0..50 {
-                let start = std::time::Instant::now();
+                let start = Instant::now();
                 let made = network.slots.prepare().unwrap();
                 spare.push(start.elapsed());
                 drop(made);
                 network.pool.wait_until_stocked();
-                let start = std::time::Instant::now();
+                let start = Instant::now();
                 network.ensure(Slot(0), Egress::Internet).await.unwrap();
                 stocked.push(start.elapsed());
-                let start = std::time::Instant::now();
+                let start = Instant::now();
                 network.ensure(Slot(0), Egress::Internet).await.unwrap();
                 again.push(start.elapsed());
                 network.pool.wait_until_stocked();
-                let start = std::time::Instant::now();
+                let start = Instant::now();
                 network.release(Slot(0)).await.unwrap();
                 release.push(start.elapsed());
             }

@@ -1,6 +1,7 @@
 //! Who reaches whom. Each refusal has its counterpart that goes through, so that a broken path is not taken for a rule.
 
-use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, UdpSocket};
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use icebox_engine::host::{Egress, Network as _, SlotNetwork};
@@ -258,6 +259,108 @@ fn inv_42_a_guest_cannot_speak_for_another_address() {
             .unwrap();
         send_as(forged).expect_err("a forged source went out");
         drop(guest);
+        internet.remove("wan");
+        tear_down(lab, network, &[0]);
+    });
+}
+
+#[test]
+fn what_is_refused_is_refused_at_once() {
+    in_lab(|lab| {
+        let network = lab.open(0);
+        let slot = ensure(lab, &network, 0, Egress::Deny);
+        let other = ensure(lab, &network, 1, Egress::Deny);
+        let guest = Guest::boot(&slot);
+        let internet = Elsewhere::new("wan", Ipv4Addr::new(11, 1, 1, 2), INTERNET);
+        let gateway = Ipv4Addr::from(u32::from(slot.host_address) - 1);
+        for address in [INTERNET, gateway, other.host_address] {
+            let to = SocketAddr::from((address, 443));
+            let error = guest
+                .run(|| Ok(TcpStream::connect_timeout(&to, Duration::from_secs(5))))
+                .unwrap()
+                .unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{address}");
+        }
+        drop(guest);
+        internet.remove("wan");
+        tear_down(lab, network, &[0, 1]);
+    });
+}
+
+#[test]
+fn inv_37_connections_from_before_a_capture_end_on_both_sides() {
+    in_lab(|lab| {
+        let network = lab.open(0);
+        let slot = ensure(lab, &network, 0, Egress::Deny);
+        let mut guest = Guest::boot(&slot);
+        let listener = guest.run(|| TcpListener::bind("0.0.0.0:80")).unwrap();
+        let connect = || {
+            let outside = TcpStream::connect((slot.host_address, 80)).unwrap();
+            let (inside, _) = listener.accept().unwrap();
+            for end in [&outside, &inside] {
+                end.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            }
+            (outside, inside)
+        };
+        let (host_speaks_first, _kept) = connect();
+        let (_also_kept, guest_speaks_first) = connect();
+
+        guest.unplug();
+        lab.run(network.release(Slot(0))).unwrap();
+        assert_eq!(ensure(lab, &network, 0, Egress::Deny), slot);
+        guest.plug_in(&slot);
+
+        for mut speaker in [&host_speaks_first, &guest_speaks_first] {
+            speaker.write_all(b"are you still there?").unwrap();
+            let error = speaker.read(&mut [0; 8]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+        }
+        // The same listener goes on serving.
+        let (mut outside, mut inside) = connect();
+        outside.write_all(b"hello").unwrap();
+        inside.read_exact(&mut [0; 5]).unwrap();
+        drop(guest);
+        tear_down(lab, network, &[0]);
+    });
+}
+
+#[test]
+fn inv_42_a_sandbox_gets_nothing_that_was_meant_for_the_slots_last_user() {
+    in_lab(|lab| {
+        let network = lab.open(0);
+        let internet = Elsewhere::new("wan", Ipv4Addr::new(11, 1, 1, 2), INTERNET);
+        let server = internet.run(|| UdpSocket::bind("0.0.0.0:53"));
+        let doubt = Some(Duration::from_millis(300));
+        server.set_read_timeout(doubt).unwrap();
+        let client = |guest: &Guest| {
+            let socket = guest.run(|| UdpSocket::bind("0.0.0.0:5353")).unwrap();
+            socket.set_read_timeout(doubt).unwrap();
+            socket
+        };
+
+        let slot = ensure(lab, &network, 0, Egress::Internet);
+        let guest = Guest::boot(&slot);
+        let first = client(&guest);
+        first.send_to(b"?", (INTERNET, 53)).unwrap();
+        let (_, peer) = server.recv_from(&mut [0; 8]).unwrap();
+        server.send_to(b"for the first", peer).unwrap();
+        assert_eq!(first.recv(&mut [0; 32]).unwrap(), 13);
+        drop((first, guest));
+        lab.run(network.release(Slot(0))).unwrap();
+
+        let slot = ensure(lab, &network, 0, Egress::Internet);
+        let guest = Guest::boot(&slot);
+        let second = client(&guest);
+        server.send_to(b"more for the first", peer).unwrap();
+        second
+            .recv(&mut [0; 32])
+            .expect_err("another sandbox's traffic");
+        // It can talk to the same server itself.
+        second.send_to(b"!", (INTERNET, 53)).unwrap();
+        let (_, peer) = server.recv_from(&mut [0; 8]).unwrap();
+        server.send_to(b"for the second", peer).unwrap();
+        assert_eq!(second.recv(&mut [0; 32]).unwrap(), 14);
+        drop((second, guest));
         internet.remove("wan");
         tear_down(lab, network, &[0]);
     });
