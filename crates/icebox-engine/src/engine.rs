@@ -25,6 +25,7 @@ use crate::layout::Object;
 use crate::ledger::Ledger;
 use crate::lifecycle::Beginning;
 use crate::manifest::v1::{self, Generation, Rest, Spec, Template, TemplateContent};
+use crate::phase::Phase;
 use crate::sandbox::{
     Life, Mailbox, Origin, Outcome, Request, Sandbox, Shared, find_vmm, find_volume_driver,
 };
@@ -91,6 +92,18 @@ pub struct SandboxView {
     pub busy: Option<&'static str>,
     /// Reaches its guest from the host, on any port.
     pub host_address: Ipv4Addr,
+}
+
+impl SandboxView {
+    /// Where it rests. One that is being made or destroyed shows as stopped, and as busy.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        match self.record.rests {
+            Rest::Running => Phase::Running,
+            Rest::Paused { .. } => Phase::Paused,
+            Rest::Stopped | Rest::Nowhere => Phase::Stopped,
+        }
+    }
 }
 
 /// The right to talk to a running guest.

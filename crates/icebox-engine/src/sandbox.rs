@@ -209,7 +209,7 @@ impl Sandbox {
         }
     }
 
-    /// Admits a verb by the transition table, and finishes what an earlier verb had to leave pending.
+    /// Admits a verb by the transition table, and finishes what an earlier verb had to leave undone.
     pub(crate) async fn admit(&mut self, verb: Verb) -> Result<Step, Error> {
         if let Some(why) = &self.record().broken {
             return Err(Refusal::Broken {
@@ -219,8 +219,9 @@ impl Sandbox {
             .into());
         }
         let step = verb.from(self.phase())?;
-        if step != Step::AlreadyThere && self.record().intent.is_some() {
+        if step != Step::AlreadyThere {
             self.settle().await?;
+            self.unwind().await?;
         }
         Ok(step)
     }
@@ -325,28 +326,27 @@ impl Sandbox {
                 }
             }
         }
-        if !self.record().holds[..left]
-            .iter()
-            .any(|hold| matches!(hold, Hold::Vmm { .. }))
-        {
-            self.life = Life::AtRest;
-        }
         let broken = stuck
             .as_ref()
             .map(|(hold, error)| format!("{}: {}", hold_name(hold), Chained(error)));
         if left < self.record().holds.len() || self.record().broken != broken {
-            self.update(|record| {
-                record.holds.truncate(left);
-                record.broken = broken;
-                if !record
-                    .holds
-                    .iter()
-                    .any(|hold| matches!(hold, Hold::Vmm { .. }))
-                {
-                    record.restored_from = None;
-                }
-            })
-            .await?;
+            let recorded = self
+                .update(|record| {
+                    record.holds.truncate(left);
+                    record.broken = broken;
+                    if !record
+                        .holds
+                        .iter()
+                        .any(|hold| matches!(hold, Hold::Vmm { .. }))
+                    {
+                        record.restored_from = None;
+                    }
+                })
+                .await;
+            // What is released stays released: a record that still lists it is unwound again, to no effect.
+            if let Err(error) = recorded {
+                tracing::warn!(sandbox = %self.id(), error = %Chained(&error), "released holds are still recorded");
+            }
         }
         match stuck {
             None => Ok(()),
@@ -400,10 +400,15 @@ impl Sandbox {
         }
     }
 
-    /// The VMM ended without being asked to: its holds are given back, the newest disk stays (INV-31).
-    pub(crate) async fn vmm_ended(&mut self, reason: &ExitReason) {
+    /// The record says that the sandbox does not run any more: what its VMM does from here on is no news.
+    pub(crate) fn leave_guest(&mut self) {
         self.gate.shut();
         self.life = Life::AtRest;
+    }
+
+    /// The VMM ended without being asked to: its holds are given back, the newest disk stays (INV-31).
+    pub(crate) async fn vmm_ended(&mut self, reason: &ExitReason) {
+        self.leave_guest();
         let exit = Exit {
             at: Timestamp::now(),
             by_guest: reason.by_guest,

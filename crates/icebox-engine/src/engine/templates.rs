@@ -159,11 +159,12 @@ impl Engine {
         // A staging directory of its own: the name of no object that will be.
         let scratch = Object::Template(TemplateId::random());
         let store = &self.shared.host.store;
-        let directory = within(deadline::STORE, "staging the image", store.stage(&scratch)).await?;
         let volumes = find_volume_driver(&self.shared.host, &record.spec.volume_driver)?;
-        let image = directory.join(BASE_IMAGE);
         let source = format!("disk of {}", crate::catalog::display_name(record));
         let flat = async {
+            let directory =
+                within(deadline::STORE, "staging the image", store.stage(&scratch)).await?;
+            let image = directory.join(BASE_IMAGE);
             within(
                 deadline::FLATTEN,
                 "writing the disk out",

@@ -197,12 +197,17 @@ impl Sandbox {
     /// # Errors
     /// They do not, though the VMM lives: the sandbox is broken.
     pub(super) async fn run_again(&mut self, machine: &dyn Machine) -> Result<(), Error> {
-        let resumed = within(
-            deadline::VCPUS,
-            "letting the vCPUs run",
-            machine.resume_vcpus(),
-        )
-        .await;
+        let resume = || {
+            within(
+                deadline::VCPUS,
+                "letting the vCPUs run",
+                machine.resume_vcpus(),
+            )
+        };
+        let resumed = match resume().await {
+            Ok(()) => Ok(()),
+            Err(_) => resume().await,
+        };
         // A VMM that has ended is no guest that stands still: the task notices its end by itself.
         if let Err(error) = resumed
             && machine.exited().now_or_never().is_none()

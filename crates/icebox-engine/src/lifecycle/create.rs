@@ -97,7 +97,11 @@ impl Sandbox {
                 .publish(&into, &manifest::encode(1, &generation))
                 .await
         });
-        steps.time("copy-device-state", copied).await?;
+        let copied = steps.time("copy-device-state", copied).await;
+        if copied.is_err() {
+            self.discard(&into).await;
+        }
+        copied?;
         self.shared.catalog.add_generation(self.id(), generation);
         self.restore(FIRST, steps).await
     }

@@ -15,7 +15,7 @@ impl Sandbox {
     pub(crate) async fn destroy(&mut self) -> Result<(), Error> {
         let mut steps = Steps::default();
         self.update(|record| record.rests = Rest::Nowhere).await?;
-        self.gate.shut();
+        self.leave_guest();
         steps.time("release", self.remove()).await?;
         self.emit(
             "sandbox.destroyed",

@@ -67,7 +67,7 @@ impl Sandbox {
             }
         };
         closed.keep();
-        self.gate.shut();
+        self.leave_guest();
         let saved = capture.saved;
         self.shared
             .catalog

@@ -20,7 +20,7 @@ use crate::layout::{DEVICE_STATE, MEMORY_BASE, MEMORY_DIFF, Object};
 use crate::lifecycle::power::power_holds;
 use crate::manifest::v1::{Branch, Capture, Hold, Intent, Rest, Under};
 use crate::phase::{Phase, Refusal, Step, Verb};
-use crate::sandbox::{Outcome, Sandbox};
+use crate::sandbox::{Chained, Outcome, Sandbox};
 use crate::unit::Geometry;
 
 impl Sandbox {
@@ -173,7 +173,14 @@ impl Sandbox {
             record.next_head += 1;
         })
         .await?;
-        self.settle().await
+        // What has begun is written down and will be finished. At once, if a second try can do it.
+        let settled = self.settle().await;
+        if settled.is_err()
+            && let Err(error) = self.settle().await
+        {
+            tracing::warn!(sandbox = %self.id(), error = %Chained(&error), "setting its disk aside stays pending");
+        }
+        settled
     }
 
     pub(crate) async fn settle_set_aside(

@@ -37,7 +37,7 @@ impl Sandbox {
             }
             self.update(|record| record.rests = Rest::Stopped).await?;
             closed.keep();
-            self.gate.shut();
+            self.leave_guest();
             steps.time("release", self.unwind()).await?;
         }
         self.emit("sandbox.stopped", "its disk is kept", &steps);

@@ -1,0 +1,287 @@
+//! A VMM in memory.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use icebox_engine::host::{
+    BlockDevice, Capabilities, DiskSwitch, ErrorKind, ExitReason, HostError, LaunchPlan, Machine,
+    ProcessIdentity, Removed, SavePlan, SavedMemory, SavedPages, Start, VcpuState, Vmm,
+    VmmIdentity,
+};
+use icebox_engine::id::{HeadId, SandboxId};
+use icebox_engine::layout::{MEMORY_BASE, MEMORY_DIFF};
+use icebox_engine::unit::Bytes;
+use tokio::sync::watch;
+
+use crate::volume::head_of;
+use crate::world::{File, Vcpus, Vm, World};
+
+pub(crate) struct SimVmm {
+    world: World,
+    identity: VmmIdentity,
+}
+
+struct SimMachine {
+    world: World,
+    sandbox: SandboxId,
+    process: ProcessIdentity,
+    exit: watch::Receiver<Option<ExitReason>>,
+}
+
+impl SimVmm {
+    pub(crate) fn new(world: World, version: Option<String>) -> Self {
+        let identity = VmmIdentity {
+            name: "sim".into(),
+            version: version.unwrap_or_else(|| "1.0".into()),
+            machine: "sim".into(),
+            cpu: "sim".into(),
+            accelerator: "none".into(),
+            accelerator_reason: "a simulation needs none".into(),
+        };
+        Self { world, identity }
+    }
+
+    fn machine(&self, sandbox: &SandboxId, vm: &Vm) -> Arc<dyn Machine> {
+        Arc::new(SimMachine {
+            world: self.world.clone(),
+            sandbox: sandbox.clone(),
+            process: vm.process.clone(),
+            exit: vm.exit.subscribe(),
+        })
+    }
+}
+
+fn gone() -> HostError {
+    HostError::new(ErrorKind::Gone, "the VMM has ended")
+}
+
+#[async_trait]
+impl Vmm for SimVmm {
+    fn identity(&self) -> &VmmIdentity {
+        &self.identity
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            disk_switch: true,
+            differential_save: true,
+            max_vcpus: 8,
+        }
+    }
+
+    async fn launch(&self, plan: LaunchPlan) -> Result<Arc<dyn Machine>, HostError> {
+        let mut state = self.world.lock();
+        state.tick();
+        if state.vms.contains_key(&plan.sandbox) {
+            return Err(HostError::new(
+                ErrorKind::AlreadyExists,
+                "a VMM of this sandbox runs already",
+            ));
+        }
+        if !state.boxes.contains(&plan.sandbox) || !state.networks.contains(&plan.slot) {
+            return Err(HostError::new(
+                ErrorKind::NotFound,
+                "the VMM has no box or no network",
+            ));
+        }
+        let head = head_of(&plan.disk)?;
+        let disk = state.resolve(&head)?;
+        let (value, token, vcpus) = match &plan.start {
+            Start::Boot { token, .. } => (disk, token.expose().to_owned(), Vcpus::Running),
+            Start::Restore {
+                device_state,
+                memory,
+            } => {
+                let File::Devices {
+                    value,
+                    token,
+                    geometry,
+                } = state.read(device_state)?
+                else {
+                    return Err(HostError::new(
+                        ErrorKind::Invalid,
+                        "that is no device state",
+                    ));
+                };
+                let base = state.read(&memory.base)?;
+                let pages = memory
+                    .diff
+                    .as_ref()
+                    .map_or(Ok(base), |diff| state.read(diff))?;
+                if pages != File::Memory(value) || disk != value || geometry != plan.geometry {
+                    let message = format!(
+                        "devices of {value}, memory {pages:?}, disk of {disk}: not one instant"
+                    );
+                    return Err(HostError::new(ErrorKind::Invalid, message));
+                }
+                (value, token, Vcpus::Paused)
+            }
+        };
+        state.next_pid += 1;
+        let process = ProcessIdentity {
+            pid: state.next_pid,
+            start_ticks: u64::from(state.next_pid),
+            boot_id: "sim".into(),
+        };
+        let exit = watch::Sender::new(None);
+        let vm = Vm {
+            process,
+            vcpus,
+            wedged: false,
+            head,
+            value,
+            token,
+            geometry: plan.geometry,
+            exit,
+        };
+        let machine = self.machine(&plan.sandbox, &vm);
+        state.vms.insert(plan.sandbox, vm);
+        Ok(machine)
+    }
+
+    async fn adopt(
+        &self,
+        sandbox: &SandboxId,
+        recorded: Option<&ProcessIdentity>,
+    ) -> Result<Option<Arc<dyn Machine>>, HostError> {
+        let state = self.world.lock();
+        let found = state
+            .vms
+            .get(sandbox)
+            .filter(|vm| recorded.is_none_or(|process| *process == vm.process));
+        Ok(found.map(|vm| self.machine(sandbox, vm)))
+    }
+
+    async fn kill(
+        &self,
+        sandbox: &SandboxId,
+        _recorded: Option<&ProcessIdentity>,
+    ) -> Result<Removed, HostError> {
+        let mut state = self.world.lock();
+        state.tick();
+        let was_there = state.end_vm(sandbox, false, "killed");
+        Ok(if was_there {
+            Removed::Removed
+        } else {
+            Removed::AlreadyAbsent
+        })
+    }
+}
+
+impl SimMachine {
+    /// Does something with the VMM, which answers unless it is wedged.
+    async fn with<T>(&self, work: impl FnOnce(&mut Vm) -> T) -> Result<T, HostError> {
+        let answer = {
+            let mut state = self.world.lock();
+            state.tick();
+            let vm = state
+                .vms
+                .get_mut(&self.sandbox)
+                .filter(|vm| vm.process == self.process)
+                .ok_or_else(gone)?;
+            if vm.wedged { None } else { Some(work(vm)) }
+        };
+        match answer {
+            Some(answer) => Ok(answer),
+            None => std::future::pending().await,
+        }
+    }
+}
+
+#[async_trait]
+impl Machine for SimMachine {
+    fn process(&self) -> ProcessIdentity {
+        self.process.clone()
+    }
+
+    async fn probe(&self) -> Result<VcpuState, HostError> {
+        self.with(|vm| match vm.vcpus {
+            Vcpus::Running => VcpuState::Running,
+            Vcpus::Paused => VcpuState::Paused,
+        })
+        .await
+    }
+
+    async fn pause_vcpus(&self) -> Result<(), HostError> {
+        self.with(|vm| vm.vcpus = Vcpus::Paused).await
+    }
+
+    async fn resume_vcpus(&self) -> Result<(), HostError> {
+        if self.world.lock().vcpus_stuck {
+            return Err(HostError::new(
+                ErrorKind::Other,
+                "the VMM refuses to continue",
+            ));
+        }
+        self.with(|vm| vm.vcpus = Vcpus::Running).await
+    }
+
+    async fn save(&self, plan: SavePlan) -> Result<SavedMemory, HostError> {
+        let (value, token, geometry) = self
+            .with(|vm| (vm.value, vm.token.clone(), vm.geometry))
+            .await?;
+        let (pages, file) = match plan.restored_from {
+            None => (SavedPages::Full, MEMORY_BASE),
+            Some(_) => (SavedPages::Diff, MEMORY_DIFF),
+        };
+        let mut state = self.world.lock();
+        state.write(
+            &plan.device_state,
+            File::Devices {
+                value,
+                token,
+                geometry,
+            },
+        )?;
+        state.write(&plan.memory.join(file), File::Memory(value))?;
+        Ok(SavedMemory {
+            pages,
+            changed_pages: 1,
+            zero_pages: 0,
+            allocated: Bytes(8192),
+        })
+    }
+
+    fn disk_switch(&self) -> Option<&dyn DiskSwitch> {
+        Some(self)
+    }
+
+    async fn exited(&self) -> ExitReason {
+        let mut exit = self.exit.clone();
+        match exit.wait_for(Option::is_some).await {
+            Ok(reason) => reason
+                .clone()
+                .unwrap_or_else(|| unreachable!("it was waited for")),
+            Err(_) => ExitReason {
+                by_guest: false,
+                detail: "the VMM has ended".into(),
+            },
+        }
+    }
+}
+
+#[async_trait]
+impl DiskSwitch for SimMachine {
+    async fn switch(&self, to: &BlockDevice) -> Result<(), HostError> {
+        let to: HeadId = head_of(to)?;
+        self.with(|_| ()).await?;
+        let mut state = self.world.lock();
+        let from = state.vms.get(&self.sandbox).ok_or_else(gone)?.head.clone();
+        if from == to {
+            return Ok(());
+        }
+        // What the guest reads through the new head from now on.
+        let content = state.resolve(&from)?;
+        let head = state.heads.get_mut(&to).ok_or_else(|| {
+            HostError::new(ErrorKind::NotFound, format!("head {to} does not exist"))
+        })?;
+        head.value = Some(content);
+        state.vms.get_mut(&self.sandbox).ok_or_else(gone)?.head = to;
+        Ok(())
+    }
+
+    async fn is_on(&self, head: &BlockDevice) -> Result<bool, HostError> {
+        let head = head_of(head)?;
+        self.with(|vm| vm.head == head).await
+    }
+}

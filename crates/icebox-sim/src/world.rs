@@ -1,0 +1,398 @@
+//! The state of a host in memory.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use icebox_engine::host::{ErrorKind, ExitReason, Host, HostError, ProcessIdentity};
+use icebox_engine::id::{Digest, HeadId, SandboxId, Slot};
+use icebox_engine::layout::Object;
+use icebox_engine::unit::{Bytes, Geometry};
+use tokio::sync::watch;
+
+use crate::guest::{SimGuest, SimKernels};
+use crate::net::{SimBoxes, SimNetwork};
+use crate::store::SimStore;
+use crate::vmm::SimVmm;
+use crate::volume::{FreezeBy, SimVolumes};
+
+/// The content of a file, as far as the lifecycle can tell contents apart.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum File {
+    /// A raw disk image.
+    Image { content: u64, size: Bytes },
+    /// A disk: the number that a guest wrote last.
+    Disk(u64),
+    /// A memory: the number that a guest held.
+    Memory(u64),
+    /// A device state.
+    Devices {
+        value: u64,
+        token: String,
+        geometry: Geometry,
+    },
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Directory {
+    pub(crate) manifest: Option<Vec<u8>>,
+    pub(crate) files: BTreeMap<String, File>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Head {
+    pub(crate) driver: &'static str,
+    /// What was written to it, if anything was.
+    pub(crate) value: Option<u64>,
+    /// The layer or base under it.
+    pub(crate) under: Object,
+    pub(crate) attached: bool,
+}
+
+/// What the vCPUs of a simulated guest do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Vcpus {
+    /// They run.
+    Running,
+    /// They stand still.
+    Paused,
+}
+
+pub(crate) struct Vm {
+    pub(crate) process: ProcessIdentity,
+    pub(crate) vcpus: Vcpus,
+    pub(crate) wedged: bool,
+    pub(crate) head: HeadId,
+    pub(crate) value: u64,
+    pub(crate) token: String,
+    pub(crate) geometry: Geometry,
+    pub(crate) exit: watch::Sender<Option<ExitReason>>,
+}
+
+#[derive(Default)]
+pub(crate) struct State {
+    pub(crate) objects: BTreeMap<Object, Directory>,
+    pub(crate) staging: BTreeMap<Object, Directory>,
+    pub(crate) trash: BTreeSet<Object>,
+    pub(crate) loose_files: BTreeMap<PathBuf, File>,
+    pub(crate) heads: BTreeMap<HeadId, Head>,
+    pub(crate) networks: BTreeSet<Slot>,
+    pub(crate) boxes: BTreeSet<SandboxId>,
+    pub(crate) vms: BTreeMap<SandboxId, Vm>,
+    pub(crate) next_pid: u32,
+    pub(crate) next_value: u64,
+    pub(crate) low_space: bool,
+    pub(crate) vcpus_stuck: bool,
+    pub(crate) agent_wedged: bool,
+    pub(crate) vmm_version: Option<String>,
+}
+
+/// A host in memory. Cheap to clone; all clones are the same world.
+#[derive(Clone, Default)]
+pub struct World {
+    state: Arc<Mutex<State>>,
+}
+
+/// Where published objects seem to be.
+const OBJECTS: &str = "/sim/objects";
+/// Where staged objects seem to be.
+const STAGING: &str = "/sim/staging";
+
+pub(crate) fn object_path(object: &Object, file: &str) -> PathBuf {
+    Path::new(OBJECTS).join(object.flat_name()).join(file)
+}
+
+pub(crate) fn staging_path(object: &Object) -> PathBuf {
+    Path::new(STAGING).join(object.flat_name())
+}
+
+fn invalid(message: impl Into<String>) -> HostError {
+    HostError::new(ErrorKind::Invalid, message)
+}
+
+impl State {
+    /// Every running guest writes one number to its memory and to its disk.
+    pub(crate) fn tick(&mut self) {
+        self.next_value += 1;
+        let value = self.next_value;
+        for vm in self
+            .vms
+            .values_mut()
+            .filter(|vm| vm.vcpus == Vcpus::Running)
+        {
+            vm.value = value;
+            if let Some(head) = self.heads.get_mut(&vm.head) {
+                head.value = Some(value);
+            }
+        }
+    }
+
+    /// The directory and file name that a path of ours means.
+    pub(crate) fn directory_of(
+        &mut self,
+        path: &Path,
+    ) -> Result<(&mut Directory, String), HostError> {
+        let unknown = || invalid(format!("{} is no path of this world", path.display()));
+        let file = path
+            .file_name()
+            .and_then(|name| name.to_str())
+            .ok_or_else(unknown)?
+            .to_owned();
+        let parent = path.parent().ok_or_else(unknown)?;
+        let object = parent
+            .file_name()
+            .and_then(|name| name.to_str())
+            .and_then(Object::from_flat_name);
+        let object = object.ok_or_else(unknown)?;
+        let directories = if parent.starts_with(STAGING) {
+            &mut self.staging
+        } else {
+            &mut self.objects
+        };
+        Ok((directories.get_mut(&object).ok_or_else(unknown)?, file))
+    }
+
+    pub(crate) fn read(&mut self, path: &Path) -> Result<File, HostError> {
+        if let Some(file) = self.loose_files.get(path) {
+            return Ok(file.clone());
+        }
+        let missing = || {
+            HostError::new(
+                ErrorKind::NotFound,
+                format!("{} does not exist", path.display()),
+            )
+        };
+        let (directory, name) = self.directory_of(path).map_err(|_| missing())?;
+        directory.files.get(&name).cloned().ok_or_else(missing)
+    }
+
+    pub(crate) fn write(&mut self, path: &Path, file: File) -> Result<(), HostError> {
+        let (directory, name) = self.directory_of(path)?;
+        directory.files.insert(name, file);
+        Ok(())
+    }
+
+    /// What a guest would read from an immutable object. Reading through what does not exist is a lost disk.
+    fn resolve_object(&self, object: &Object) -> Result<u64, HostError> {
+        let published = self.objects.get(object);
+        match published.and_then(|directory| directory.files.values().next()) {
+            Some(File::Disk(value)) => Ok(*value),
+            Some(File::Image { content, .. }) => Ok(*content),
+            _ => Err(invalid(format!(
+                "{object} is under a head and does not exist"
+            ))),
+        }
+    }
+
+    /// What a guest would read from a head.
+    pub(crate) fn resolve(&self, head: &HeadId) -> Result<u64, HostError> {
+        let found = self
+            .heads
+            .get(head)
+            .ok_or_else(|| invalid(format!("head {head} does not exist")))?;
+        found
+            .value
+            .map_or_else(|| self.resolve_object(&found.under), Ok)
+    }
+
+    pub(crate) fn end_vm(&mut self, sandbox: &SandboxId, by_guest: bool, detail: &str) -> bool {
+        let Some(vm) = self.vms.remove(sandbox) else {
+            return false;
+        };
+        vm.exit.send_replace(Some(ExitReason {
+            by_guest,
+            detail: detail.to_owned(),
+        }));
+        true
+    }
+}
+
+impl World {
+    /// An empty host.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The traits over this world. `freeze` decides who freezes disks by default; both drivers are there.
+    #[must_use]
+    pub fn host(&self, freeze: FreezeBy) -> Host {
+        let mut volumes: Vec<Arc<dyn icebox_engine::host::VolumeDriver>> = vec![
+            Arc::new(SimVolumes::new(self.clone(), FreezeBy::Vmm)),
+            Arc::new(SimVolumes::new(self.clone(), FreezeBy::Host)),
+        ];
+        if freeze == FreezeBy::Host {
+            volumes.reverse();
+        }
+        let version = self.lock().vmm_version.clone();
+        Host {
+            store: Arc::new(SimStore::new(self.clone())),
+            volumes,
+            vmms: vec![Arc::new(SimVmm::new(self.clone(), version))],
+            network: Arc::new(SimNetwork::new(self.clone())),
+            boxes: Arc::new(SimBoxes::new(self.clone())),
+            kernels: Arc::new(SimKernels),
+            guest: Arc::new(SimGuest::new(self.clone())),
+        }
+    }
+
+    /// Puts a raw image at a path, for an import.
+    pub fn add_image(&self, path: impl Into<PathBuf>, content: u64, size: Bytes) {
+        self.lock()
+            .loose_files
+            .insert(path.into(), File::Image { content, size });
+    }
+
+    /// The number that a running guest wrote last, after checking that its memory and its disk agree.
+    ///
+    /// # Errors
+    /// It does not run, or memory and disk are of different instants.
+    pub fn guest_value(&self, sandbox: &SandboxId) -> Result<u64, String> {
+        let state = self.lock();
+        let vm = state.vms.get(sandbox).ok_or("no VMM runs")?;
+        let disk = state.resolve(&vm.head).map_err(|error| error.to_string())?;
+        if vm.vcpus != Vcpus::Running {
+            return Err("its vCPUs stand still".into());
+        }
+        if disk != vm.value {
+            return Err(format!("memory holds {} and the disk {disk}", vm.value));
+        }
+        Ok(disk)
+    }
+
+    /// Lets every running guest write once more.
+    pub fn tick(&self) {
+        self.lock().tick();
+    }
+
+    /// Ends a VMM, as `kill -9` would.
+    pub fn crash_vmm(&self, sandbox: &SandboxId) {
+        self.lock().end_vm(sandbox, false, "killed by signal 9");
+    }
+
+    /// Lets a guest power off.
+    pub fn power_off(&self, sandbox: &SandboxId) {
+        self.lock().end_vm(sandbox, true, "the guest powered off");
+    }
+
+    /// Makes a VMM answer nothing any more.
+    pub fn wedge_vmm(&self, sandbox: &SandboxId) {
+        if let Some(vm) = self.lock().vms.get_mut(sandbox) {
+            vm.wedged = true;
+        }
+    }
+
+    /// Makes guest agents answer nothing any more, or again.
+    pub fn wedge_agents(&self, wedged: bool) {
+        self.lock().agent_wedged = wedged;
+    }
+
+    /// Makes `resume_vcpus` fail from now on, or work again.
+    pub fn stick_vcpus(&self, stuck: bool) {
+        self.lock().vcpus_stuck = stuck;
+    }
+
+    /// Makes the store report that space is low, or not.
+    pub fn set_low_space(&self, low: bool) {
+        self.lock().low_space = low;
+    }
+
+    /// Replaces the VMM by another version, for hosts made from now on.
+    pub fn upgrade_vmm(&self, version: &str) {
+        self.lock().vmm_version = Some(version.to_owned());
+    }
+
+    /// Replaces the bytes of an object's manifest.
+    pub fn overwrite_manifest(&self, object: &Object, manifest: &[u8]) {
+        if let Some(directory) = self.lock().objects.get_mut(object) {
+            directory.manifest = Some(manifest.to_vec());
+        }
+    }
+
+    /// Puts things on the host that no manifest holds: a box with a VMM, a network, a head, a staging directory.
+    pub fn litter(
+        &self,
+        box_of: &SandboxId,
+        slot: Slot,
+        head: &HeadId,
+        base: &Digest,
+        staged: &Object,
+    ) {
+        let mut state = self.lock();
+        state.boxes.insert(box_of.clone());
+        state.networks.insert(slot);
+        let under = Object::Base(base.clone());
+        let stray = Head {
+            driver: "sim-by-vmm",
+            value: Some(1),
+            under,
+            attached: false,
+        };
+        state.heads.insert(head.clone(), stray);
+        state.staging.insert(staged.clone(), Directory::default());
+    }
+
+    /// Everything on the host that is not an object at rest, in words: what a leak check compares.
+    #[must_use]
+    pub fn in_use(&self) -> Vec<String> {
+        let state = self.lock();
+        let heads = state
+            .heads
+            .iter()
+            .map(|(head, it)| format!("head {head} attached={}", it.attached));
+        let networks = state.networks.iter().map(|slot| format!("network {slot}"));
+        let boxes = state.boxes.iter().map(|id| format!("box {id}"));
+        let vms = state
+            .vms
+            .iter()
+            .map(|(id, vm)| format!("vmm {id} {:?}", vm.vcpus));
+        let staging = state
+            .staging
+            .keys()
+            .map(|object| format!("staged {object}"));
+        let trash = state.trash.iter().map(|object| format!("trash {object}"));
+        heads
+            .chain(networks)
+            .chain(boxes)
+            .chain(vms)
+            .chain(staging)
+            .chain(trash)
+            .collect()
+    }
+
+    /// The objects that exist, in words.
+    #[must_use]
+    pub fn objects(&self) -> Vec<String> {
+        self.lock()
+            .objects
+            .keys()
+            .map(ToString::to_string)
+            .collect()
+    }
+
+    /// All manifests, as text.
+    #[must_use]
+    pub fn manifests(&self) -> Vec<String> {
+        let state = self.lock();
+        let manifests = state
+            .objects
+            .values()
+            .filter_map(|directory| directory.manifest.clone());
+        manifests
+            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+            .collect()
+    }
+
+    /// The content of an object's files, in words: what must not change in something immutable.
+    #[must_use]
+    pub fn content(&self, object: &Object) -> Option<String> {
+        self.lock()
+            .objects
+            .get(object)
+            .map(|directory| format!("{:?}", directory.files))
+    }
+}

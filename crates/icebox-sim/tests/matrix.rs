@@ -1,0 +1,400 @@
+//! Every verb × every step × {before, after} × {fail, crash, cancel} × who freezes disks.
+//!
+//! Each case: set a scene, run one verb with one fault, look at the engine if it lives, kill it, start it again, look,
+//! start it again and see that nothing changed, bring every sandbox to life and see that its guest lost nothing, and
+//! destroy everything and see that nothing is left.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod support;
+
+use std::time::Duration;
+
+use icebox_engine::id::GenerationNo;
+use icebox_engine::{Engine, Error, Phase};
+use icebox_sim::fault::{Fault, Injector, Kind, When, inject};
+use icebox_sim::{FreezeBy, World};
+use support::{IMAGE, SNAPSHOT, create, import_image, leave_nothing, life, named, open, run};
+
+#[derive(Clone, Copy, Debug)]
+enum Scene {
+    CreateFromImage,
+    CreateFromSnapshot,
+    PauseFirst,
+    PauseSecond,
+    Resume,
+    ResumeGeneration,
+    StopRunning,
+    StopPaused,
+    Start,
+    SnapshotRunning,
+    SnapshotPaused,
+    ForkRunning,
+    ForkPaused,
+    FlattenRunning,
+    FlattenPaused,
+    FlattenStopped,
+    DestroyRunning,
+    DestroyPaused,
+    DestroyStopped,
+    RemoveTemplate,
+}
+
+use Scene::*;
+
+impl Scene {
+    /// Where the sandbox `subject` rests before the verb; `None` if it does not exist.
+    fn before(self) -> Option<Phase> {
+        match self {
+            CreateFromImage | CreateFromSnapshot => None,
+            PauseFirst | PauseSecond | StopRunning | SnapshotRunning | ForkRunning
+            | FlattenRunning | DestroyRunning | RemoveTemplate => Some(Phase::Running),
+            Resume | StopPaused | SnapshotPaused | ForkPaused | FlattenPaused | DestroyPaused => {
+                Some(Phase::Paused)
+            }
+            Start | ResumeGeneration | FlattenStopped | DestroyStopped => Some(Phase::Stopped),
+        }
+    }
+
+    /// Where it rests after it.
+    fn after(self) -> Option<Phase> {
+        match self {
+            CreateFromImage | CreateFromSnapshot | Resume | ResumeGeneration | Start => {
+                Some(Phase::Running)
+            }
+            PauseFirst | PauseSecond => Some(Phase::Paused),
+            StopRunning | StopPaused => Some(Phase::Stopped),
+            DestroyRunning | DestroyPaused | DestroyStopped => None,
+            _ => self.before(),
+        }
+    }
+
+    /// Where it may rest after a crash on the way, besides these two. A resume of a stopped sandbox's generation
+    /// passes through `Paused`, with the newest disk kept as a branch.
+    fn between(self) -> Option<Phase> {
+        matches!(self, ResumeGeneration).then_some(Phase::Paused)
+    }
+
+    async fn set(self, world: &World, engine: &Engine) {
+        import_image(world, engine).await;
+        if matches!(self, CreateFromSnapshot) {
+            create(engine, "origin").await;
+            engine
+                .snapshot("origin", SNAPSHOT.parse().unwrap())
+                .await
+                .unwrap();
+            engine.destroy("origin").await.unwrap();
+        }
+        if self.before().is_none() {
+            return;
+        }
+        create(engine, "subject").await;
+        if matches!(self, PauseSecond | ResumeGeneration) {
+            engine.pause("subject").await.unwrap();
+            engine.resume("subject", None).await.unwrap();
+        }
+        match self.before() {
+            Some(Phase::Paused) => drop(engine.pause("subject").await.unwrap()),
+            Some(Phase::Stopped) => drop(engine.stop("subject").await.unwrap()),
+            _ => {}
+        }
+        if matches!(self, RemoveTemplate) {
+            engine
+                .snapshot("subject", SNAPSHOT.parse().unwrap())
+                .await
+                .unwrap();
+        }
+    }
+
+    async fn act(self, engine: &Engine) -> Result<(), Error> {
+        let new = || "made".parse().unwrap();
+        match self {
+            CreateFromImage => engine.create(named(IMAGE, "subject")).await.map(drop),
+            CreateFromSnapshot => engine.create(named(SNAPSHOT, "subject")).await.map(drop),
+            PauseFirst | PauseSecond => engine.pause("subject").await.map(drop),
+            Resume => engine.resume("subject", None).await.map(drop),
+            ResumeGeneration => engine
+                .resume("subject", Some(GenerationNo(1)))
+                .await
+                .map(drop),
+            StopRunning | StopPaused => engine.stop("subject").await.map(drop),
+            Start => engine.start("subject").await.map(drop),
+            SnapshotRunning | SnapshotPaused => engine.snapshot("subject", new()).await.map(drop),
+            ForkRunning | ForkPaused => {
+                let forks = engine.fork("subject", 2).await?;
+                forks.into_iter().collect::<Result<Vec<_>, _>>().map(drop)
+            }
+            FlattenRunning | FlattenPaused | FlattenStopped => {
+                engine.flatten("subject", new()).await.map(drop)
+            }
+            DestroyRunning | DestroyPaused | DestroyStopped => engine.destroy("subject").await,
+            RemoveTemplate => engine.remove_template(SNAPSHOT).await.map(drop),
+        }
+    }
+}
+
+/// Steps whose failure leaves a hold stuck, and so may break the sandbox until the next start.
+const RELEASES: [&str; 9] = [
+    "vmm.kill",
+    "boxes.release",
+    "network.release",
+    "volume.detach",
+    "volume.remove_head",
+    "store.trash",
+    "store.discard",
+    "store.empty_trash",
+    "store.commit",
+];
+
+struct Case {
+    scene: Scene,
+    freeze: FreezeBy,
+    fault: Option<Fault>,
+}
+
+impl Case {
+    /// Runs the case; returns the steps of the verb.
+    fn run(&self) -> Vec<&'static str> {
+        let world = World::new();
+        let injector = Injector::new();
+        let host = || inject(world.host(self.freeze), &injector);
+
+        // What the guest has been told is safe before the verb begins.
+        let (trace, floor) = life(async || {
+            let engine = open(host()).await;
+            self.scene.set(&world, &engine).await;
+            settle_down().await;
+            let floor = floor(&world, &engine);
+            injector.arm(self.fault);
+            let outcome = tokio::select! {
+                biased;
+                () = injector.reached() => None,
+                result = self.scene.act(&engine) => Some(result),
+            };
+            let crashed = matches!(
+                self.fault,
+                Some(Fault {
+                    kind: Kind::Crash,
+                    ..
+                })
+            ) && outcome.is_none();
+            if !crashed {
+                settle_down().await;
+                let trace = injector.trace();
+                injector.arm(None);
+                self.look_at_living(&world, &engine, outcome, &trace);
+                return (trace, floor);
+            }
+            (injector.trace(), floor)
+        });
+        injector.arm(None);
+
+        let resting = life(async || {
+            let engine = open(host()).await;
+            settle_down().await;
+            self.look_at_recovered(&engine);
+            picture(&world)
+        });
+        life(async || {
+            let engine = open(host()).await;
+            settle_down().await;
+            assert_eq!(picture(&world), resting, "a second start changes nothing");
+            for view in engine.list() {
+                let id = view.record.id.clone();
+                run(&engine, &id).await.unwrap();
+                let value = world.guest_value(&id).unwrap();
+                assert!(value >= floor, "{id} lost {floor}: it has {value}");
+            }
+            leave_nothing(&world, &engine).await;
+        });
+        trace
+    }
+
+    fn look_at_living(
+        &self,
+        world: &World,
+        engine: &Engine,
+        outcome: Option<Result<(), Error>>,
+        trace: &[&'static str],
+    ) {
+        let step = self
+            .fault
+            .and_then(|fault| trace.get(fault.at).copied())
+            .unwrap_or("no step");
+        let view = engine.inspect("subject").ok();
+        let broken = view.as_ref().and_then(|view| view.record.broken.clone());
+        if let Some(why) = broken {
+            assert!(
+                RELEASES.contains(&step),
+                "broken by a failure at {step}: {why}"
+            );
+            return;
+        }
+        let rests = view.as_ref().map(icebox_engine::SandboxView::phase);
+        match outcome {
+            // Cancelled: as if the client had waited.
+            None | Some(Ok(())) => assert_eq!(rests, self.scene.after()),
+            Some(Err(_)) => {
+                let destroying =
+                    matches!(self.scene, DestroyRunning | DestroyPaused | DestroyStopped);
+                let allowed = rests == self.scene.before()
+                    || self.scene.between().is_some_and(|between| rests == Some(between))
+                    // A destroy that has begun never goes back.
+                    || destroying;
+                assert!(allowed, "after a failure at {step} it rests at {rests:?}");
+            }
+        }
+        for view in engine.list() {
+            assert_eq!(
+                view.record.intent, None,
+                "a freeze is left unfinished by a failure at {step}"
+            );
+            assert_eq!(view.busy, None);
+            if view.phase() == Phase::Running {
+                world.guest_value(&view.record.id).unwrap();
+                assert!(
+                    engine.route(view.record.id.as_str()).unwrap().is_some(),
+                    "the gate is open"
+                );
+            }
+        }
+        let staged = world
+            .in_use()
+            .into_iter()
+            .filter(|what| what.starts_with("staged"))
+            .count();
+        assert!(
+            staged == 0 || RELEASES.contains(&step),
+            "staging is left by a failure at {step}"
+        );
+    }
+
+    fn look_at_recovered(&self, engine: &Engine) {
+        let rests = engine.inspect("subject").ok().map(|view| view.phase());
+        let allowed = rests == self.scene.before()
+            || rests == self.scene.after()
+            || self
+                .scene
+                .between()
+                .is_some_and(|between| rests == Some(between));
+        assert!(allowed, "after the start it rests at {rests:?}");
+        for view in engine.list() {
+            assert_eq!(view.record.broken, None, "nothing is broken after a start");
+            assert_eq!(
+                view.record.intent, None,
+                "nothing is unfinished after a start"
+            );
+        }
+    }
+}
+
+/// The last number that a guest had written before the verb.
+fn floor(world: &World, engine: &Engine) -> u64 {
+    let running = engine
+        .list()
+        .into_iter()
+        .filter(|view| view.phase() == Phase::Running);
+    running
+        .map(|view| world.guest_value(&view.record.id).unwrap())
+        .max()
+        .unwrap_or(1)
+}
+
+/// Lets everything that is under way end. The clock jumps, so this takes no time.
+async fn settle_down() {
+    tokio::time::sleep(Duration::from_secs(10_000)).await;
+}
+
+/// Everything that a start must not change again.
+fn picture(world: &World) -> Vec<String> {
+    let mut picture = world.in_use();
+    picture.extend(world.objects());
+    picture.extend(world.manifests());
+    picture
+}
+
+fn matrix(scenes: &[Scene], kind: Kind) {
+    let mut cases = 0;
+    for &scene in scenes {
+        for freeze in [FreezeBy::Vmm, FreezeBy::Host] {
+            let steps = Case {
+                scene,
+                freeze,
+                fault: None,
+            }
+            .run();
+            assert!(!steps.is_empty(), "{scene:?} has steps");
+            for at in 0..steps.len() {
+                for when in [When::Before, When::After] {
+                    let fault = Some(Fault { at, when, kind });
+                    let case = Case {
+                        scene,
+                        freeze,
+                        fault,
+                    };
+                    let step = steps[at];
+                    let what = format!(
+                        "{scene:?}, {freeze:?} freezes, {kind:?} {when:?} step {at} ({step})"
+                    );
+                    let run = std::panic::AssertUnwindSafe(|| case.run());
+                    if let Err(panic) = std::panic::catch_unwind(run) {
+                        eprintln!("in the case: {what}");
+                        std::panic::resume_unwind(panic);
+                    }
+                    cases += 1;
+                }
+            }
+        }
+    }
+    println!("{cases} cases");
+}
+
+const CREATE: [Scene; 2] = [CreateFromImage, CreateFromSnapshot];
+const PAUSE: [Scene; 2] = [PauseFirst, PauseSecond];
+const BACK: [Scene; 3] = [Resume, ResumeGeneration, Start];
+const STOP: [Scene; 2] = [StopRunning, StopPaused];
+const COPY: [Scene; 7] = [
+    SnapshotRunning,
+    SnapshotPaused,
+    ForkRunning,
+    ForkPaused,
+    FlattenRunning,
+    FlattenPaused,
+    FlattenStopped,
+];
+const REMOVE: [Scene; 4] = [
+    DestroyRunning,
+    DestroyPaused,
+    DestroyStopped,
+    RemoveTemplate,
+];
+
+macro_rules! tests {
+    ($($name:ident: $scenes:ident, $kind:ident;)*) => {
+        $(#[test]
+        fn $name() {
+            matrix(&$scenes, Kind::$kind);
+        })*
+    };
+}
+
+tests! {
+    inv_33_inv_52_create_fails_at_every_step: CREATE, Fail;
+    inv_30_create_is_killed_at_every_step: CREATE, Crash;
+    inv_20_client_leaves_create_at_every_step: CREATE, Cancel;
+    inv_01_inv_09_inv_11_pause_fails_at_every_step: PAUSE, Fail;
+    inv_30_pause_is_killed_at_every_step: PAUSE, Crash;
+    inv_20_client_leaves_pause_at_every_step: PAUSE, Cancel;
+    inv_16_resume_and_start_fail_at_every_step: BACK, Fail;
+    inv_30_resume_and_start_are_killed_at_every_step: BACK, Crash;
+    inv_20_client_leaves_resume_and_start_at_every_step: BACK, Cancel;
+    inv_33_stop_fails_at_every_step: STOP, Fail;
+    inv_30_stop_is_killed_at_every_step: STOP, Crash;
+    inv_20_client_leaves_stop_at_every_step: STOP, Cancel;
+    inv_01_inv_10_inv_22_copies_fail_at_every_step: COPY, Fail;
+    inv_30_inv_52_copies_are_killed_at_every_step: COPY, Crash;
+    inv_20_client_leaves_copies_at_every_step: COPY, Cancel;
+    inv_33_destroy_fails_at_every_step: REMOVE, Fail;
+    inv_30_inv_50_destroy_is_killed_at_every_step: REMOVE, Crash;
+    inv_20_client_leaves_destroy_at_every_step: REMOVE, Cancel;
+}
