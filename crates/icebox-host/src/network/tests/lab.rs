@@ -17,7 +17,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use tempfile::TempDir;
 
-use super::super::namespace::Namespace;
+use super::super::namespace::{self, Namespace};
 use super::super::netlink::Netlink;
 use super::super::slots::Hook;
 use super::super::{
@@ -125,6 +125,16 @@ impl Lab {
                 .map(|line| format!("mount {line}")),
         );
         all
+    }
+}
+
+impl Drop for Lab {
+    /// A test that failed must not leave mounts on the machine; one that passed left nothing.
+    fn drop(&mut self) {
+        for entry in std::fs::read_dir(self.directory()).unwrap() {
+            let path = entry.unwrap().path();
+            namespace::unbind(&path).unwrap();
+        }
     }
 }
 

@@ -319,6 +319,7 @@ fn how_long_slots_take() {
         let network = lab.open(4);
         lab.run(async {
             let (mut spare, mut stocked, mut again, mut release) = (vec![], vec![], vec![], vec![]);
+            let mut unstocked = vec![];
             for _ in 0..50 {
                 let start = Instant::now();
                 let made = network.slots.prepare().unwrap();
@@ -336,9 +337,20 @@ fn how_long_slots_take() {
                 network.release(Slot(0)).await.unwrap();
                 release.push(start.elapsed());
             }
+            let without_stock = lab.open(0);
+            for _ in 0..50 {
+                let start = Instant::now();
+                without_stock
+                    .ensure(Slot(0), Egress::Internet)
+                    .await
+                    .unwrap();
+                unstocked.push(start.elapsed());
+                without_stock.release(Slot(0)).await.unwrap();
+            }
             for (what, mut times) in [
                 ("make a spare", spare),
                 ("ensure from stock", stocked),
+                ("ensure without stock", unstocked),
                 ("ensure again", again),
                 ("release", release),
             ] {
