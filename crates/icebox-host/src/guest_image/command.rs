@@ -272,6 +272,73 @@ mod tests {
         assert!(text.ends_with("line 999"), "{text}");
     }
 
+    /// What the next test runs as a process of its own, to be killed.
+    #[test]
+    #[ignore = "started by the_tools_of_a_killed_process_die_with_it"]
+    fn run_until_killed() {
+        let report = std::env::var_os("ICEBOX_TEST_REPORT").unwrap();
+        // The inner shell is a descendant that nobody tells of a death.
+        let script = r#"sh -c 'read line < "$ICEBOX_TEST_FIFO"' & wait"#;
+        let tool = Tool::with_descendants("sh")
+            .args(["-c", script])
+            .env("ICEBOX_TEST_FIFO", report);
+        drop(tool.run());
+    }
+
+    #[test]
+    fn the_tools_of_a_killed_process_die_with_it() {
+        use std::{fs::File, io::Write};
+
+        if !rustix::process::geteuid().is_root() {
+            eprintln!(
+                "SKIPPED the_tools_of_a_killed_process_die_with_it: pid namespaces need root"
+            );
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("fifo");
+        rustix::fs::mkfifoat(
+            rustix::fs::CWD,
+            &fifo,
+            rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+        )
+        .unwrap();
+        let mut victim = Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--ignored",
+                "--exact",
+                "guest_image::command::tests::run_until_killed",
+            ])
+            .env("ICEBOX_TEST_REPORT", &fifo)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        // Opening for writing returns when the descendant has opened for reading: it runs.
+        let mut pipe = File::options().write(true).open(&fifo).unwrap();
+        victim.kill().unwrap();
+        victim.wait().unwrap();
+        // The descendant holds the only reading end. Writing fails once it is gone; until then it would read a line
+        // and end, so nothing is written that completes one.
+        let mut poll = [rustix::event::PollFd::new(
+            &pipe,
+            rustix::event::PollFlags::ERR,
+        )];
+        let timeout = rustix::event::Timespec {
+            tv_sec: 10,
+            tv_nsec: 0,
+        };
+        assert_eq!(
+            rustix::event::poll(&mut poll, Some(&timeout)).unwrap(),
+            1,
+            "the descendant lives on"
+        );
+        assert_eq!(
+            pipe.write(b"x").unwrap_err().kind(),
+            io::ErrorKind::BrokenPipe
+        );
+    }
+
     #[test]
     fn a_missing_tool_is_named() {
         let error = Tool::new("no-such-tool-anywhere").run().err().unwrap();

@@ -25,6 +25,8 @@ pub enum ImageError {
         path: PathBuf,
         source: io::Error,
     },
+    #[error(transparent)]
+    Host(#[from] HostError),
     #[error("no space left on the filesystem of {} while building", .path.display())]
     NoSpace { path: PathBuf },
     #[error("{tool} is not installed")]
@@ -104,6 +106,7 @@ impl ImageError {
     #[must_use]
     pub fn hint(&self) -> Option<String> {
         Some(match self {
+            Self::Host(error) => return error.hint_text().map(ToOwned::to_owned),
             Self::NoSpace { path } => format!(
                 "free some space below {}, or move the data directory",
                 path.display()
@@ -166,6 +169,10 @@ impl ImageError {
 
 impl From<ImageError> for HostError {
     fn from(error: ImageError) -> Self {
+        let error = match error {
+            ImageError::Host(error) => return error,
+            error => error,
+        };
         let kind = match &error {
             ImageError::UnknownKernel(_) => ErrorKind::NotFound,
             ImageError::NoSpace { .. } => ErrorKind::Exhausted,

@@ -137,3 +137,65 @@ impl Entries<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use super::*;
+
+    fn modules() -> Vec<(String, Vec<u8>)> {
+        vec![
+            ("001-virtio_ring.ko".to_owned(), vec![1; 1001]),
+            ("002-virtio.ko".to_owned(), vec![2; 3]),
+        ]
+    }
+
+    #[test]
+    fn the_archive_holds_what_the_agent_expects() {
+        let mut archive = Vec::new();
+        write(&mut archive, b"the agent", &modules()).unwrap();
+        let mut rest = archive.as_slice();
+        let mut seen = Vec::new();
+        loop {
+            let mut reader = newc::Reader::new(rest).unwrap();
+            let entry = reader.entry();
+            if entry.is_trailer() {
+                break;
+            }
+            let (name, mode) = (entry.name().to_owned(), entry.mode());
+            let device = (entry.rdev_major(), entry.rdev_minor());
+            let mut content = Vec::new();
+            reader.read_to_end(&mut content).unwrap();
+            rest = reader.finish().unwrap();
+            seen.push((name, mode, device, content));
+        }
+        let find = |name: &str| seen.iter().find(|entry| entry.0 == name).unwrap();
+        assert_eq!(find("init").1, 0o100_755);
+        assert_eq!(find("init").3, b"the agent");
+        assert_eq!(find("dev/console").1, 0o020_600);
+        assert_eq!(find("dev/console").2, (5, 1));
+        assert_eq!(find("lib/modules/001-virtio_ring.ko").3, vec![1; 1001]);
+        assert_eq!(
+            find("etc/modules.load-order").3,
+            b"/lib/modules/001-virtio_ring.ko\n/lib/modules/002-virtio.ko\n"
+        );
+        // The kernel makes no missing directories: each must come before what is in it.
+        for (at, (name, ..)) in seen.iter().enumerate() {
+            if let Some((parent, _)) = name.rsplit_once('/') {
+                assert!(
+                    seen[..at].iter().any(|entry| entry.0 == parent),
+                    "{name} before {parent}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn the_archive_is_the_same_for_the_same_content() {
+        let (mut one, mut two) = (Vec::new(), Vec::new());
+        write(&mut one, b"agent", &modules()).unwrap();
+        write(&mut two, b"agent", &modules()).unwrap();
+        assert!(one == two);
+    }
+}

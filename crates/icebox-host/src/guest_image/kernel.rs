@@ -120,6 +120,11 @@ impl Kernel {
         &self.dir
     }
 
+    /// Its manifest: written once, when the kernel is added.
+    pub(super) fn manifest(&self) -> PathBuf {
+        self.dir.join(MANIFEST)
+    }
+
     /// The image to hand to the VMM.
     #[must_use]
     pub fn image(&self) -> PathBuf {

@@ -13,8 +13,7 @@
 //!
 //! Every function that does work here **blocks** for seconds to minutes: call it on a thread that may block
 //! (`tokio::task::spawn_blocking`). Work happens in a directory under [`Places::staging`] that is removed on every way
-//! out; external tools are killed when the calling thread dies, so a staging directory found at start is always dead
-//! and can be swept.
+//! out; external tools are killed when the calling thread dies, so what [`sweep`] finds at start is always dead.
 //!
 //! Not here: templates (which name and keep root images), and anything a guest writes.
 
@@ -27,6 +26,7 @@ mod error;
 pub mod fixture;
 pub mod initramfs;
 pub mod kernel;
+mod kernels;
 mod modules;
 mod progress;
 pub mod rootfs;
@@ -35,5 +35,6 @@ mod staging;
 pub use digest::digest_of_file;
 pub use error::ImageError;
 use error::Io;
+pub use kernels::KernelStore;
 pub use progress::{Progress, Silent, Stage};
-pub use staging::Places;
+pub use staging::{Places, sweep};

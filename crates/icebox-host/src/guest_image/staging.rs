@@ -1,8 +1,7 @@
 //! Where work happens, and how its result gets its name: all at once.
 
 use std::{
-    fs::{self, File},
-    io,
+    fs, io,
     os::unix::fs::{DirBuilderExt, PermissionsExt},
     path::{Path, PathBuf},
 };
@@ -10,13 +9,17 @@ use std::{
 use tempfile::TempDir;
 
 use super::{ImageError, Io};
+use crate::fs::{entries, remove_tree, sync_directory, sync_tree};
+
+/// What the names of our staging directories begin with. Objects in the same directory are never called so.
+const PREFIX: &str = "build-";
 
 /// The directories this module works in. All must be on one filesystem; they are made when missing, for root only.
 #[derive(Clone, Debug)]
 pub struct Places {
     /// `kernels/<digest>/`: complete kernels.
     pub kernels: PathBuf,
-    /// Work in progress. Whatever is in it when nothing is being built is rubbish.
+    /// Work in progress, shared with others who do not touch our names. See [`sweep`].
     pub staging: PathBuf,
     /// Downloads that may be thrown away at any time.
     pub cache: PathBuf,
@@ -37,11 +40,28 @@ impl Places {
     pub(super) fn stage(&self, what: &str) -> Result<TempDir, ImageError> {
         make_private_dir(&self.staging)?;
         tempfile::Builder::new()
-            .prefix(&format!("{what}-"))
+            .prefix(&format!("{PREFIX}{what}-"))
             .permissions(fs::Permissions::from_mode(0o700))
             .tempdir_in(&self.staging)
             .at("make a directory in", &self.staging)
     }
+}
+
+/// Removes what builds of a daemon that died have left in staging, and says how many. To be called before the first
+/// build, by the process that owns the data directory. Blocks; what is not ours is left alone.
+///
+/// # Errors
+/// Something cannot be listed or removed.
+pub fn sweep(places: &Places) -> Result<usize, ImageError> {
+    let dir = &places.staging;
+    let mut removed = 0;
+    for entry in entries(dir)? {
+        if entry.file_name().to_string_lossy().starts_with(PREFIX) {
+            remove_tree(&entry.path())?;
+            removed += 1;
+        }
+    }
+    Ok(removed)
 }
 
 /// Makes `path` and its missing parents, readable for the owner alone.
@@ -86,28 +106,7 @@ pub(super) fn publish_dir(staged: TempDir, dest: &Path) -> Result<Published, Ima
 
 /// Syncs the directory that holds `path`.
 pub(super) fn sync_parent(path: &Path) -> Result<(), ImageError> {
-    let parent = path.parent().unwrap_or(Path::new("/"));
-    sync(parent)
-}
-
-/// Syncs one file or directory.
-pub(super) fn sync(path: &Path) -> Result<(), ImageError> {
-    File::open(path)
-        .and_then(|file| file.sync_all())
-        .at("sync", path)
-}
-
-fn sync_tree(dir: &Path) -> Result<(), ImageError> {
-    for entry in fs::read_dir(dir).at("read the directory", dir)? {
-        let entry = entry.at("read the directory", dir)?;
-        let kind = entry.file_type().at("look at", &entry.path())?;
-        if kind.is_dir() {
-            sync_tree(&entry.path())?;
-        } else if kind.is_file() {
-            sync(&entry.path())?;
-        }
-    }
-    sync(dir)
+    Ok(sync_directory(path.parent().unwrap_or(Path::new("/")))?)
 }
 
 #[cfg(test)]
@@ -130,6 +129,19 @@ mod tests {
         }
         assert_eq!(fs::read_to_string(dest.join("file")).unwrap(), "one");
         assert_eq!(fs::read_dir(&places.staging).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn sweeping_removes_our_dead_work_and_nothing_else() {
+        let data = tempfile::tempdir().unwrap();
+        let places = Places::under(data.path());
+        assert_eq!(sweep(&places).unwrap(), 0);
+        let dead = places.stage("test").unwrap().keep();
+        fs::create_dir_all(dead.join("tree/deep")).unwrap();
+        let other = places.staging.join("layer-x");
+        fs::create_dir(&other).unwrap();
+        assert_eq!(sweep(&places).unwrap(), 1);
+        assert!(!dead.exists() && other.exists());
     }
 
     #[test]

@@ -6,8 +6,9 @@
 
 use std::{
     cell::Cell,
-    fs::{self, File},
+    fs::{self, File, Permissions},
     io::{self, Read},
+    os::unix::fs::PermissionsExt,
     path::{Component, Path},
 };
 
@@ -76,7 +77,7 @@ pub(super) fn unpack(
             .into_owned();
         let member = |reason: &str| bad(format!("member {:?} {reason}", name.display()));
         members += 1;
-        bytes += entry.size();
+        bytes = u64::saturating_add(bytes, entry.size());
         if members > MAX_MEMBERS {
             return Err(bad(format!("it has more than {MAX_MEMBERS} members")));
         }
@@ -88,6 +89,11 @@ pub(super) fn unpack(
         progress.report(Stage::Unpack, read.get(), Some(total));
         if !stays_inside(&name) {
             return Err(member("leads out of the root directory"));
+        }
+        if is_pax_sparse(&mut entry).map_err(|error| bad(error.to_string()))? {
+            return Err(member(
+                "is a sparse file in PAX format; use --format=gnu, or no --sparse",
+            ));
         }
         match entry.header().entry_type() {
             EntryType::Block | EntryType::Char => {
@@ -123,9 +129,31 @@ pub(super) fn unpack(
     if members == 0 {
         return Err(bad("it is empty or no tar archive".to_owned()));
     }
-    // The crate makes missing directories with our umask, and the top one is ours.
-    fs::set_permissions(root, std::os::unix::fs::PermissionsExt::from_mode(0o755))
-        .at("set the mode of", root)
+    // It is ours until here: the crate leaves the top directory alone.
+    fs::set_permissions(root, Permissions::from_mode(0o755)).at("set the mode of", root)
+}
+
+/// Makes the directories above a member that the archive does not mention, readable like any system directory.
+/// Descends through real directories only: what lies behind a link is for the crate to refuse.
+fn make_missing_parents(root: &Path, name: &Path) -> Result<(), ImageError> {
+    let Some(parent) = name.parent() else {
+        return Ok(());
+    };
+    let mut dir = root.to_owned();
+    for part in parent.components() {
+        dir.push(part);
+        match fs::symlink_metadata(&dir) {
+            Ok(metadata) if metadata.is_dir() => {}
+            Ok(_) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                fs::create_dir(&dir).at("make the directory", &dir)?;
+                fs::set_permissions(&dir, Permissions::from_mode(0o755))
+                    .at("set the mode of", &dir)?;
+            }
+            Err(error) => return Err(ImageError::io("look at", &dir, error)),
+        }
+    }
+    Ok(())
 }
 
 fn extract(
@@ -138,6 +166,7 @@ fn extract(
         path: archive.to_owned(),
         reason,
     };
+    make_missing_parents(root, name)?;
     match entry.unpack_in(root) {
         Ok(true) => Ok(()),
         Ok(false) => Err(bad(format!(
@@ -155,6 +184,18 @@ fn extract(
             other => Err(other),
         },
     }
+}
+
+/// The crate would take the map of such a file for its content.
+fn is_pax_sparse(entry: &mut tar::Entry<'_, impl Read>) -> io::Result<bool> {
+    if let Some(extensions) = entry.pax_extensions()? {
+        for extension in extensions {
+            if extension?.key_bytes().starts_with(b"GNU.sparse.") {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
 }
 
 /// Relative, and never above where it starts.
