@@ -26,7 +26,6 @@ const CACHE_BYTES: u64 = 1 << 30;
 /// Messages of apt and dpkg kept for an error.
 const PROBLEMS: usize = 12;
 
-/// Debian's keys, where the host's own apt does not trust them already.
 const SETUP_HOOK: &str = include_str!("debian_setup.sh");
 const CUSTOMIZE_HOOK: &str = include_str!("debian_customize.sh");
 
@@ -86,6 +85,9 @@ impl<'a> Release<'a> {
             ])
             // Both would empty or refuse the package cache that the hooks fill and keep.
             .args(["--skip=download/empty", "--skip=essential/unlink"])
+            // A tree that a crash makes worthless needs no fsync for each of its files: half the time of a build. The
+            // customise hook takes the option out again.
+            .arg("--dpkgopt=force-unsafe-io")
             .arg(format!("--setup-hook={SETUP_HOOK}"))
             .arg(format!("--customize-hook={CUSTOMIZE_HOOK}"))
             .env("ICEBOX_DEB_CACHE", &cache)
