@@ -1,16 +1,15 @@
 //! The gate in front of a guest: who may talk to it, and the way to make them stop for a capture.
 //!
 //! ```text
-//!            close()                 all passes gone, or 5 s
-//!   Open --------------> Draining -------------------------> Closed
-//!    ^                      |                                  |
-//!    +---- guard dropped ---+----------- guard dropped --------+
+//!   Shut --open()--> Open --close()--> Draining --shut() or Closed::keep()--> Shut
+//!                     ^                   |
+//!                     +-- Closed dropped -+
 //! ```
 //!
 //! A capture must not freeze half a conversation, and a connection must not slip in between the drain and the
 //! freeze. So admission and closing are decided under one lock: after [`Gate::close`] has begun, no
 //! [`enter`](Gate::enter) succeeds, even one that raced it (INV-07). The guard opens the gate again when it is
-//! dropped, on every way out of a failed capture.
+//! dropped, on every way out of a failed capture, unless the gate has been shut meanwhile.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,9 +17,15 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Admission {
+    Open,
+    Draining,
+    Shut,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct State {
-    /// `false` from the beginning of a drain.
-    open: bool,
+    admission: Admission,
     /// Passes that exist.
     inside: usize,
     /// Passes of an older epoch must end.
@@ -33,11 +38,12 @@ pub struct Gate(Arc<watch::Sender<State>>);
 
 impl Default for Gate {
     fn default() -> Self {
-        Self(Arc::new(watch::Sender::new(State {
-            open: false,
+        let state = State {
+            admission: Admission::Shut,
             inside: 0,
             epoch: 0,
-        })))
+        };
+        Self(Arc::new(watch::Sender::new(state)))
     }
 }
 
@@ -48,18 +54,19 @@ pub struct Pass {
 }
 
 /// Keeps the gate closed. Dropping it opens the gate.
-pub(crate) struct Closed(Option<Gate>);
+pub(crate) struct Closed(Gate);
 
 impl Gate {
-    /// Asks for admission. `None` while the gate is closed: the guest is not there, or stands still.
+    /// Asks for admission. `None` while the guest is not there, or stands still.
     #[must_use]
     pub fn enter(&self) -> Option<Pass> {
         let mut epoch = None;
         self.0.send_if_modified(|state| {
-            if state.open {
+            if state.admission == Admission::Open {
                 state.inside += 1;
                 epoch = Some(state.epoch);
             }
+            // Nobody waits for the number inside to grow.
             false
         });
         epoch.map(|epoch| Pass {
@@ -70,27 +77,27 @@ impl Gate {
 
     /// Admits connections from now on.
     pub(crate) fn open(&self) {
-        self.0.send_modify(|state| state.open = true);
+        self.0
+            .send_modify(|state| state.admission = Admission::Open);
     }
 
     /// Admits nobody from now on, and tells whoever is inside to end at once.
     pub(crate) fn shut(&self) {
         self.0.send_modify(|state| {
-            state.open = false;
+            state.admission = Admission::Shut;
             state.epoch += 1;
         });
     }
 
     /// Admits nobody from now on, waits up to `limit` for those inside to end, and then tells them to.
     pub(crate) async fn close(&self, limit: Duration) -> Closed {
-        self.0.send_modify(|state| state.open = false);
-        let guard = Closed(Some(self.clone()));
+        self.0
+            .send_modify(|state| state.admission = Admission::Draining);
+        let guard = Closed(self.clone());
         let mut state = self.0.subscribe();
-        if tokio::time::timeout(limit, state.wait_for(|state| state.inside == 0))
-            .await
-            .is_err()
-        {
-            self.shut();
+        let drained = state.wait_for(|state| state.inside == 0);
+        if tokio::time::timeout(limit, drained).await.is_err() {
+            self.0.send_modify(|state| state.epoch += 1);
         }
         guard
     }
@@ -116,17 +123,19 @@ impl Drop for Pass {
 }
 
 impl Closed {
-    /// Leaves the gate closed for good: the guest is going away.
-    pub(crate) fn keep(mut self) {
-        self.0 = None;
+    /// Leaves the gate shut: the guest is going away.
+    pub(crate) fn keep(self) {
+        self.0.shut();
     }
 }
 
 impl Drop for Closed {
     fn drop(&mut self) {
-        if let Some(gate) = &self.0 {
-            gate.open();
-        }
+        self.0.0.send_modify(|state| {
+            if state.admission == Admission::Draining {
+                state.admission = Admission::Open;
+            }
+        });
     }
 }
 

@@ -225,6 +225,12 @@ impl Machine for SimMachine {
             Some(_) => (SavedPages::Diff, MEMORY_DIFF),
         };
         let mut state = self.world.lock();
+        if std::mem::take(&mut state.save_fails) {
+            return Err(HostError::new(
+                ErrorKind::Exhausted,
+                "no space for the memory",
+            ));
+        }
         state.write(
             &plan.device_state,
             File::Devices {

@@ -83,6 +83,7 @@ pub(crate) struct State {
     pub(crate) next_value: u64,
     pub(crate) low_space: bool,
     pub(crate) vcpus_stuck: bool,
+    pub(crate) save_fails: bool,
     pub(crate) agent_wedged: bool,
     pub(crate) vmm_version: Option<String>,
 }
@@ -294,6 +295,11 @@ impl World {
     /// Makes `resume_vcpus` fail from now on, or work again.
     pub fn stick_vcpus(&self, stuck: bool) {
         self.lock().vcpus_stuck = stuck;
+    }
+
+    /// Makes the next save of a memory fail.
+    pub fn fail_next_save(&self) {
+        self.lock().save_fails = true;
     }
 
     /// Makes the store report that space is low, or not.

@@ -14,7 +14,10 @@ use icebox_engine::id::GenerationNo;
 use icebox_engine::{Engine, Error, Phase};
 use icebox_sim::fault::{Fault, Injector, Kind, When, inject};
 use icebox_sim::{FreezeBy, World};
-use support::{IMAGE, SNAPSHOT, create, import_image, leave_nothing, life, named, open, run};
+use support::{IMAGE, create, import_image, leave_nothing, life, named, open, run};
+
+/// The snapshot template of the scenes that have one.
+const SNAPSHOT: &str = "warm";
 
 #[derive(Clone, Copy, Debug)]
 enum Scene {
@@ -182,7 +185,7 @@ impl Case {
                 settle_down().await;
                 let trace = injector.trace();
                 injector.arm(None);
-                self.look_at_living(&world, &engine, outcome, &trace);
+                self.look_at_living(&world, &engine, outcome.as_ref(), &trace);
                 return (trace, floor);
             }
             (injector.trace(), floor)
@@ -214,7 +217,7 @@ impl Case {
         &self,
         world: &World,
         engine: &Engine,
-        outcome: Option<Result<(), Error>>,
+        outcome: Option<&Result<(), Error>>,
         trace: &[&'static str],
     ) {
         let step = self
@@ -324,7 +327,7 @@ fn matrix(scenes: &[Scene], kind: Kind) {
             }
             .run();
             assert!(!steps.is_empty(), "{scene:?} has steps");
-            for at in 0..steps.len() {
+            for (at, step) in steps.into_iter().enumerate() {
                 for when in [When::Before, When::After] {
                     let fault = Some(Fault { at, when, kind });
                     let case = Case {
@@ -332,7 +335,6 @@ fn matrix(scenes: &[Scene], kind: Kind) {
                         freeze,
                         fault,
                     };
-                    let step = steps[at];
                     let what = format!(
                         "{scene:?}, {freeze:?} freezes, {kind:?} {when:?} step {at} ({step})"
                     );

@@ -180,16 +180,18 @@ impl Sandbox {
         machine: &dyn Machine,
         attempt: Attempt,
     ) -> Result<(), Error> {
-        if attempt.vcpus_may_stand {
-            self.run_again(machine).await?;
-        }
+        let runs = if attempt.vcpus_may_stand {
+            self.run_again(machine).await
+        } else {
+            Ok(())
+        };
         if let Err(error) = self.settle().await {
             tracing::warn!(sandbox = %self.id(), error = %Chained(&error), "an unfinished freeze stays pending");
         }
         for object in [attempt.into, Object::Memory(attempt.memory)] {
             self.discard(&object).await;
         }
-        Ok(())
+        runs
     }
 
     /// Lets the vCPUs run at the end of a window, however it went.

@@ -10,7 +10,6 @@ use icebox_engine::{Config, CreateRequest, Engine, Error, ImageRequest, Phase};
 use icebox_sim::World;
 
 pub(crate) const IMAGE: &str = "image";
-pub(crate) const SNAPSHOT: &str = "warm";
 
 /// Runs `work` in a runtime of its own, whose clock jumps over waits. Dropping the runtime afterwards is `kill -9`:
 /// whatever the engine was doing stops between two instructions.
