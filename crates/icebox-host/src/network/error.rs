@@ -149,6 +149,9 @@ impl fmt::Display for Listed<'_> {
 const PREFIX_HINT: &str = "choose another prefix for slots (network.prefix in the configuration) that nothing on this \
      host or its networks uses";
 
+const RIGHTS_HINT: &str = "run the daemon as root with CAP_SYS_ADMIN and CAP_NET_ADMIN (a container needs both, and \
+     writable /proc/sys/net)";
+
 impl Cause {
     fn kind(&self) -> ErrorKind {
         match self {
@@ -162,7 +165,9 @@ impl Cause {
                 ErrorKind::Exhausted
             }
             Self::Io(_) => ErrorKind::Other,
-            Self::Rules(RulesError::Missing | RulesError::Refused { .. }) => ErrorKind::Unsupported,
+            Self::Rules(
+                RulesError::Missing | RulesError::NotPermitted { .. } | RulesError::Refused { .. },
+            ) => ErrorKind::Unsupported,
             Self::Rules(RulesError::Run { .. }) => ErrorKind::Other,
             Self::AddressTaken { .. } => ErrorKind::AlreadyExists,
         }
@@ -173,10 +178,7 @@ impl Cause {
             Self::Io(error)
                 if netlink::is(error, Errno::PERM) || netlink::is(error, Errno::ACCESS) =>
             {
-                Some(
-                    "run the daemon as root with CAP_SYS_ADMIN and CAP_NET_ADMIN (a container needs both, and \
-                     writable /proc/sys/net)",
-                )
+                Some(RIGHTS_HINT)
             }
             Self::Io(error)
                 if step == Step::Tap
@@ -197,6 +199,7 @@ impl Cause {
 fn rules_hint(error: &RulesError) -> &'static str {
     match error {
         RulesError::Missing => "install nftables (`apt install nftables`)",
+        RulesError::NotPermitted { .. } => RIGHTS_HINT,
         RulesError::Run { .. } => "check that nft can be run as root",
         RulesError::Refused { .. } => {
             "the kernel needs nf_tables with nat, masq, ct and fib (nft_chain_nat, nft_masq, nft_ct, nft_fib_inet)"
@@ -250,5 +253,46 @@ impl NetworkError {
             }
             Self::OutOfRange { .. } | Self::TakeDown { .. } | Self::PrefixTaken { .. } => None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hint(step: Step, errno: Errno) -> String {
+        let cause = Cause::Io(errno.into());
+        let error = NetworkError::Prepare(Failure { step, cause });
+        let error = HostError::from(error);
+        error.hint_text().unwrap_or_default().to_owned()
+    }
+
+    #[test]
+    fn what_is_missing_has_a_hint_that_names_it() {
+        assert!(hint(Step::Tap, Errno::NOENT).contains("modprobe tun"));
+        assert!(hint(Step::Link, Errno::OPNOTSUPP).contains("modprobe veth"));
+        assert!(hint(Step::Namespace, Errno::PERM).contains("CAP_SYS_ADMIN"));
+        let missing = HostError::from(NetworkError::HostRules(RulesError::Missing));
+        assert!(missing.hint_text().unwrap().contains("install nftables"));
+    }
+
+    #[test]
+    fn every_failure_of_a_teardown_is_in_its_message() {
+        let failure = |step, errno: Errno| Failure {
+            step,
+            cause: Cause::Io(errno.into()),
+        };
+        let error = HostError::from(NetworkError::TakeDown {
+            slot: Slot(3),
+            failures: vec![
+                failure(Step::DeleteLink, Errno::PERM),
+                failure(Step::Unpublish, Errno::BUSY),
+            ],
+        });
+        assert_eq!(
+            error.to_string(),
+            "remove network slot 3: could not delete the link (Operation not permitted (os error 1)); \
+             could not unmount the namespace (Device or resource busy (os error 16))"
+        );
     }
 }

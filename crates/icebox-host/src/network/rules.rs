@@ -31,6 +31,8 @@ pub(super) enum RulesError {
     Missing,
     #[error("could not run {}", program.display())]
     Run { program: PathBuf, source: io::Error },
+    #[error("nft may not change the rules: {message}")]
+    NotPermitted { message: String },
     #[error("nft refused the rules: {message}")]
     Refused { message: String },
 }
@@ -69,6 +71,7 @@ fn apply(script: &str) -> Result<(), RulesError> {
     };
     let mut child = Command::new(&program)
         .args(["-f", "-"])
+        .env("LC_ALL", "C")
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
@@ -86,8 +89,11 @@ fn apply(script: &str) -> Result<(), RulesError> {
             .lines()
             .find(|line| line.contains("rror"))
             .unwrap_or("it gave no reason");
-        return Err(RulesError::Refused {
-            message: message.to_owned(),
+        let message = message.to_owned();
+        return Err(if message.contains("Operation not permitted") {
+            RulesError::NotPermitted { message }
+        } else {
+            RulesError::Refused { message }
         });
     }
     written.map_err(run)

@@ -6,10 +6,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use icebox_engine::host::{Egress, ErrorKind, Network as _, Removed, SlotNetwork};
+use icebox_engine::host::{Egress, ErrorKind, HostError, Network as _, Removed, SlotNetwork};
 use icebox_engine::id::Slot;
+use rustix::process::Uid;
+use rustix::thread::set_thread_res_uid;
 
-use super::super::error::Step;
+use super::super::error::{NetworkError, Step};
 use super::super::namespace::Namespace;
 use super::super::netlink::Netlink;
 use super::super::slots::Hook;
@@ -308,6 +310,31 @@ fn a_stock_that_cannot_be_filled_is_not_tried_in_a_loop() {
         network.pool.wait_until_stocked();
         // One for the slot itself, one for the stock after it.
         assert_eq!(attempts.load(Ordering::SeqCst), 3);
+        lab.run(network.close()).unwrap();
+    });
+}
+
+#[test]
+fn without_rights_the_error_says_which() {
+    in_lab(|lab| {
+        let network = lab.open(0);
+        let config = lab.config(0);
+        std::thread::scope(|scope| {
+            let unprivileged = scope.spawn(|| {
+                let nobody = Uid::from_raw(65534);
+                set_thread_res_uid(nobody, nobody, nobody).unwrap();
+                let opened = NetworkSlots::open_with(&config, Box::new(|_| Ok(()))).map(drop);
+                let prepared = network.slots.prepare().map(drop);
+                [
+                    HostError::from(opened.unwrap_err()),
+                    HostError::from(NetworkError::Prepare(prepared.unwrap_err())),
+                ]
+            });
+            for error in unprivileged.join().unwrap() {
+                assert_eq!(error.kind(), ErrorKind::Unsupported, "{error:?}");
+                assert!(error.hint_text().unwrap().contains("as root"), "{error:?}");
+            }
+        });
         lab.run(network.close()).unwrap();
     });
 }

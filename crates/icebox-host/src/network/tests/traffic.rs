@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use icebox_engine::host::{Egress, Network as _, SlotNetwork};
 use icebox_engine::id::Slot;
 
+use super::super::namespace::Namespace;
 use super::super::netlink::Netlink;
 use super::super::rules;
 use super::lab::{Elsewhere, Guest, INTERNET, Lab, Service, ask, in_lab, is_refused};
@@ -362,6 +363,61 @@ fn inv_42_a_sandbox_gets_nothing_that_was_meant_for_the_slots_last_user() {
         assert_eq!(second.recv(&mut [0; 32]).unwrap(), 14);
         drop((second, guest));
         internet.remove("wan");
+        tear_down(lab, network, &[0]);
+    });
+}
+
+#[test]
+fn there_is_no_ipv6() {
+    in_lab(|lab| {
+        if !std::path::Path::new("/proc/sys/net/ipv6").exists() {
+            println!("skipped: this kernel has no IPv6");
+            return;
+        }
+        let network = lab.open(0);
+        let slot = ensure(lab, &network, 0, Egress::Internet);
+        let namespace = Namespace::open(&slot.namespace).unwrap().unwrap();
+        for link in ["eth0", "tap0"] {
+            let file = format!("/proc/sys/net/ipv6/conf/{link}/disable_ipv6");
+            let disabled = namespace.run(|| std::fs::read_to_string(file)).unwrap();
+            assert_eq!(disabled.trim(), "1", "{link}");
+        }
+        // And should somebody switch it on in there, the host does not listen. Multicast needs no neighbour to be found.
+        let everyone = "ff02::1".parse().unwrap();
+        let (host_link, uplink) = {
+            let name = network.slots.naming().name(Slot(0));
+            let link = Netlink::open().unwrap().link(&name).unwrap().unwrap();
+            let uplink = namespace.run(|| Netlink::open()?.link("eth0")).unwrap();
+            (link.index, uplink.unwrap().index)
+        };
+        let listener = UdpSocket::bind("[::]:0").unwrap();
+        listener.join_multicast_v6(&everyone, host_link).unwrap();
+        let doubt = Some(Duration::from_millis(300));
+        listener.set_read_timeout(doubt).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        namespace
+            .run(|| {
+                std::fs::write("/proc/sys/net/ipv6/conf/eth0/accept_dad", "0")?;
+                std::fs::write("/proc/sys/net/ipv6/conf/eth0/disable_ipv6", "0")?;
+                let flush = std::process::Command::new("nft")
+                    .args(["flush", "ruleset"])
+                    .status()?;
+                assert!(flush.success());
+                Ok(())
+            })
+            .unwrap();
+        let send = || {
+            namespace
+                .run(|| {
+                    let to = std::net::SocketAddrV6::new(everyone, port, 0, uplink);
+                    UdpSocket::bind("[::]:0")?.send_to(b"six", to)
+                })
+                .unwrap();
+            listener.recv(&mut [0; 8])
+        };
+        send().expect_err("IPv6 from a sandbox");
+        rules::remove_host(network.slots.naming()).unwrap();
+        assert_eq!(send().unwrap(), 3);
         tear_down(lab, network, &[0]);
     });
 }
