@@ -17,6 +17,8 @@ const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 const RTA_OIF: u16 = 4;
 const RTA_GATEWAY: u16 = 5;
+/// `AF_INET`
+const INET: u8 = 2;
 /// `IFF_UP`
 const UP: u32 = 1;
 /// `RT_TABLE_MAIN`, `RTPROT_BOOT`, `RTN_UNICAST`
@@ -24,7 +26,6 @@ const TABLE_MAIN: u8 = 254;
 const PROTOCOL_BOOT: u8 = 3;
 const UNICAST: u8 = 1;
 
-/// Who answers names where nothing else is said: the host's end of the link.
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 /// An interface could not be set up.
@@ -104,7 +105,7 @@ fn link_up(netlink: &Netlink, index: u32) -> io::Result<()> {
 
 /// `struct ifaddrmsg`: family, prefix length, flags, scope, index.
 fn add_address(netlink: &Netlink, index: u32, ip: Ipv4Addr, prefix: u8) -> io::Result<()> {
-    let mut payload = vec![family(), prefix, 0, 0];
+    let mut payload = vec![INET, prefix, 0, 0];
     payload.extend_from_slice(&index.to_ne_bytes());
     let message = Message::new(NEW_ADDRESS, CREATE_OR_REPLACE, payload);
     netlink.request(
@@ -116,7 +117,7 @@ fn add_address(netlink: &Netlink, index: u32, ip: Ipv4Addr, prefix: u8) -> io::R
 
 /// `struct rtmsg`: family, lengths of destination and source, type of service, table, protocol, scope, type, flags.
 fn add_default_route(netlink: &Netlink, index: u32, gateway: Ipv4Addr) -> io::Result<()> {
-    let mut payload = vec![family(), 0, 0, 0, TABLE_MAIN, PROTOCOL_BOOT, 0, UNICAST];
+    let mut payload = vec![INET, 0, 0, 0, TABLE_MAIN, PROTOCOL_BOOT, 0, UNICAST];
     payload.extend_from_slice(&[0; 4]);
     let message = Message::new(NEW_ROUTE, CREATE_OR_REPLACE, payload);
     netlink.request(
@@ -126,19 +127,15 @@ fn add_default_route(netlink: &Netlink, index: u32, gateway: Ipv4Addr) -> io::Re
     )
 }
 
-/// `AF_INET`, which is the same everywhere.
-fn family() -> u8 {
-    2
-}
-
-/// Says where names are looked up, if the image does not say: its file is missing, or a link to one that is made by
-/// a service which does not run here.
+/// Says where names are looked up, if the image does not: its file is missing, a link to one that is made by a
+/// service which does not run here, or names no server.
 pub(super) fn name_servers(parameters: &KernelParameters) -> io::Result<()> {
     let path = Path::new(RESOLV_CONF);
     let Some(servers) = parameters.get(cmdline::DNS) else {
         return Ok(());
     };
-    if path.exists() {
+    let current = fs::read_to_string(path).unwrap_or_default();
+    if current.lines().any(|line| line.starts_with("nameserver")) {
         return Ok(());
     }
     match fs::remove_file(path) {

@@ -16,7 +16,7 @@ use icebox_agent_api::{
     METADATA_XATTR_PREFIX,
     proto::filesystem::{EntryInfo, FileType},
 };
-use rustix::buffer::spare_capacity;
+use rustix::{buffer::spare_capacity, io::Errno};
 
 use crate::users::Names;
 
@@ -132,6 +132,35 @@ pub(super) fn metadata_of(path: &Path) -> BTreeMap<String, String> {
             Some((key.to_owned(), String::from_utf8_lossy(&value).into_owned()))
         })
         .collect()
+}
+
+/// Replaces the metadata of an open file.
+pub(super) fn set_metadata(file: &fs::File, metadata: &BTreeMap<String, String>) -> io::Result<()> {
+    let mut list = Vec::with_capacity(XATTR_MAX);
+    match rustix::fs::flistxattr(file, spare_capacity(&mut list)) {
+        Ok(_) => {}
+        // Where there are no attributes there are none to remove.
+        Err(Errno::NOTSUP) if metadata.is_empty() => return Ok(()),
+        Err(errno) => return Err(errno.into()),
+    }
+    for name in list.split(|byte| *byte == 0) {
+        let key = std::str::from_utf8(name)
+            .ok()
+            .and_then(|name| name.strip_prefix(METADATA_XATTR_PREFIX));
+        if key.is_some_and(|key| !metadata.contains_key(key)) {
+            rustix::fs::fremovexattr(file, OsStr::from_bytes(name))?;
+        }
+    }
+    for (key, value) in metadata {
+        let name = format!("{METADATA_XATTR_PREFIX}{key}");
+        rustix::fs::fsetxattr(
+            file,
+            name,
+            value.as_bytes(),
+            rustix::fs::XattrFlags::empty(),
+        )?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ mod connections;
 mod control;
 mod entry;
 mod error;
+mod files;
 mod filesystem;
 mod machine;
 mod metrics;
@@ -46,7 +47,7 @@ use axum::{
 };
 use connectrpc::{ConnectRpcService, Limits};
 use icebox_agent_api::{
-    AGENT_PORT, HEALTH_PATH, INIT_PATH, METRICS_PATH, PREPARE_PATH, cmdline,
+    AGENT_PORT, FILES_PATH, HEALTH_PATH, INIT_PATH, METRICS_PATH, PREPARE_PATH, cmdline,
     proto::{filesystem::FilesystemExt as _, process::ProcessExt as _},
 };
 use tokio::net::TcpListener;
@@ -158,6 +159,8 @@ fn router(agent: Arc<Agent>) -> Router {
             agent.clone(),
             auth::require_access,
         ))
+        .route(FILES_PATH, get(files::download).post(files::upload))
+        // A file has no size limit.
         .layer(DefaultBodyLimit::disable())
         .route(INIT_PATH, post(control::init))
         .route(PREPARE_PATH, post(control::prepare))

@@ -108,6 +108,15 @@ impl Agent {
         }
     }
 
+    /// The access token, unless the sandbox is open.
+    pub(super) fn access_token(&self) -> Option<Token> {
+        let settings = self.settings();
+        match settings.access {
+            Access::Token => settings.host_token,
+            Access::Open => None,
+        }
+    }
+
     pub(super) fn default_user(&self) -> String {
         self.settings().default_user
     }

@@ -3,8 +3,13 @@
 //! The machine is not a sandbox, and the server is told so (`--outside`): it changes neither clock nor name. What
 //! only a guest can show is tested in one, see `boot.rs`.
 
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in helpers too")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test fails by panicking, in helpers too"
+)]
 
 mod auth;
+mod files;
+mod filesystem;
 mod process;
 mod support;

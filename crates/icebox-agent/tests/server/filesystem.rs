@@ -1,0 +1,207 @@
+//! Names and metadata of files.
+
+use std::{fs, os::unix::fs::symlink, path::Path};
+
+use connectrpc::ErrorCode;
+use icebox_agent_api::{
+    client::FilesystemService,
+    proto::filesystem::{
+        EntryInfo, FileType, ListDirRequest, MakeDirRequest, MoveRequest, RemoveRequest,
+        StatRequest,
+    },
+};
+
+use crate::support::Server;
+
+async fn stat(client: &FilesystemService, path: &Path) -> Result<EntryInfo, ErrorCode> {
+    let request = StatRequest {
+        path: path.to_str().unwrap().into(),
+        ..Default::default()
+    };
+    let response = client
+        .stat(request)
+        .await
+        .map_err(|error| error.code)?
+        .into_owned();
+    Ok(Option::from(response.entry).unwrap())
+}
+
+async fn list(
+    client: &FilesystemService,
+    path: &Path,
+    depth: u32,
+) -> Result<Vec<String>, ErrorCode> {
+    let request = ListDirRequest {
+        path: path.to_str().unwrap().into(),
+        depth,
+        ..Default::default()
+    };
+    let response = client
+        .list_dir(request)
+        .await
+        .map_err(|error| error.code)?
+        .into_owned();
+    Ok(response
+        .entries
+        .into_iter()
+        .map(|entry| entry.path)
+        .collect())
+}
+
+async fn make_dir(client: &FilesystemService, path: &Path) -> Result<EntryInfo, ErrorCode> {
+    let request = MakeDirRequest {
+        path: path.to_str().unwrap().into(),
+        ..Default::default()
+    };
+    let response = client
+        .make_dir(request)
+        .await
+        .map_err(|error| error.code)?
+        .into_owned();
+    Ok(Option::from(response.entry).unwrap())
+}
+
+async fn rename(client: &FilesystemService, from: &Path, to: &Path) -> Result<String, ErrorCode> {
+    let request = MoveRequest {
+        source: from.to_str().unwrap().into(),
+        destination: to.to_str().unwrap().into(),
+        ..Default::default()
+    };
+    let response = client
+        .r#move(request)
+        .await
+        .map_err(|error| error.code)?
+        .into_owned();
+    Ok(response.entry.path.clone())
+}
+
+async fn remove(client: &FilesystemService, path: &Path) -> Result<(), ErrorCode> {
+    let request = RemoveRequest {
+        path: path.to_str().unwrap().into(),
+        ..Default::default()
+    };
+    client
+        .remove(request)
+        .await
+        .map(|_| ())
+        .map_err(|error| error.code)
+}
+
+#[tokio::test]
+async fn entries_are_described() {
+    let server = Server::start();
+    let client = server.client().filesystem();
+    let path = server.directory.path().join("f");
+    fs::write(&path, "12345").unwrap();
+    let entry = stat(&client, &path).await.unwrap();
+    assert_eq!(
+        (entry.name.as_str(), entry.path.as_str()),
+        ("f", path.to_str().unwrap())
+    );
+    assert_eq!(
+        (entry.size, entry.mode, entry.permissions.as_str()),
+        (5, 0o644, "-rw-r--r--")
+    );
+    assert_eq!(
+        (entry.owner.as_str(), entry.group.as_str()),
+        ("root", "root")
+    );
+    assert_eq!(entry.r#type, FileType::FILE_TYPE_FILE);
+    assert!(entry.modified_time.seconds > 1_700_000_000);
+    assert_eq!(
+        stat(&client, &server.directory.path().join("none")).await,
+        Err(ErrorCode::NotFound)
+    );
+}
+
+#[tokio::test]
+async fn directories_are_made_with_their_parents_once() {
+    let server = Server::start();
+    let client = server.client().with_user("daemon").filesystem();
+    let path = server.directory.path().join("a/b");
+    let entry = make_dir(&client, &path).await.unwrap();
+    assert_eq!(
+        (
+            entry.r#type == FileType::FILE_TYPE_DIRECTORY,
+            entry.owner.as_str()
+        ),
+        (true, "daemon")
+    );
+    assert_eq!(
+        make_dir(&client, &path).await,
+        Err(ErrorCode::AlreadyExists)
+    );
+    let file = path.join("f");
+    fs::write(&file, "").unwrap();
+    assert_eq!(
+        make_dir(&client, &file).await,
+        Err(ErrorCode::InvalidArgument)
+    );
+    assert_eq!(
+        make_dir(&client, &file.join("below")).await,
+        Err(ErrorCode::InvalidArgument)
+    );
+}
+
+#[tokio::test]
+async fn lists_are_in_order_and_as_deep_as_asked() {
+    let server = Server::start();
+    let client = server.client().filesystem();
+    let root = server.directory.path().join("root");
+    for directory in ["b/inner", "a", "c"] {
+        fs::create_dir_all(root.join(directory)).unwrap();
+    }
+    fs::write(root.join("b/inner/f"), "").unwrap();
+    symlink(&root, root.join("a/loop")).unwrap();
+    let expect = |names: &[&str]| {
+        names
+            .iter()
+            .map(|name| root.join(name).display().to_string())
+            .collect::<Vec<_>>()
+    };
+    let flat = expect(&["a", "b", "c"]);
+    assert_eq!(list(&client, &root, 0).await.unwrap(), flat);
+    assert_eq!(list(&client, &root, 1).await.unwrap(), flat);
+    let deep = expect(&["a", "a/loop", "b", "b/inner", "b/inner/f", "c"]);
+    assert_eq!(list(&client, &root, 10).await.unwrap(), deep);
+
+    let link = server.directory.path().join("link");
+    symlink(&root, &link).unwrap();
+    assert_eq!(
+        list(&client, &link, 1).await.unwrap()[0],
+        link.join("a").display().to_string()
+    );
+    assert_eq!(
+        list(&client, &root.join("none"), 1).await,
+        Err(ErrorCode::NotFound)
+    );
+    assert_eq!(
+        list(&client, &root.join("b/inner/f"), 1).await,
+        Err(ErrorCode::InvalidArgument)
+    );
+}
+
+#[tokio::test]
+async fn moves_make_parents_and_removes_take_trees() {
+    let server = Server::start();
+    let client = server.client().filesystem();
+    let base = server.directory.path();
+    fs::create_dir_all(base.join("a/b/c")).unwrap();
+    let (from, to) = (base.join("a"), base.join("x/y"));
+    assert_eq!(
+        rename(&client, &from, &to).await.unwrap(),
+        to.display().to_string()
+    );
+    assert!(to.join("b/c").is_dir() && !from.exists());
+    assert_eq!(rename(&client, &from, &to).await, Err(ErrorCode::NotFound));
+
+    fs::create_dir(base.join("kept")).unwrap();
+    symlink(base.join("kept"), to.join("link")).unwrap();
+    remove(&client, &base.join("x")).await.unwrap();
+    assert!(!base.join("x").exists() && base.join("kept").exists());
+    remove(&client, &base.join("x")).await.unwrap();
+    assert_eq!(
+        remove(&client, Path::new("/x/..")).await,
+        Err(ErrorCode::InvalidArgument)
+    );
+}
