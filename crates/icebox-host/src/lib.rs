@@ -2,10 +2,13 @@
 #![warn(missing_docs)]
 
 mod blocking;
+pub mod boxes;
 pub mod cgroup;
 pub mod fs;
 pub mod guest_image;
 pub mod instance;
+pub mod launcher;
 pub mod network;
 pub mod store;
+pub mod vmm;
 pub mod volume;

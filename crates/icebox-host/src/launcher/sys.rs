@@ -1,0 +1,46 @@
+//! The few system calls of the launcher without a safe wrapper.
+
+#![allow(
+    unsafe_code,
+    reason = "unshare and close_range have no safe wrapper, and tokio wants a promise about descriptors"
+)]
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+
+/// Gives the calling process, which has one thread, mounts, System V IPC and a host name of its own.
+pub(super) fn unshare_mounts() -> io::Result<()> {
+    let flags = UnshareFlags::NEWNS | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
+    // SAFETY: none of these flags shares or unshares file descriptors or memory.
+    unsafe { unshare_unsafe(flags) }?;
+    Ok(())
+}
+
+/// Marks every descriptor from `first` on to be closed by exec.
+pub(super) fn close_on_exec_from(first: u32) -> io::Result<()> {
+    // SAFETY: changes a flag of descriptors; none is closed before exec.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            first,
+            u32::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Lets the runtime tell when a descriptor is readable.
+pub(super) fn watch_readable(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an OwnedFd is an open descriptor that stays the same until it is dropped.
+    Ok(unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }?)
+}

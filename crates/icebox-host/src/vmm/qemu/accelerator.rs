@@ -1,0 +1,281 @@
+//! KVM where it really runs guests, else TCG.
+//!
+//! `/dev/kvm` can be opened on hosts where KVM cannot run an ordinary guest: nested virtualisation that is switched off
+//! in part, or hosts that emulate guest code and give up on the first instruction they do not know. Only a guest can
+//! tell, so the probe runs one: the kernel that sandboxes will run, up to the point where it asks for its root file
+//! system. Where no kernel has been imported yet, the machine's firmware has to do.
+
+use std::fmt;
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+
+use icebox_engine::host::{ErrorKind, HostError};
+use tokio::io::AsyncReadExt;
+use tokio::process::Command;
+
+use super::command;
+
+/// How long a guest may say nothing. A host that stops to run it without an error is only known by that; a nested guest
+/// that boots slowly keeps talking.
+const SILENCE_MAX: Duration = Duration::from_secs(3);
+/// How much is read of what a guest says: a kernel's whole boot.
+const OUTPUT_BYTES_MAX: usize = 1 << 20;
+
+/// What runs guest code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accelerator {
+    /// The processor.
+    Kvm,
+    /// QEMU's translator.
+    Tcg,
+}
+
+impl fmt::Display for Accelerator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        })
+    }
+}
+
+/// Which accelerator a user wants.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum AcceleratorChoice {
+    /// KVM if it works, else TCG. The reason is recorded.
+    #[default]
+    Auto,
+    /// KVM, or nothing.
+    Kvm,
+    /// TCG.
+    Tcg,
+}
+
+/// A choice that was made.
+#[derive(Debug)]
+pub(super) struct Chosen {
+    /// The accelerator.
+    pub(super) accelerator: Accelerator,
+    /// Why, in words.
+    pub(super) reason: String,
+}
+
+/// Makes the choice.
+pub(super) async fn choose(
+    choice: AcceleratorChoice,
+    qemu: &Path,
+    kernel: Option<&Path>,
+) -> Result<Chosen, HostError> {
+    if choice == AcceleratorChoice::Tcg {
+        return Ok(Chosen {
+            accelerator: Accelerator::Tcg,
+            reason: "TCG was asked for".into(),
+        });
+    }
+    match probe(qemu, kernel, Path::new("/dev/kvm")).await {
+        Ok(what) => Ok(Chosen {
+            accelerator: Accelerator::Kvm,
+            reason: what,
+        }),
+        Err(why) if choice == AcceleratorChoice::Auto => Ok(Chosen {
+            accelerator: Accelerator::Tcg,
+            reason: why,
+        }),
+        Err(why) => Err(HostError::new(
+            ErrorKind::Unsupported,
+            format!("KVM was asked for and does not work here: {why}"),
+        )
+        .hint("enable (nested) virtualisation, or choose the accelerator tcg")),
+    }
+}
+
+/// Runs a guest under KVM. Says what it did, or why KVM does not work.
+async fn probe(qemu: &Path, kernel: Option<&Path>, device: &Path) -> Result<String, String> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(device)
+        .map_err(|error| format!("{} cannot be opened: {error}", device.display()))?;
+    let mut qemu = Command::new(qemu);
+    qemu.args([
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-no-reboot",
+    ])
+    .args([
+        "-sandbox",
+        "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+    ])
+    .args(["-machine", command::PROBE_MACHINE, "-accel", "kvm"])
+    .args([
+        "-cpu",
+        command::cpu(Accelerator::Kvm),
+        "-smp",
+        "1",
+        "-m",
+        "256M",
+    ])
+    .args(["-chardev", "stdio,id=out,signal=off"]);
+    match kernel {
+        Some(kernel) => {
+            qemu.args(["-serial", "chardev:out", "-kernel"]).arg(kernel);
+            qemu.args([
+                "-append",
+                "console=ttyS0 earlyprintk=ttyS0 reboot=t panic=-1",
+            ]);
+            watch(qemu, b"not syncing: VFS").await?;
+            Ok("KVM runs the sandboxes' kernel".into())
+        }
+        None => {
+            qemu.args(["-device", "isa-debugcon,iobase=0x402,chardev=out"]);
+            watch(qemu, b"SeaBIOS (version").await?;
+            Ok("KVM runs the machine's firmware; no kernel was there to try".into())
+        }
+    }
+}
+
+/// Runs a guest until it says `proof`.
+async fn watch(mut qemu: Command, proof: &[u8]) -> Result<(), String> {
+    let (mut output, mut guest) = io::pipe()
+        .and_then(|(reading, writing)| {
+            let stderr = writing.try_clone()?;
+            qemu.stdin(Stdio::null()).stdout(writing).stderr(stderr);
+            let reading = tokio::net::unix::pipe::Receiver::from_owned_fd(reading.into())?;
+            Ok((reading, qemu.kill_on_drop(true).spawn()?))
+        })
+        .map_err(|error| format!("QEMU cannot be started: {error}"))?;
+    // This process's copies of the writing end: without them, the end of QEMU is the end of the pipe.
+    drop(qemu);
+    let verdict = listen(&mut output, proof).await;
+    if let Err(error) = guest.kill().await {
+        tracing::warn!(%error, "the guest that probed KVM cannot be ended");
+    }
+    verdict
+}
+
+async fn listen(output: &mut tokio::net::unix::pipe::Receiver, proof: &[u8]) -> Result<(), String> {
+    let mut said = Vec::new();
+    loop {
+        let read = tokio::time::timeout(SILENCE_MAX, output.read_buf(&mut said)).await;
+        if said.windows(proof.len()).any(|window| window == proof) {
+            return Ok(());
+        }
+        let last = last_line(&said);
+        match read {
+            Err(_) if last.is_empty() => {
+                return Err(format!(
+                    "a guest under KVM said nothing within {SILENCE_MAX:?}"
+                ));
+            }
+            Err(_) => {
+                return Err(format!("a guest under KVM stopped after saying {last:?}"));
+            }
+            Ok(Err(error)) => return Err(format!("a guest under KVM cannot be heard: {error}")),
+            Ok(Ok(0)) => return Err(format!("QEMU gave up on KVM: {last}")),
+            Ok(Ok(_)) if last.contains("KVM internal error") => return Err(last),
+            Ok(Ok(_)) if said.len() > OUTPUT_BYTES_MAX => {
+                return Err("a guest under KVM does not stop talking".into());
+            }
+            Ok(Ok(_)) => {}
+        }
+    }
+}
+
+fn last_line(said: &[u8]) -> String {
+    String::from_utf8_lossy(said)
+        .lines()
+        .rfind(|line| !line.trim().is_empty())
+        .map(|line| line.trim().chars().take(200).collect())
+        .unwrap_or_default()
+}
+
+/// What of the CPU a saved state depends on.
+pub(super) fn cpu_identity(accelerator: Accelerator) -> io::Result<String> {
+    let model = command::cpu(accelerator);
+    match accelerator {
+        // The same on every host.
+        Accelerator::Tcg => Ok(model.to_owned()),
+        Accelerator::Kvm => {
+            let cpuinfo = fs::read_to_string("/proc/cpuinfo")?;
+            let name = cpuinfo
+                .lines()
+                .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
+                .map_or("unknown", |(_, name)| name);
+            Ok(format!("{model} ({name})"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+    use std::time::Instant;
+
+    use super::*;
+
+    /// A stand-in for QEMU that behaves in one way.
+    async fn probed(script: &str, kernel: Option<&Path>) -> Result<String, String> {
+        let directory = tempfile::tempdir().unwrap();
+        let qemu = directory.path().join("qemu");
+        fs::write(&qemu, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(&qemu, fs::Permissions::from_mode(0o755)).unwrap();
+        probe(&qemu, kernel, Path::new("/dev/null")).await
+    }
+
+    #[tokio::test]
+    async fn inv_26_only_a_guest_that_runs_is_proof() {
+        let kernel = Some(Path::new("/boot/vmlinuz"));
+        let panic = "echo 'Linux version 6'; echo 'Kernel panic - not syncing: VFS: no root'; exec sleep 60";
+        let began = Instant::now();
+        assert_eq!(
+            probed(panic, kernel).await.unwrap(),
+            "KVM runs the sandboxes' kernel"
+        );
+        assert!(began.elapsed() < SILENCE_MAX, "proof ends the probe");
+
+        let early = "echo 'Linux version 6'; exec sleep 60";
+        let error = probed(early, kernel).await.unwrap_err();
+        assert_eq!(
+            error,
+            "a guest under KVM stopped after saying \"Linux version 6\""
+        );
+        let error = probed("echo 'failed to set MSR 0x10a' >&2; exit 1", kernel)
+            .await
+            .unwrap_err();
+        assert_eq!(error, "QEMU gave up on KVM: failed to set MSR 0x10a");
+        let internal = "echo 'KVM internal error. Suberror: 1' >&2; exec sleep 60";
+        assert!(
+            probed(internal, kernel)
+                .await
+                .unwrap_err()
+                .contains("internal error")
+        );
+
+        let firmware = "echo 'SeaBIOS (version 1.16)'; exec sleep 60";
+        assert!(probed(firmware, None).await.unwrap().contains("no kernel"));
+        assert!(
+            probed(firmware, kernel).await.is_err(),
+            "firmware is no proof if there is a kernel"
+        );
+    }
+
+    #[tokio::test]
+    async fn inv_26_kvm_that_was_asked_for_is_not_replaced() {
+        let missing = Path::new("/nonexistent/qemu");
+        let error = choose(AcceleratorChoice::Kvm, missing, None)
+            .await
+            .unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        assert!(error.hint_text().unwrap().contains("tcg"));
+        let chosen = choose(AcceleratorChoice::Auto, missing, None)
+            .await
+            .unwrap();
+        assert_eq!(chosen.accelerator, Accelerator::Tcg);
+        assert!(!chosen.reason.is_empty());
+    }
+}

@@ -1,0 +1,210 @@
+//! A sandbox's disk as QEMU block nodes.
+//!
+//! Every file is opened by the launcher and reaches QEMU as a descriptor in an *fdset*, a numbered set from which
+//! QEMU takes the descriptor with the access mode it needs. The head's set holds a read-write and a read-only one,
+//! since QEMU reopens the node read-only when a switch puts it under a new head.
+//!
+//! ```text
+//!   guest ── virtio-blk ── head (qcow2) ── layer (qcow2) ── … ── base (raw)
+//!                            │ file          │ file              │ file
+//!                          fdset           fdset               fdset
+//! ```
+//!
+//! The chain is spelled out node by node: what a file's header says about its backing file or format is never
+//! believed. Nodes are named after a hash of their path, so that a daemon that did not start this QEMU can tell which
+//! head is active.
+//!
+//! Cache mode: host page cache, guest flushes honoured (`cache.direct=off`, `cache.no-flush=off`). Bases and layers are
+//! read by many sandboxes, and the page cache is where they share them; direct I/O would read them from disk once
+//! per sandbox. `aio=threads`, since io_uring is unavailable in many hosts' containers and `native` needs direct I/O.
+
+use std::path::Path;
+
+use icebox_engine::host::BlockDevice;
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+/// The disk's device: what `query-block` calls it.
+pub(super) const DISK_DEVICE: &str = "disk0";
+
+/// First number of the fdsets of disk files. Below are those of the console and of device state.
+const FIRST_FDSET: i64 = 16;
+
+/// Access that QEMU gets to a disk file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Access {
+    /// Layers and bases.
+    ReadOnly,
+    /// Heads.
+    ReadWrite,
+}
+
+/// A disk file, its nodes and the set that its descriptors are in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct DiskFile<'a> {
+    /// The host's path.
+    pub(super) path: &'a Path,
+    /// What QEMU may do with it.
+    pub(super) access: Access,
+    /// Number of its fdset.
+    pub(super) fdset: i64,
+    /// Name of its format node.
+    pub(super) node: String,
+    format: &'static str,
+}
+
+impl DiskFile<'_> {
+    /// `blockdev-add` of this file over the node `backing`.
+    fn node(&self, backing: Option<&str>) -> Value {
+        let cache = json!({ "direct": false, "no-flush": false });
+        let mut node = json!({
+            "driver": self.format,
+            "node-name": self.node,
+            "read-only": self.access == Access::ReadOnly,
+            "cache": cache,
+            "discard": "unmap",
+            // Inside, not a node of its own that this one refers to: only then does QEMU reopen it read-only together with
+            // this one, and closes its writable descriptor.
+            "file": {
+                "driver": "file",
+                "filename": format!("/dev/fdset/{}", self.fdset),
+                "aio": "threads",
+                "cache": cache,
+                "discard": "unmap",
+            },
+        });
+        if self.format == "qcow2" {
+            node["backing"] = backing.map_or(Value::Null, Value::from);
+            // A guest's trim frees clusters of the head; it must also reach the file under it.
+            node["pass-discard-request"] = true.into();
+        }
+        node
+    }
+}
+
+/// The name of the node for a file: a letter and 20 hexadecimal digits, within QEMU's 31 characters.
+pub(super) fn node_name(path: &Path) -> String {
+    use std::os::unix::ffi::OsStrExt;
+    let hash = Sha256::digest(path.as_os_str().as_bytes());
+    let digits: String = hash
+        .iter()
+        .take(10)
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    format!("n{digits}")
+}
+
+/// The files of a disk, bottom first: the order in which nodes are made.
+pub(super) fn files(disk: &BlockDevice) -> Vec<DiskFile<'_>> {
+    let file = |path, access, format| DiskFile {
+        path,
+        access,
+        fdset: 0,
+        node: node_name(path),
+        format,
+    };
+    let mut files = match disk {
+        BlockDevice::Raw { path } => vec![file(path.as_path(), Access::ReadWrite, "raw")],
+        BlockDevice::Qcow2 { head, layers, base } => {
+            let mut files = vec![file(base.as_path(), Access::ReadOnly, "raw")];
+            files.extend(
+                layers
+                    .iter()
+                    .rev()
+                    .map(|layer| file(layer.as_path(), Access::ReadOnly, "qcow2")),
+            );
+            files.push(file(head.as_path(), Access::ReadWrite, "qcow2"));
+            files
+        }
+    };
+    for (fdset, file) in (FIRST_FDSET..).zip(&mut files) {
+        file.fdset = fdset;
+    }
+    files
+}
+
+/// The head alone, as a switch adds it: over the node that is active then.
+pub(super) fn head(disk: &BlockDevice, fdset: i64) -> DiskFile<'_> {
+    let (path, format) = match disk {
+        BlockDevice::Raw { path } => (path, "raw"),
+        BlockDevice::Qcow2 { head, .. } => (head, "qcow2"),
+    };
+    DiskFile {
+        path,
+        access: Access::ReadWrite,
+        fdset,
+        node: node_name(path),
+        format,
+    }
+}
+
+/// The node of a new head that is not over anything yet: `blockdev-snapshot` puts it over the active node.
+pub(super) fn detached_node(head: &DiskFile<'_>) -> Value {
+    head.node(None)
+}
+
+/// Every node of the chain, each after the one it refers to.
+pub(super) fn nodes(files: &[DiskFile<'_>]) -> Vec<Value> {
+    let mut backing = None;
+    files
+        .iter()
+        .map(|file| {
+            let node = file.node(backing);
+            backing = Some(file.node.as_str());
+            node
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+
+    #[test]
+    fn a_chain_is_spelled_out_from_the_base_up() {
+        let disk = BlockDevice::Qcow2 {
+            head: PathBuf::from("/d/head"),
+            layers: vec![PathBuf::from("/d/new"), PathBuf::from("/d/old")],
+            base: PathBuf::from("/d/base"),
+        };
+        let files = files(&disk);
+        let paths: Vec<_> = files
+            .iter()
+            .map(|file| file.path.to_str().unwrap())
+            .collect();
+        assert_eq!(paths, ["/d/base", "/d/old", "/d/new", "/d/head"]);
+        assert_eq!(
+            files.iter().map(|file| file.fdset).collect::<Vec<_>>(),
+            [16, 17, 18, 19]
+        );
+
+        let nodes = nodes(&files);
+        assert_eq!(nodes[0]["driver"], "raw");
+        assert!(
+            nodes[0].get("backing").is_none(),
+            "a raw node has no backing"
+        );
+        for (above, below) in nodes[1..].iter().zip(&nodes) {
+            assert_eq!(above["driver"], "qcow2");
+            assert_eq!(above["backing"], below["node-name"]);
+        }
+        let writable: Vec<_> = nodes
+            .iter()
+            .filter(|node| node["read-only"] == false)
+            .collect();
+        assert_eq!(writable, [&nodes[3]], "the head, nothing else");
+        assert!(
+            detached_node(&head(&disk, 20))["backing"].is_null(),
+            "no header is believed"
+        );
+    }
+
+    #[test]
+    fn node_names_are_what_qemu_accepts() {
+        let name = node_name(Path::new("/var/lib/icebox/sandboxes/i0/heads/3"));
+        assert!(name.len() <= 31 && name.starts_with('n'), "{name}");
+        assert_ne!(node_name(Path::new("/a")), node_name(Path::new("/b")));
+    }
+}

@@ -1,0 +1,535 @@
+//! One running QEMU.
+
+use std::error::Error;
+use std::fmt::Display;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use icebox_engine::host::{
+    BlockDevice, DiskSwitch, ErrorKind, ExitReason, HostError, Machine, MemorySource,
+    ProcessIdentity, SavePlan, SavedMemory, VcpuState,
+};
+use icebox_engine::id::SandboxId;
+use icebox_engine::layout::Layout;
+use icebox_engine::unit::Bytes;
+use qapi::qmp::{self, MigrationStatus, RunState};
+use rustix::fs::{MemfdFlags, memfd_create};
+use tokio::net::unix::pipe;
+use tokio::sync::watch;
+
+use super::command::{CONSOLE, FDSET_INCOMING, FDSET_SAVE, SOCKET, STDERR};
+use super::console;
+use super::disk::{self, DISK_DEVICE};
+use super::qmp::{BlockdevAdd, QUICK, Qmp, QmpError};
+use crate::blocking::blocking;
+use crate::launcher::{Ended, Process};
+use crate::vmm::memory::{
+    self, Diff, DiffError, GuestRam, ProcessMemory, ProcessMemoryError, SaveError, SaveOutcome,
+};
+
+/// Device state is kilobytes; loading or saving it takes milliseconds, but the disk it is on may be slow.
+const STATE_DEADLINE: Duration = Duration::from_secs(30);
+/// Largest device state that is accepted from a QEMU. Real ones are 12 KiB.
+const STATE_BYTES_MAX: u64 = 64 << 20;
+/// A switch of heads drains the guest's requests in flight first.
+const SWITCH_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Pipes that a VMM prints into, opened before it starts.
+pub(super) struct Outputs {
+    console: pipe::Receiver,
+    stderr: pipe::Receiver,
+}
+
+impl Outputs {
+    /// Makes the FIFOs of a VMM that is about to start, and opens them.
+    pub(super) fn create(runtime: &Path) -> io::Result<Self> {
+        console::make_fifo(&runtime.join(CONSOLE))?;
+        console::make_fifo(&runtime.join(STDERR))?;
+        Self::open(runtime)
+    }
+
+    /// Opens the FIFOs of a VMM that runs.
+    pub(super) fn open(runtime: &Path) -> io::Result<Self> {
+        Ok(Self {
+            console: console::open_fifo(&runtime.join(CONSOLE))?,
+            stderr: console::open_fifo(&runtime.join(STDERR))?,
+        })
+    }
+}
+
+/// A QEMU and the connection to it.
+#[derive(Debug)]
+pub(super) struct QemuMachine {
+    sandbox: SandboxId,
+    process: Process,
+    qmp: Arc<Qmp>,
+    exit: watch::Receiver<Option<ExitReason>>,
+}
+
+impl QemuMachine {
+    /// Begins to watch a QEMU: its console, its stderr, its end. These go on until it ends, whether or not this value
+    /// still exists.
+    pub(super) fn watch(
+        sandbox: &SandboxId,
+        process: Process,
+        outputs: Outputs,
+        layout: &Layout,
+    ) -> Self {
+        let qmp = Arc::new(Qmp::new(layout.vm(sandbox).join(SOCKET)));
+        let (sender, exit) = watch::channel(None);
+        tokio::spawn(console::keep_log(
+            outputs.console,
+            process.clone(),
+            layout.console_log(sandbox),
+        ));
+        let (watched, monitor) = (process.clone(), Arc::clone(&qmp));
+        tokio::spawn(async move {
+            let last_words = console::keep_tail(outputs.stderr, watched.clone()).await;
+            let ended = watched.ended().await;
+            sender.send_replace(Some(ExitReason {
+                by_guest: monitor.guest_ended().await,
+                detail: describe(ended, &last_words),
+            }));
+        });
+        Self {
+            sandbox: sandbox.clone(),
+            process,
+            qmp,
+            exit,
+        }
+    }
+
+    /// Which process it is.
+    pub(super) fn watched(&self) -> &Process {
+        &self.process
+    }
+
+    /// Waits until QEMU answers, or has ended.
+    pub(super) async fn answers(&self, within: Duration) -> Result<(), HostError> {
+        self.or_its_end("start", self.qmp.connect(within)).await
+    }
+
+    /// Loads what a save wrote. The vCPUs stand still before and after.
+    pub(super) async fn restore(&self, memory: &MemorySource) -> Result<(), HostError> {
+        // First the pages, since loading virtio device state reads the guest's memory.
+        if let Some(diff) = &memory.diff {
+            self.load_diff(memory, diff.clone()).await?;
+        }
+        let mut incoming = self.qmp.incoming();
+        let load = async {
+            self.qmp
+                .execute(
+                    qmp::migrate_incoming {
+                        channels: None,
+                        exit_on_error: None,
+                        uri: Some(format!("file:/dev/fdset/{FDSET_INCOMING}")),
+                    },
+                    STATE_DEADLINE,
+                )
+                .await?;
+            let done = |status: &Option<MigrationStatus>| {
+                matches!(
+                    status,
+                    Some(MigrationStatus::completed | MigrationStatus::failed)
+                )
+            };
+            tokio::time::timeout(STATE_DEADLINE, incoming.wait_for(done))
+                .await
+                .map_err(|_| QmpError::Timeout {
+                    command: "migrate-incoming",
+                    after: STATE_DEADLINE,
+                })?
+                .map_err(|_| QmpError::Gone {
+                    command: "migrate-incoming",
+                    source: io::ErrorKind::UnexpectedEof.into(),
+                })?;
+            // "completed" is said a moment before the state machine moves on.
+            loop {
+                match self.status().await? {
+                    RunState::inmigrate => tokio::task::yield_now().await,
+                    status => return Ok(status),
+                }
+            }
+        };
+        match self.or_its_end("load device state", load).await? {
+            RunState::paused | RunState::prelaunch => Ok(()),
+            other => Err(self.error(
+                ErrorKind::Other,
+                format!("load device state: vCPUs are {other:?}, not paused"),
+            )),
+        }
+    }
+
+    async fn load_diff(&self, memory: &MemorySource, diff: PathBuf) -> Result<(), HostError> {
+        let process = self.process.identity().clone();
+        let base = memory.base.clone();
+        let message = format!(
+            "load memory of sandbox {} from {}",
+            self.sandbox,
+            diff.display()
+        );
+        blocking(move || {
+            let load = || -> Result<(), Box<dyn Error + Send + Sync>> {
+                let process = ProcessMemory::open(&process)?;
+                let ram = process.find_file(&base)?;
+                let diff = Diff::open(File::open(diff)?, ram.bytes)?;
+                diff.apply(|offset, bytes| process.write(ram, offset, bytes))?;
+                Ok(())
+            };
+            load().map_err(|error| {
+                // A damaged or foreign diff is the input's fault, not this machine's.
+                let kind = if error.is::<DiffError>() {
+                    ErrorKind::Invalid
+                } else {
+                    ErrorKind::Other
+                };
+                HostError::new(kind, message).caused_by(error)
+            })
+        })
+        .await
+    }
+
+    /// Runs `work`; if QEMU ends meanwhile, says why instead of "connection lost".
+    async fn or_its_end<T>(
+        &self,
+        operation: &str,
+        work: impl Future<Output = Result<T, QmpError>>,
+    ) -> Result<T, HostError> {
+        let error = tokio::select! {
+            biased;
+            result = work => match result {
+                Ok(value) => return Ok(value),
+                Err(error) => error,
+            },
+            reason = self.exited() => return Err(self.ended_error(operation, &reason)),
+        };
+        if matches!(error, QmpError::Gone { .. }) {
+            // The socket closes a moment before the process has ended.
+            if let Ok(reason) = tokio::time::timeout(QUICK, self.exited()).await {
+                return Err(self.ended_error(operation, &reason));
+            }
+        }
+        Err(error.into())
+    }
+
+    fn ended_error(&self, operation: &str, reason: &ExitReason) -> HostError {
+        self.error(ErrorKind::Gone, format!("{operation}: {}", reason.detail))
+    }
+
+    fn error(&self, kind: ErrorKind, message: impl Display) -> HostError {
+        HostError::new(kind, format!("VMM of sandbox {}: {message}", self.sandbox))
+    }
+
+    async fn status(&self) -> Result<RunState, QmpError> {
+        Ok(self.qmp.execute(qmp::query_status {}, QUICK).await?.status)
+    }
+
+    /// Where the guest's memory is, when it is not a file's mapping.
+    async fn anonymous_ram(&self) -> Result<GuestRam, HostError> {
+        let size = self
+            .qmp
+            .execute(qmp::query_memory_size_summary {}, QUICK)
+            .await?
+            .base_memory;
+        let answer = self
+            .qmp
+            .execute(
+                qmp::human_monitor_command {
+                    command_line: "gpa2hva 0".into(),
+                    cpu_index: None,
+                },
+                QUICK,
+            )
+            .await?;
+        let address = host_address(&answer).ok_or_else(|| {
+            self.error(
+                ErrorKind::Other,
+                format!("find guest memory: unexpected answer {answer:?}"),
+            )
+        })?;
+        Ok(GuestRam {
+            address,
+            bytes: size,
+        })
+    }
+
+    /// Has QEMU write device state into memory, and copies it from there: QEMU never holds a descriptor of the file,
+    /// which is immutable as soon as it is published, and cannot fill the disk through it (what it writes counts
+    /// against its own cgroup). Not a pipe, since QEMU truncates what it opens.
+    async fn save_device_state(&self, path: &Path) -> Result<u64, HostError> {
+        let failed = |error| HostError::io(format!("write device state {}", path.display()), error);
+        let (state, writing) = state_buffer().map_err(failed)?;
+        self.add_fd(FDSET_SAVE, "save", writing).await?;
+        let saved = self
+            .qmp
+            .execute(
+                qmp::xen_save_devices_state {
+                    // Not part of a migration: block devices stay ours.
+                    live: Some(false),
+                    filename: format!("/dev/fdset/{FDSET_SAVE}"),
+                },
+                STATE_DEADLINE,
+            )
+            .await;
+        self.remove_fdset(FDSET_SAVE).await?;
+        saved?;
+        let length = state.metadata().map_err(failed)?.len();
+        if length == 0 || length > STATE_BYTES_MAX {
+            return Err(self.error(
+                ErrorKind::Invalid,
+                format!("device state of {length} bytes is not credible"),
+            ));
+        }
+        let path = path.to_owned();
+        blocking(move || {
+            copy_state(&state, length, &path).map_err(|error| {
+                HostError::io(format!("write device state {}", path.display()), error)
+            })
+        })
+        .await?;
+        Ok(length)
+    }
+
+    async fn add_fd(&self, set: i64, name: &str, descriptor: OwnedFd) -> Result<(), QmpError> {
+        let command = qmp::add_fd {
+            fdset_id: Some(set),
+            opaque: Some(name.to_owned()),
+        };
+        self.qmp
+            .execute_with(command, vec![descriptor], QUICK)
+            .await
+            .map(drop)
+    }
+
+    async fn remove_fdset(&self, set: i64) -> Result<(), QmpError> {
+        let command = qmp::remove_fd {
+            fd: None,
+            fdset_id: set,
+        };
+        self.qmp.execute(command, QUICK).await.map(drop)
+    }
+}
+
+/// A file in memory, and a descriptor of it that can only be written.
+fn state_buffer() -> io::Result<(File, OwnedFd)> {
+    let buffer: File = memfd_create("device-state", MemfdFlags::CLOEXEC)?.into();
+    let writing = OpenOptions::new()
+        .write(true)
+        .open(format!("/proc/self/fd/{}", buffer.as_raw_fd()))?;
+    Ok((buffer, writing.into()))
+}
+
+fn copy_state(state: &File, length: u64, path: &Path) -> io::Result<()> {
+    let mut bytes = vec![0; usize::try_from(length).map_err(io::Error::other)?];
+    state.read_exact_at(&mut bytes, 0)?;
+    OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o400)
+        .open(path)?
+        .write_all(&bytes)
+}
+
+/// The blocking part of a save. `anonymous` is where the memory is when it is not a mapping of the old base.
+fn write_memory(
+    process: &ProcessIdentity,
+    anonymous: Option<GuestRam>,
+    plan: &SavePlan,
+) -> Result<SaveOutcome, SaveError> {
+    let process = ProcessMemory::open(process)?;
+    let old_base = plan
+        .restored_from
+        .as_ref()
+        .map(|memory| memory.base.as_path());
+    let ram = match (anonymous, old_base) {
+        (Some(ram), _) => {
+            process.check_anonymous(ram)?;
+            ram
+        }
+        (None, Some(base)) => process.find_file(base)?,
+        (None, None) => return Err(ProcessMemoryError::NotMapped("any memory".into()).into()),
+    };
+    memory::save(&process, ram, old_base, &plan.memory)
+}
+
+/// `gpa2hva`'s "Host virtual address for 0x0 (ram) is 0x7f…".
+fn host_address(answer: &str) -> Option<u64> {
+    let (_, address) = answer.trim().rsplit_once(" is 0x")?;
+    u64::from_str_radix(address, 16).ok()
+}
+
+/// How a VMM ended, for people.
+fn describe(ended: Ended, last_words: &str) -> String {
+    let how = match ended {
+        Ended::Exited(0) => "QEMU exited".to_owned(),
+        Ended::Exited(status) => format!("QEMU exited with status {status}"),
+        Ended::Signalled(signal) => format!("QEMU was killed by signal {signal}"),
+        Ended::Unknown => "QEMU ended".to_owned(),
+    };
+    // Harmless, and said on every restore: a save of devices has no description of itself.
+    let words: Vec<&str> = last_words
+        .lines()
+        .filter(|line| !line.contains("Expected vmdescription section"))
+        .collect();
+    if words.is_empty() {
+        how
+    } else {
+        format!("{how}: {}", words.join("; "))
+    }
+}
+
+#[async_trait]
+impl Machine for QemuMachine {
+    fn process(&self) -> ProcessIdentity {
+        self.process.identity().clone()
+    }
+
+    async fn probe(&self) -> Result<VcpuState, HostError> {
+        let status = self.or_its_end("probe", self.status()).await?;
+        match status {
+            RunState::running => Ok(VcpuState::Running),
+            RunState::paused | RunState::prelaunch | RunState::save_vm | RunState::suspended => {
+                Ok(VcpuState::Paused)
+            }
+            other => Err(self.error(ErrorKind::Other, format!("vCPUs are {other:?}"))),
+        }
+    }
+
+    async fn pause_vcpus(&self) -> Result<(), HostError> {
+        self.or_its_end("pause vCPUs", async {
+            self.qmp.execute(qmp::stop {}, QUICK).await.map(drop)
+        })
+        .await
+    }
+
+    async fn resume_vcpus(&self) -> Result<(), HostError> {
+        self.or_its_end("resume vCPUs", async {
+            self.qmp.execute(qmp::cont {}, QUICK).await.map(drop)
+        })
+        .await
+    }
+
+    async fn save(&self, plan: SavePlan) -> Result<SavedMemory, HostError> {
+        if self.probe().await? != VcpuState::Paused {
+            return Err(self.error(ErrorKind::Invalid, "save while vCPUs run"));
+        }
+        let anonymous = match &plan.restored_from {
+            None => Some(self.anonymous_ram().await?),
+            Some(_) => None,
+        };
+        let state_bytes = self.save_device_state(&plan.device_state).await?;
+
+        let process = self.process.identity().clone();
+        let message = format!("save memory of sandbox {}", self.sandbox);
+        let saved = blocking(move || {
+            write_memory(&process, anonymous, &plan).map_err(|error| error.into_host(message))
+        })
+        .await?;
+        Ok(SavedMemory {
+            pages: saved.pages,
+            changed_pages: saved.changed,
+            zero_pages: saved.zero,
+            allocated: Bytes(saved.allocated + state_bytes.next_multiple_of(4096)),
+        })
+    }
+
+    fn disk_switch(&self) -> Option<&dyn DiskSwitch> {
+        Some(self)
+    }
+
+    async fn exited(&self) -> ExitReason {
+        let mut exit = self.exit.clone();
+        let reason = exit.wait_for(Option::is_some).await.ok();
+        reason
+            .and_then(|reason| reason.clone())
+            .unwrap_or_else(|| ExitReason {
+                by_guest: false,
+                detail: "nobody watched QEMU any more".into(),
+            })
+    }
+}
+
+impl QemuMachine {
+    /// Name of the node that the guest's writes go to.
+    async fn active_node(&self) -> Result<String, HostError> {
+        let devices = self.qmp.execute(qmp::query_block {}, QUICK).await?;
+        devices
+            .into_iter()
+            .find(|device| {
+                device.qdev.as_deref().is_some_and(|qdev| {
+                    qdev == DISK_DEVICE || qdev.contains(&format!("/{DISK_DEVICE}"))
+                })
+            })
+            .and_then(|device| device.inserted?.node_name)
+            .ok_or_else(|| self.error(ErrorKind::Other, "it has no disk"))
+    }
+
+    /// Removes the read-write descriptors that no node under the active one needs any more.
+    async fn drop_writable(&self, active: &str) -> Result<(), HostError> {
+        let keep = format!("{active}-w");
+        for set in self.qmp.execute(qmp::query_fdsets {}, QUICK).await? {
+            for descriptor in set.fds {
+                let is_stale = descriptor
+                    .opaque
+                    .is_some_and(|name| name.ends_with("-w") && name != keep);
+                if is_stale {
+                    let command = qmp::remove_fd {
+                        fd: Some(descriptor.fd),
+                        fdset_id: set.fdset_id,
+                    };
+                    self.qmp.execute(command, QUICK).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl DiskSwitch for QemuMachine {
+    async fn switch(&self, to: &BlockDevice) -> Result<(), HostError> {
+        let active = self.active_node().await?;
+        let sets = self.qmp.execute(qmp::query_fdsets {}, QUICK).await?;
+        let next = sets
+            .iter()
+            .map(|set| set.fdset_id)
+            .max()
+            .unwrap_or_default()
+            + 1;
+        let head = disk::head(to, next);
+        if active != head.node {
+            let open = |write: bool| {
+                OpenOptions::new()
+                    .read(true)
+                    .write(write)
+                    .open(head.path)
+                    .map(OwnedFd::from)
+                    .map_err(|error| {
+                        HostError::io(format!("open new head {}", head.path.display()), error)
+                    })
+            };
+            let (read, write) = (open(false)?, open(true)?);
+            self.add_fd(next, &format!("{}-r", head.node), read).await?;
+            self.add_fd(next, &format!("{}-w", head.node), write)
+                .await?;
+            let node = BlockdevAdd(disk::detached_node(&head));
+            self.qmp.execute(node, QUICK).await?;
+            let command = qmp::blockdev_snapshot(qmp::BlockdevSnapshot {
+                node: active,
+                overlay: head.node.clone(),
+            });
+            self.qmp.execute(command, SWITCH_DEADLINE).await?;
+        }
+        self.drop_writable(&head.node).await
+    }
+
+    async fn is_on(&self, head: &BlockDevice) -> Result<bool, HostError> {
+        Ok(self.active_node().await? == disk::head(head, 0).node)
+    }
+}

@@ -1,0 +1,337 @@
+//! QEMU, 8.2 or newer: the `microvm` machine with virtio devices, under KVM or TCG.
+//!
+//! ```text
+//!   launch   command (plan → arguments, descriptors, binds) → launcher → QEMU in its box → monitor
+//!   save     device state by QMP through a pipe, changed pages from /proc (memory)
+//!   restore  QEMU over the memory's base, mapped privately; the diff written into it; then device state
+//! ```
+//!
+//! Decisions worth knowing:
+//! - Device state is saved with `xen-save-devices-state`, the one QMP command that saves devices without memory. It
+//!   is independent of Xen, takes a millisecond, and what it writes loads through `-incoming`.
+//! - A cold boot runs on anonymous memory, a restore on the memory's base. So a first save writes what the guest ever
+//!   touched, and later ones what it changed.
+//! - `vmgenid` does not exist on `microvm`: after a restore the agent is told who it is instead, before anything else
+//!   runs.
+//!
+//! What it does not do: networks (`network`), limits (`boxes`), disk formats (`volume`).
+
+mod accelerator;
+mod binary;
+mod clock;
+mod command;
+mod console;
+mod disk;
+mod machine;
+mod qmp;
+mod sys;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use icebox_engine::host::{
+    Capabilities, ErrorKind, HostError, LaunchPlan, Machine, ProcessIdentity, Removed, Start, Vmm,
+    VmmIdentity,
+};
+use icebox_engine::id::SandboxId;
+use icebox_engine::layout::Layout;
+
+pub use accelerator::{Accelerator, AcceleratorChoice};
+
+use self::binary::Binary;
+use self::clock::Calibration;
+use self::command::{BOOT_CONFIG, CONSOLE, Common, PID_FILE, SOCKET, STDERR};
+use self::machine::{Outputs, QemuMachine};
+use crate::boxes::HostBoxes;
+use crate::launcher::{Launcher, Process};
+
+/// From exec to the monitor's greeting: 30 ms on an idle machine.
+const START_DEADLINE: Duration = Duration::from_secs(30);
+/// A killed process may still write out what it has in flight.
+const KILL_DEADLINE: Duration = Duration::from_secs(15);
+/// The most virtual CPUs of a guest: what `microvm` has been tried with.
+const MAX_VCPUS: u8 = 32;
+
+/// What a daemon decides about QEMU.
+#[derive(Clone, Debug)]
+pub struct QemuConfig {
+    /// The emulator, if it is not where distributions put it.
+    pub program: Option<PathBuf>,
+    /// What runs guest code.
+    pub accelerator: AcceleratorChoice,
+    /// A kernel to try KVM with, if one has been imported.
+    pub probe_kernel: Option<PathBuf>,
+    /// How VMMs are put into their boxes.
+    pub launcher: Launcher,
+}
+
+/// The driver.
+#[derive(Debug)]
+pub struct Qemu {
+    common: Common,
+    identity: VmmIdentity,
+    launcher: Launcher,
+    layout: Layout,
+    boxes: Arc<HostBoxes>,
+    calibration: Calibration,
+}
+
+impl Qemu {
+    /// Finds QEMU and the accelerator that works here. Takes as long as the accelerator's probe: up to three seconds
+    /// where `/dev/kvm` exists but does not run guests.
+    ///
+    /// # Errors
+    /// QEMU is missing or too old, or the accelerator that was asked for does not work: with a hint.
+    pub async fn find(
+        config: QemuConfig,
+        layout: Layout,
+        boxes: Arc<HostBoxes>,
+    ) -> Result<Self, HostError> {
+        let calibration = Calibration::begin();
+        let binary = Binary::find(config.program.as_deref()).await?;
+        let chosen = accelerator::choose(
+            config.accelerator,
+            &binary.path,
+            config.probe_kernel.as_deref(),
+        )
+        .await?;
+        let identity = VmmIdentity {
+            name: "qemu".into(),
+            version: binary.version,
+            machine: format!(
+                "{} revision {}",
+                command::machine(chosen.accelerator),
+                command::MACHINE_REVISION
+            ),
+            cpu: accelerator::cpu_identity(chosen.accelerator)
+                .map_err(|error| HostError::io("read the host's CPU model", error))?,
+            accelerator: chosen.accelerator.to_string(),
+            accelerator_reason: chosen.reason,
+        };
+        Ok(Self {
+            common: Common {
+                program: binary.path,
+                accelerator: chosen.accelerator,
+            },
+            identity,
+            launcher: config.launcher,
+            layout,
+            boxes,
+            calibration,
+        })
+    }
+
+    /// Everything that may be the VMM of this sandbox: recorded, or found by its pid file or its cgroup.
+    fn candidates(
+        &self,
+        sandbox: &SandboxId,
+        recorded: Option<&ProcessIdentity>,
+    ) -> io::Result<Vec<Process>> {
+        let mut identities: Vec<ProcessIdentity> = recorded.into_iter().cloned().collect();
+        identities.extend(read_pid_file(&self.layout.vm(sandbox).join(PID_FILE))?);
+        for pid in self.boxes.pids(sandbox)? {
+            match crate::launcher::identity_of(pid) {
+                Ok(identity) => identities.push(identity),
+                // It ended while we looked.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let mut found: Vec<Process> = Vec::new();
+        for identity in identities {
+            if found.iter().all(|process| *process.identity() != identity) {
+                found.extend(Process::find(&identity)?);
+            }
+        }
+        Ok(found)
+    }
+
+    async fn start(&self, plan: &LaunchPlan, runtime: &Path) -> Result<QemuMachine, HostError> {
+        if plan.geometry.vcpus == 0 || plan.geometry.vcpus > MAX_VCPUS || plan.geometry.mem_mib == 0
+        {
+            return Err(HostError::new(
+                ErrorKind::Invalid,
+                format!("QEMU runs guests with 1 to {MAX_VCPUS} CPUs and some memory"),
+            ));
+        }
+        check_memory(plan)?;
+        let outputs = Outputs::create(runtime).map_err(|error| {
+            HostError::io(
+                format!("prepare runtime directory {}", runtime.display()),
+                error,
+            )
+        })?;
+        if let Start::Boot { token, .. } = &plan.start {
+            let tsc_khz = self.calibration.khz().await;
+            let line =
+                command::kernel_command_line(self.common.accelerator, tsc_khz, token.expose());
+            write_boot_config(&runtime.join(BOOT_CONFIG), &command::boot_config(&line))
+                .map_err(|error| HostError::io("write the boot configuration", error))?;
+        }
+        let spec = command::box_spec(
+            &self.common,
+            plan,
+            runtime,
+            self.boxes.uid(plan.slot),
+            self.boxes.cgroup_procs(&plan.sandbox),
+        );
+        let process = self.launcher.launch(&spec).await?;
+        Ok(QemuMachine::watch(
+            &plan.sandbox,
+            process,
+            outputs,
+            &self.layout,
+        ))
+    }
+
+    /// Brings a machine that has just started to where a launch ends.
+    async fn begin(&self, plan: &LaunchPlan, machine: &QemuMachine) -> Result<(), HostError> {
+        machine.answers(START_DEADLINE).await?;
+        match &plan.start {
+            Start::Boot { .. } => Ok(()),
+            Start::Restore { memory, .. } => machine.restore(memory).await,
+        }
+    }
+
+    /// Kills and waits.
+    async fn end(&self, process: &Process) -> Result<(), HostError> {
+        let pid = process.identity().pid;
+        process
+            .kill()
+            .map_err(|error| HostError::io(format!("kill process {pid}"), error))?;
+        tokio::time::timeout(KILL_DEADLINE, process.ended())
+            .await
+            .map_err(|_| {
+                HostError::new(
+                    ErrorKind::Timeout,
+                    format!("process {pid} has not ended {KILL_DEADLINE:?} after SIGKILL"),
+                )
+                .hint("it may be waiting for a disk or network file system that does not answer")
+            })?;
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Vmm for Qemu {
+    fn identity(&self) -> &VmmIdentity {
+        &self.identity
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            disk_switch: true,
+            differential_save: true,
+            max_vcpus: MAX_VCPUS,
+        }
+    }
+
+    async fn launch(&self, plan: LaunchPlan) -> Result<Arc<dyn Machine>, HostError> {
+        let runtime = self.layout.vm(&plan.sandbox);
+        let machine = self.start(&plan, &runtime).await?;
+        match self.begin(&plan, &machine).await {
+            Ok(()) => Ok(Arc::new(machine)),
+            Err(error) => {
+                self.end(machine.watched()).await?;
+                Err(error)
+            }
+        }
+    }
+
+    async fn adopt(
+        &self,
+        sandbox: &SandboxId,
+        recorded: Option<&ProcessIdentity>,
+    ) -> Result<Option<Arc<dyn Machine>>, HostError> {
+        let failed = |error| HostError::io(format!("find the VMM of sandbox {sandbox}"), error);
+        let mut found = self.candidates(sandbox, recorded).map_err(failed)?;
+        let Some(process) = found.pop() else {
+            return Ok(None);
+        };
+        if !found.is_empty() {
+            return Err(HostError::new(
+                ErrorKind::Other,
+                format!("sandbox {sandbox} has {} VMMs", found.len() + 1),
+            ));
+        }
+        let outputs = Outputs::open(&self.layout.vm(sandbox)).map_err(failed)?;
+        let machine = QemuMachine::watch(sandbox, process, outputs, &self.layout);
+        // To hear the guest's end. A monitor that does not answer now is no reason to lose the machine: whatever is
+        // asked of it later has its own deadline.
+        if let Err(error) = machine.answers(qmp::QUICK).await {
+            tracing::warn!(%sandbox, %error, "adopted a VMM that does not answer");
+        }
+        Ok(Some(Arc::new(machine)))
+    }
+
+    async fn kill(
+        &self,
+        sandbox: &SandboxId,
+        recorded: Option<&ProcessIdentity>,
+    ) -> Result<Removed, HostError> {
+        let failed = |error| HostError::io(format!("kill the VMM of sandbox {sandbox}"), error);
+        let found = self.candidates(sandbox, recorded).map_err(failed)?;
+        for process in &found {
+            self.end(process).await?;
+        }
+        let runtime = self.layout.vm(sandbox);
+        for file in [PID_FILE, SOCKET, CONSOLE, STDERR, BOOT_CONFIG] {
+            match std::fs::remove_file(runtime.join(file)) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(failed(error)),
+            }
+        }
+        Ok(if found.is_empty() {
+            Removed::AlreadyAbsent
+        } else {
+            Removed::Removed
+        })
+    }
+}
+
+/// Refuses a memory of another size than the guest's: QEMU would map part of it, or extend it with nothing (INV-44).
+fn check_memory(plan: &LaunchPlan) -> Result<(), HostError> {
+    let Start::Restore { memory, .. } = &plan.start else {
+        return Ok(());
+    };
+    let length = std::fs::metadata(&memory.base)
+        .map_err(|error| HostError::io(format!("read memory {}", memory.base.display()), error))?
+        .len();
+    let expected = plan.geometry.memory().0;
+    if length == expected {
+        return Ok(());
+    }
+    Err(HostError::new(
+        ErrorKind::Invalid,
+        format!(
+            "memory {} is of a guest with {} MiB, not {} MiB",
+            memory.base.display(),
+            length >> 20,
+            plan.geometry.mem_mib
+        ),
+    ))
+}
+
+/// Readable by the box's uid, which sees it under a bind mount; nobody else on the host can enter its directory.
+fn write_boot_config(path: &Path, text: &str) -> io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    match std::fs::remove_file(path) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    std::fs::write(path, text)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o444))
+}
+
+fn read_pid_file(path: &Path) -> io::Result<Option<ProcessIdentity>> {
+    match std::fs::read(path) {
+        Ok(json) => Ok(Some(serde_json::from_slice(&json)?)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
