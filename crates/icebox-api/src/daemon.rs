@@ -71,7 +71,8 @@ pub trait Daemon: Send + Sync + 'static {
     /// Imports a kernel. The stream's last item says how it ended.
     async fn import_kernel(&self, new: NewKernel) -> Result<BoxStream<KernelEvent>, ApiError>;
 
-    /// Events after number `since` (absent: from now on); ends with what is there unless `follow`.
+    /// Events after number `since` (absent: from now on); ends with what is there unless `follow`. A subscriber that
+    /// asks for what is no longer kept is told so first (INV-49).
     async fn events(&self, since: Option<u64>, follow: bool) -> Result<BoxStream<Event>, ApiError>;
     /// What works here.
     async fn doctor(&self) -> Result<Report, ApiError>;

@@ -99,6 +99,13 @@ impl ApiError {
         }
     }
 
+    /// An error that another process of ours has told.
+    #[must_use]
+    pub fn from_body(body: ErrorBody) -> Self {
+        let status = StatusCode::from_u16(body.code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        Self { status, body }
+    }
+
     /// The same error with another HTTP status.
     #[must_use]
     pub fn status(mut self, status: StatusCode) -> Self {

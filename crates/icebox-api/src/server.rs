@@ -19,6 +19,7 @@ use axum::extract::{Request, State};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{delete, get, post};
+use tokio_util::task::TaskTracker;
 
 use crate::key::KeyHash;
 use crate::{API_KEY_HEADER, ApiError, Daemon, ErrorCode};
@@ -40,12 +41,19 @@ pub enum Edge {
 struct Context {
     daemon: Arc<dyn Daemon>,
     edge: Edge,
+    verbs: TaskTracker,
 }
 
-/// All routes of `daemon`, as seen from `edge`.
-pub fn router(daemon: Arc<dyn Daemon>, edge: Edge) -> Router {
-    let context = Context { daemon, edge };
-    Router::new()
+/// All routes of `daemon`, as seen from `edge`, and the verbs that are under way: who stops serving waits for those
+/// (their clients may be gone long since, so connections tell nothing).
+pub fn router(daemon: Arc<dyn Daemon>, edge: Edge) -> (Router, TaskTracker) {
+    let verbs = TaskTracker::new();
+    let context = Context {
+        daemon,
+        edge,
+        verbs: verbs.clone(),
+    };
+    let router = Router::new()
         .route("/health", get(host::health))
         .route("/version", get(host::version))
         .route("/doctor", get(host::doctor))
@@ -76,7 +84,8 @@ pub fn router(daemon: Arc<dyn Daemon>, edge: Edge) -> Router {
         .fallback(no_such_route)
         .method_not_allowed_fallback(no_such_method)
         .with_state(context.clone())
-        .layer(middleware::from_fn_with_state(context, enter))
+        .layer(middleware::from_fn_with_state(context, enter));
+    (router, verbs)
 }
 
 /// Decides what a request is for, and whether it may pass.
@@ -121,13 +130,20 @@ async fn no_such_method(request: Request) -> ApiError {
     .status(http::StatusCode::METHOD_NOT_ALLOWED)
 }
 
-/// Runs a verb to its end, whether or not the client waits for it (INV-20): a handler is dropped with its
-/// connection, a task is not.
-async fn to_the_end<T: Send + 'static>(
-    verb: impl Future<Output = Result<T, ApiError>> + Send + 'static,
-) -> Result<T, ApiError> {
-    tokio::spawn(verb).await.unwrap_or_else(|panic| {
-        Err(ApiError::from_error(ErrorCode::Internal, &panic)
-            .hint("this is a bug; the daemon's log has more"))
-    })
+impl Context {
+    /// Runs a verb to its end, whether or not the client waits for it (INV-20): a handler is dropped with its
+    /// connection, a task is not.
+    async fn run_verb<T: Send + 'static, F>(
+        self,
+        verb: impl FnOnce(Arc<dyn Daemon>) -> F,
+    ) -> Result<T, ApiError>
+    where
+        F: Future<Output = Result<T, ApiError>> + Send + 'static,
+    {
+        let verb = self.verbs.spawn(verb(self.daemon));
+        verb.await.unwrap_or_else(|panic| {
+            Err(ApiError::from_error(ErrorCode::Internal, &panic)
+                .hint("this is a bug; the daemon's log has more"))
+        })
+    }
 }

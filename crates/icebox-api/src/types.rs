@@ -13,7 +13,7 @@ mod template;
 
 pub use build::{BuildEvent, BuildSource, NewBuild};
 pub use doctor::{Check, CheckResult, Report};
-pub use event::Event;
+pub use event::{Event, StepTime};
 pub use gc::{Garbage, GcReport, GcRequest};
 pub use kernel::{Kernel, KernelEvent, KernelSource, NewKernel};
 pub use sandbox::{

@@ -73,10 +73,10 @@ impl Script {
             pid: None,
             limits: None,
             allocated_bytes: None,
-            layers: None,
             generations: Vec::new(),
             branches: Vec::new(),
             holds: Vec::new(),
+            last_exit: None,
             broken: None,
         }
     }
@@ -203,7 +203,8 @@ impl Daemon for Script {
             time: "2026-01-01T00:00:00Z".parse().expect("a time"),
             event: "created".to_owned(),
             sandbox_id: Some(ID.to_owned()),
-            detail: BTreeMap::new(),
+            detail: String::new(),
+            steps: Vec::new(),
         }))
         .boxed())
     }
@@ -230,9 +231,9 @@ impl Served {
         let unix = UnixListener::bind(directory.path().join("socket")).expect("bind");
         let tcp = TcpListener::bind("127.0.0.1:0").await.expect("bind");
         let public = tcp.local_addr().expect("an address");
-        let admin = router(script.clone(), Edge::Admin);
+        let (admin, _) = router(script.clone(), Edge::Admin);
         let key = KeyHash::of(KEY);
-        let outside = router(script.clone(), Edge::Public { key });
+        let (outside, _) = router(script.clone(), Edge::Public { key });
         tokio::spawn(async move { axum::serve(unix, admin).await });
         tokio::spawn(async move { axum::serve(tcp, outside).await });
         Self { directory, public }

@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand};
 
 use crate::commands::{
-    completions, create, destroy, doctor, events, flatten, fork, gc, inspect, kernel, list, logs,
-    pause, resume, snapshot, start, stop, template,
+    completions, copy, create, destroy, doctor, events, exec, flatten, fork, gc, inspect, kernel,
+    list, logs, pause, resume, shell, snapshot, start, stop, template,
 };
+use crate::serve;
 
 /// Where the daemon listens unless told otherwise.
 pub(crate) const DEFAULT_SOCKET: &str = "/run/icebox/icebox.sock";
@@ -26,16 +27,15 @@ Sandboxes and templates are named by name, id or any unique prefix of either.
 Exit codes: 0 done, 1 failed, 2 not understood; `exec` passes on the guest's own, and has 125 for a failure of ours, \
 126 and 127 for a program that is not executable or not there, 128+n for one ended by signal n.")]
 pub(crate) struct Cli {
-    /// The daemon's socket.
+    /// The daemon's socket [default: /run/icebox/icebox.sock].
     #[arg(
         long,
         global = true,
         env = "ICEBOX_SOCKET",
         value_name = "PATH",
-        default_value = DEFAULT_SOCKET,
         hide_env_values = true
     )]
-    pub(crate) socket: PathBuf,
+    pub(crate) socket: Option<PathBuf>,
 
     /// Print JSON: one document per line on stdout, and errors as JSON on stderr.
     #[arg(long, global = true)]
@@ -47,7 +47,21 @@ pub(crate) struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    Serve(serve::Args),
+    #[command(flatten)]
+    Client(ClientCommand),
+    Completions(completions::Args),
+    /// Makes one root image or kernel for the daemon.
+    #[command(hide = true)]
+    Worker,
+}
+
+/// What talks to a daemon.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ClientCommand {
     Create(create::Args),
+    Exec(exec::Args),
+    Shell(shell::Args),
     #[command(visible_alias = "list")]
     Ls(list::Args),
     Inspect(inspect::Args),
@@ -60,6 +74,7 @@ pub(crate) enum Command {
     Flatten(flatten::Args),
     #[command(visible_alias = "destroy")]
     Rm(destroy::Args),
+    Cp(copy::Args),
     Logs(logs::Args),
     Events(events::Args),
     #[command(subcommand)]
@@ -68,5 +83,4 @@ pub(crate) enum Command {
     Kernel(kernel::Command),
     Doctor(doctor::Args),
     Gc(gc::Args),
-    Completions(completions::Args),
 }

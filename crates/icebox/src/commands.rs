@@ -1,10 +1,12 @@
 //! One file per command.
 
 pub(crate) mod completions;
+pub(crate) mod copy;
 pub(crate) mod create;
 pub(crate) mod destroy;
 pub(crate) mod doctor;
 pub(crate) mod events;
+pub(crate) mod exec;
 pub(crate) mod flatten;
 pub(crate) mod fork;
 pub(crate) mod gc;
@@ -14,11 +16,13 @@ pub(crate) mod list;
 pub(crate) mod logs;
 pub(crate) mod pause;
 pub(crate) mod resume;
+pub(crate) mod shell;
 pub(crate) mod snapshot;
 pub(crate) mod start;
 pub(crate) mod stop;
 pub(crate) mod template;
 
+mod process;
 mod size;
 mod verb;
 
@@ -27,9 +31,10 @@ use std::process::ExitCode;
 
 use icebox_api::client::Client;
 
-use crate::cli::{Cli, Command};
+use crate::cli::{Cli, ClientCommand, Command, DEFAULT_SOCKET};
 use crate::failure::Failure;
 use crate::output::Output;
+use crate::{serve, worker};
 
 /// What every client command has at hand.
 pub(crate) struct Context {
@@ -42,40 +47,48 @@ pub(crate) type Ended = Result<ExitCode, Failure>;
 
 /// Runs the command to its end.
 pub(crate) fn run(cli: Cli, output: Output) -> Ended {
+    let command = match cli.command {
+        Command::Client(command) => command,
+        Command::Serve(args) => return serve::run(&args, cli.socket.as_deref(), output),
+        Command::Completions(args) => return completions::run(&args),
+        Command::Worker => return Ok(worker::run()),
+    };
     let context = Context {
-        client: Client::new(cli.socket),
+        client: Client::new(cli.socket.unwrap_or_else(|| DEFAULT_SOCKET.into())),
         output,
     };
-    if let Command::Completions(args) = cli.command {
-        return completions::run(&args);
-    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| Failure::because("cannot start the async runtime", &error))?;
-    runtime.block_on(client(context, cli.command))
+    let ended = runtime.block_on(client(&context, command));
+    // Reads of stdin and the like cannot be given up, and must not keep the process.
+    runtime.shutdown_background();
+    ended
 }
 
-async fn client(context: Context, command: Command) -> Ended {
+async fn client(context: &Context, command: ClientCommand) -> Ended {
     match command {
-        Command::Create(args) => create::run(&context, args).await,
-        Command::Ls(args) => list::run(&context, &args).await,
-        Command::Inspect(args) => inspect::run(&context, &args).await,
-        Command::Pause(args) => pause::run(&context, &args).await,
-        Command::Resume(args) => resume::run(&context, &args).await,
-        Command::Stop(args) => stop::run(&context, &args).await,
-        Command::Start(args) => start::run(&context, &args).await,
-        Command::Snapshot(args) => snapshot::run(&context, args).await,
-        Command::Fork(args) => fork::run(&context, &args).await,
-        Command::Flatten(args) => flatten::run(&context, args).await,
-        Command::Rm(args) => destroy::run(&context, &args).await,
-        Command::Logs(args) => logs::run(&context, &args).await,
-        Command::Events(args) => events::run(&context, &args).await,
-        Command::Template(command) => template::run(&context, command).await,
-        Command::Kernel(command) => kernel::run(&context, command).await,
-        Command::Doctor(args) => doctor::run(&context, &args).await,
-        Command::Gc(args) => gc::run(&context, &args).await,
-        Command::Completions(args) => completions::run(&args),
+        ClientCommand::Create(args) => create::run(context, args).await,
+        ClientCommand::Exec(args) => exec::run(context, args).await,
+        ClientCommand::Shell(args) => shell::run(context, &args).await,
+        ClientCommand::Ls(args) => list::run(context, &args).await,
+        ClientCommand::Inspect(args) => inspect::run(context, &args).await,
+        ClientCommand::Pause(args) => pause::run(context, &args).await,
+        ClientCommand::Resume(args) => resume::run(context, &args).await,
+        ClientCommand::Stop(args) => stop::run(context, &args).await,
+        ClientCommand::Start(args) => start::run(context, &args).await,
+        ClientCommand::Snapshot(args) => snapshot::run(context, args).await,
+        ClientCommand::Fork(args) => fork::run(context, &args).await,
+        ClientCommand::Flatten(args) => flatten::run(context, args).await,
+        ClientCommand::Rm(args) => destroy::run(context, &args).await,
+        ClientCommand::Cp(args) => copy::run(context, args).await,
+        ClientCommand::Logs(args) => logs::run(context, &args).await,
+        ClientCommand::Events(args) => events::run(context, &args).await,
+        ClientCommand::Template(command) => template::run(context, command).await,
+        ClientCommand::Kernel(command) => kernel::run(context, command).await,
+        ClientCommand::Doctor(args) => doctor::run(context, &args).await,
+        ClientCommand::Gc(args) => gc::run(context, &args).await,
     }
 }
 

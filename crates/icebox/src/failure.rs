@@ -4,8 +4,9 @@
 //! |---|---|
 //! | 1 | the command failed |
 //! | 2 | the command line was not understood |
+//! | 124 | `exec --timeout`: the time was over, as timeout(1) has it |
 //! | 125 | `exec` failed before or beside the guest's command |
-//! | 126, 127 | the guest's command is not executable, or not there |
+//! | 126, 127 | the guest's command is not executable, or not there, as shells have it |
 
 use std::error::Error;
 use std::io;
@@ -13,6 +14,15 @@ use std::process::ExitCode;
 
 use icebox_api::ErrorBody;
 use icebox_api::client::ClientError;
+
+/// `exec`: the command's time was over.
+pub(crate) const TIMED_OUT: u8 = 124;
+/// `exec`: it is us who failed.
+pub(crate) const OURS: u8 = 125;
+/// `exec`: the program is not executable.
+pub(crate) const NOT_EXECUTABLE: u8 = 126;
+/// `exec`: there is no such program.
+pub(crate) const NOT_FOUND: u8 = 127;
 
 /// A command that failed.
 #[derive(Clone, Debug)]
@@ -41,6 +51,19 @@ impl Failure {
         let mut this = Self::new(message);
         this.body.causes = chain(Some(error));
         this
+    }
+
+    /// What `error` says, with its chain of causes.
+    pub(crate) fn of(error: &(dyn Error + 'static)) -> Self {
+        let mut this = Self::new(error.to_string());
+        this.body.causes = chain(error.source());
+        this
+    }
+
+    /// Exits with `code` instead of 1.
+    pub(crate) fn exit(mut self, code: u8) -> Self {
+        self.exit = code;
+        self
     }
 
     /// Adds what the user can do.

@@ -7,6 +7,9 @@ mod cli;
 mod commands;
 mod failure;
 mod output;
+mod serve;
+mod terminal;
+mod worker;
 
 use std::process::ExitCode;
 

@@ -3,8 +3,8 @@
 use axum::extract::State;
 use http::StatusCode;
 
+use super::Context;
 use super::extract::Json;
-use super::{Context, to_the_end};
 use crate::ApiError;
 use crate::types::{GcReport, GcRequest, Report, Version};
 
@@ -27,7 +27,8 @@ pub(super) async fn gc(
     State(context): State<Context>,
     Json(request): Json<GcRequest>,
 ) -> Result<axum::Json<GcReport>, ApiError> {
-    to_the_end(async move { context.daemon.gc(request).await })
+    context
+        .run_verb(|daemon| async move { daemon.gc(request).await })
         .await
         .map(axum::Json)
 }

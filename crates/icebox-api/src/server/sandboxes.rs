@@ -6,8 +6,8 @@ use axum::response::{IntoResponse as _, Response};
 use http::StatusCode;
 use http::header::CONTENT_TYPE;
 
+use super::Context;
 use super::extract::{Json, WantsSandbox};
-use super::{Context, to_the_end};
 use crate::types::{
     Forked, NewFork, NewSandbox, NewSnapshot, Outcome, ResumeRequest, SandboxDetail, Snapshot,
     Template, VerbResult,
@@ -18,7 +18,9 @@ pub(super) async fn create(
     State(context): State<Context>,
     Json(new): Json<NewSandbox>,
 ) -> Result<(StatusCode, axum::Json<SandboxDetail>), ApiError> {
-    let made = to_the_end(async move { context.daemon.create(new).await }).await?;
+    let made = context
+        .run_verb(|daemon| async move { daemon.create(new).await })
+        .await?;
     Ok((StatusCode::CREATED, axum::Json(made)))
 }
 
@@ -39,7 +41,9 @@ pub(super) async fn destroy(
     State(context): State<Context>,
     Path(id): Path<String>,
 ) -> Result<StatusCode, ApiError> {
-    to_the_end(async move { context.daemon.destroy(&id).await }).await?;
+    context
+        .run_verb(|daemon| async move { daemon.destroy(&id).await })
+        .await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -48,7 +52,9 @@ pub(super) async fn pause(
     Path(id): Path<String>,
     WantsSandbox(wants): WantsSandbox,
 ) -> Result<Response, ApiError> {
-    let result = to_the_end(async move { context.daemon.pause(&id).await }).await?;
+    let result = context
+        .run_verb(|daemon| async move { daemon.pause(&id).await })
+        .await?;
     e2b_answer(result, wants, |_| StatusCode::NO_CONTENT.into_response())
 }
 
@@ -58,7 +64,9 @@ pub(super) async fn resume(
     WantsSandbox(wants): WantsSandbox,
     Json(how): Json<ResumeRequest>,
 ) -> Result<Response, ApiError> {
-    let result = to_the_end(async move { context.daemon.resume(&id, how).await }).await?;
+    let result = context
+        .run_verb(|daemon| async move { daemon.resume(&id, how).await })
+        .await?;
     e2b_answer(result, wants, |sandbox| {
         (StatusCode::CREATED, axum::Json(sandbox)).into_response()
     })
@@ -90,7 +98,8 @@ pub(super) async fn stop(
     State(context): State<Context>,
     Path(id): Path<String>,
 ) -> Result<axum::Json<VerbResult>, ApiError> {
-    to_the_end(async move { context.daemon.stop(&id).await })
+    context
+        .run_verb(|daemon| async move { daemon.stop(&id).await })
         .await
         .map(axum::Json)
 }
@@ -99,7 +108,8 @@ pub(super) async fn start(
     State(context): State<Context>,
     Path(id): Path<String>,
 ) -> Result<axum::Json<VerbResult>, ApiError> {
-    to_the_end(async move { context.daemon.start(&id).await })
+    context
+        .run_verb(|daemon| async move { daemon.start(&id).await })
         .await
         .map(axum::Json)
 }
@@ -109,7 +119,9 @@ pub(super) async fn snapshot(
     Path(id): Path<String>,
     Json(new): Json<NewSnapshot>,
 ) -> Result<(StatusCode, axum::Json<Snapshot>), ApiError> {
-    let taken = to_the_end(async move { context.daemon.snapshot(&id, new).await }).await?;
+    let taken = context
+        .run_verb(|daemon| async move { daemon.snapshot(&id, new).await })
+        .await?;
     Ok((StatusCode::CREATED, axum::Json(taken)))
 }
 
@@ -118,7 +130,9 @@ pub(super) async fn fork(
     Path(id): Path<String>,
     Json(new): Json<NewFork>,
 ) -> Result<(StatusCode, axum::Json<Vec<Forked>>), ApiError> {
-    let forks = to_the_end(async move { context.daemon.fork(&id, new).await }).await?;
+    let forks = context
+        .run_verb(|daemon| async move { daemon.fork(&id, new).await })
+        .await?;
     Ok((StatusCode::CREATED, axum::Json(forks)))
 }
 
@@ -127,7 +141,9 @@ pub(super) async fn flatten(
     Path(id): Path<String>,
     Json(new): Json<NewSnapshot>,
 ) -> Result<(StatusCode, axum::Json<Template>), ApiError> {
-    let flat = to_the_end(async move { context.daemon.flatten(&id, new).await }).await?;
+    let flat = context
+        .run_verb(|daemon| async move { daemon.flatten(&id, new).await })
+        .await?;
     Ok((StatusCode::CREATED, axum::Json(flat)))
 }
 

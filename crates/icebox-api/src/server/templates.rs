@@ -4,8 +4,8 @@ use axum::extract::{Path, State};
 use axum::response::Response;
 use http::StatusCode;
 
+use super::Context;
 use super::extract::{self, Json};
-use super::{Context, to_the_end};
 use crate::ApiError;
 use crate::types::{NewBuild, Template};
 
@@ -26,7 +26,9 @@ pub(super) async fn remove(
     State(context): State<Context>,
     Path(id): Path<String>,
 ) -> Result<StatusCode, ApiError> {
-    to_the_end(async move { context.daemon.remove_template(&id).await }).await?;
+    context
+        .run_verb(|daemon| async move { daemon.remove_template(&id).await })
+        .await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -158,9 +158,6 @@ pub struct SandboxDetail {
     /// Allocated bytes that are this sandbox's own: its head and generations.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocated_bytes: Option<u64>,
-    /// How many layers lie between its head and its base.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub layers: Option<u32>,
     /// What its pauses wrote, oldest first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub generations: Vec<Generation>,
@@ -170,6 +167,9 @@ pub struct SandboxDetail {
     /// Host resources it holds, oldest first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub holds: Vec<String>,
+    /// How its VMM last ended without being asked to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_exit: Option<String>,
     /// Why it is broken.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub broken: Option<String>,
@@ -199,6 +199,8 @@ pub struct Generation {
     pub created_at: Timestamp,
     /// Allocated bytes of device state and memory that this pause wrote.
     pub allocated_bytes: u64,
+    /// Memory pages that had changed since what the guest was restored from.
+    pub changed_pages: u64,
 }
 
 /// A disk that was set aside.

@@ -43,14 +43,12 @@ pub struct Template {
     /// The size of the disk that the guest sees, in MiB.
     #[serde(rename = "diskSizeMB")]
     pub disk_size_mb: u64,
-    /// The digest of the imported image at the bottom.
-    pub base: String,
+    /// The digest of an image template's image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
     /// The digest of the kernel.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<String>,
-    /// The volume driver of a snapshot's layers.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub volume_driver: Option<String>,
     /// What a snapshot needs in order to be restored.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vmm: Option<super::Vmm>,

@@ -27,11 +27,11 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Ended {
         if context.output.is_json() {
             context.output.document(&event)?;
         } else {
-            let detail: String = event
-                .detail
-                .iter()
-                .map(|(key, value)| format!("  {key}={value}"))
-                .collect();
+            let detail = if event.detail.is_empty() {
+                String::new()
+            } else {
+                format!("  {}", event.detail)
+            };
             context.output.line(format!(
                 "{:>6}  {}  {:<21}  {}{detail}",
                 event.sequence,

@@ -41,6 +41,9 @@ fn page(sandbox: &SandboxDetail) -> Table {
     if let Some(broken) = &sandbox.broken {
         row("broken", broken.clone());
     }
+    if let Some(exit) = &sandbox.last_exit {
+        row("last exit", exit.clone());
+    }
     let template = match &listed.alias {
         Some(alias) => format!("{alias} ({})", listed.template_id),
         None => listed.template_id.clone(),
@@ -49,16 +52,9 @@ fn page(sandbox: &SandboxDetail) -> Table {
     row("created", listed.started_at.to_string());
     row("cpus", listed.cpu_count.to_string());
     row("memory", mib(listed.memory_mb.into()));
-    let layers = sandbox.layers.map_or_else(String::new, |layers| {
-        format!(", {layers} layers under its head")
-    });
     row(
         "disk",
-        format!(
-            "{} ({}{layers})",
-            mib(listed.disk_size_mb),
-            sandbox.volume_driver
-        ),
+        format!("{} ({})", mib(listed.disk_size_mb), sandbox.volume_driver),
     );
     if let Some(allocated) = sandbox.allocated_bytes {
         row("allocated", bytes(allocated));
@@ -98,9 +94,10 @@ fn page(sandbox: &SandboxDetail) -> Table {
         row(
             "generation",
             format!(
-                "{}  {}  {}",
+                "{}  {}  {} changed pages, {}",
                 generation.number,
                 generation.created_at,
+                generation.changed_pages,
                 bytes(generation.allocated_bytes)
             ),
         );

@@ -43,16 +43,13 @@ fn page(template: &Template) -> Table {
     }
     row("cpus", template.cpu_count.to_string());
     row("memory", mib(template.memory_mb.into()));
-    let disk = mib(template.disk_size_mb);
-    let driver = template.volume_driver.as_ref();
-    row(
-        "disk",
-        driver.map_or_else(|| disk.clone(), |driver| format!("{disk} ({driver})")),
-    );
+    row("disk", mib(template.disk_size_mb));
     if let Some(allocated) = template.allocated_bytes {
         row("allocated", bytes(allocated));
     }
-    row("base", template.base.clone());
+    if let Some(base) = &template.base {
+        row("base", base.clone());
+    }
     if let Some(kernel) = &template.kernel {
         row("kernel", kernel.clone());
     }

@@ -1,0 +1,300 @@
+//! The daemon's settings: one TOML file, overridden by the environment, overridden by options.
+//!
+//! A setting that nobody reads is a mistake of the user's that nobody tells them about; so unknown keys are refused by
+//! name, and every key exists because something here uses it.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use super::log::Format;
+use crate::failure::Failure;
+
+/// Read if it exists and no other is named.
+const DEFAULT_FILE: &str = "/etc/icebox/icebox.toml";
+
+/// Serve sandboxes: the daemon that every other command talks to.
+///
+/// Runs in the foreground until SIGTERM or SIGINT; sandboxes keep running. Prints what it does on stderr.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The settings file [default: /etc/icebox/icebox.toml, if it exists].
+    #[arg(
+        long,
+        env = "ICEBOX_CONFIG",
+        value_name = "FILE",
+        hide_env_values = true
+    )]
+    config: Option<PathBuf>,
+
+    /// Where sandboxes, templates and kernels are kept [default: /var/lib/icebox].
+    #[arg(
+        long,
+        env = "ICEBOX_DATA_DIR",
+        value_name = "DIR",
+        hide_env_values = true
+    )]
+    data_dir: Option<PathBuf>,
+
+    /// Where sockets are, until the next boot [default: /run/icebox].
+    #[arg(
+        long,
+        env = "ICEBOX_RUN_DIR",
+        value_name = "DIR",
+        hide_env_values = true
+    )]
+    run_dir: Option<PathBuf>,
+
+    /// Serve HTTP on this TCP address too. REST then needs the API key: the one in ICEBOX_API_KEY, or one that is made
+    /// and shown once.
+    #[arg(
+        long,
+        env = "ICEBOX_LISTEN",
+        value_name = "ADDRESS:PORT",
+        hide_env_values = true
+    )]
+    listen: Option<SocketAddr>,
+
+    /// The guest agent, a static binary [default: icebox-agent beside this program].
+    #[arg(
+        long,
+        env = "ICEBOX_AGENT",
+        value_name = "FILE",
+        hide_env_values = true
+    )]
+    agent: Option<PathBuf>,
+
+    /// What to log: error, warn, info, debug, trace, or a filter by module [default: info].
+    #[arg(
+        long,
+        env = "ICEBOX_LOG",
+        value_name = "FILTER",
+        hide_env_values = true
+    )]
+    log: Option<String>,
+
+    /// How to log.
+    #[arg(
+        long,
+        env = "ICEBOX_LOG_FORMAT",
+        value_name = "FORMAT",
+        hide_env_values = true
+    )]
+    log_format: Option<Format>,
+
+    /// Simulate: sandboxes that exist in memory only, for trying the interfaces out.
+    #[arg(long)]
+    pub(super) sim: bool,
+
+    /// With --sim: the address of the first sandbox's guest; the others have those after it.
+    #[arg(long, hide = true, requires = "sim", value_name = "ADDRESS")]
+    pub(super) sim_guests: Option<Ipv4Addr>,
+}
+
+/// The settings file.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    data_dir: Option<PathBuf>,
+    run_dir: Option<PathBuf>,
+    socket: Option<PathBuf>,
+    listen: Option<SocketAddr>,
+    domain: Option<String>,
+    agent: Option<PathBuf>,
+    qemu: Option<PathBuf>,
+    #[serde(default)]
+    log: LogSection,
+    #[serde(default)]
+    network: NetworkSection,
+    #[serde(default)]
+    defaults: DefaultsSection,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LogSection {
+    filter: Option<String>,
+    format: Option<Format>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NetworkSection {
+    prefix: Option<String>,
+    pool: Option<usize>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DefaultsSection {
+    cpus: Option<u8>,
+    memory_mib: Option<u32>,
+    internet: Option<bool>,
+}
+
+/// The settings, complete.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Config {
+    pub(crate) data_dir: PathBuf,
+    pub(crate) run_dir: PathBuf,
+    pub(crate) socket: PathBuf,
+    pub(crate) listen: Option<SocketAddr>,
+    pub(crate) domain: Option<String>,
+    pub(crate) agent: Option<PathBuf>,
+    pub(crate) qemu: Option<PathBuf>,
+    pub(crate) log_filter: String,
+    pub(crate) log_format: Format,
+    pub(crate) network_prefix: String,
+    pub(crate) network_pool: usize,
+    pub(crate) cpus: u8,
+    pub(crate) memory_mib: u32,
+    pub(crate) internet: bool,
+}
+
+impl Config {
+    /// The settings that `args` (with the environment) and the file they name make; `socket` is the global option.
+    ///
+    /// # Errors
+    /// The file cannot be read or understood, with the line and what was expected there.
+    pub(crate) fn load(args: &Args, socket: Option<&Path>) -> Result<Self, Failure> {
+        let file = match &args.config {
+            Some(path) => read(path)?,
+            None if Path::new(DEFAULT_FILE).exists() => read(Path::new(DEFAULT_FILE))?,
+            None => File::default(),
+        };
+        let absolute = |path: PathBuf| {
+            std::path::absolute(&path).map_err(|error| {
+                Failure::because(format!("cannot use path {}", path.display()), &error)
+            })
+        };
+        let data_dir = args.data_dir.clone().or(file.data_dir);
+        let run_dir = absolute(
+            args.run_dir
+                .clone()
+                .or(file.run_dir)
+                .unwrap_or_else(|| "/run/icebox".into()),
+        )?;
+        let socket = socket
+            .map(Path::to_owned)
+            .or(file.socket)
+            .unwrap_or_else(|| run_dir.join("icebox.sock"));
+        Ok(Self {
+            data_dir: absolute(data_dir.unwrap_or_else(|| "/var/lib/icebox".into()))?,
+            socket: absolute(socket)?,
+            run_dir,
+            listen: args.listen.or(file.listen),
+            domain: file.domain,
+            agent: args.agent.clone().or(file.agent),
+            qemu: file.qemu,
+            log_filter: args
+                .log
+                .clone()
+                .or(file.log.filter)
+                .unwrap_or_else(|| "info".to_owned()),
+            log_format: args.log_format.or(file.log.format).unwrap_or_default(),
+            network_prefix: file
+                .network
+                .prefix
+                .unwrap_or_else(|| "10.213.0.0/16".to_owned()),
+            network_pool: file.network.pool.unwrap_or(4),
+            cpus: file.defaults.cpus.unwrap_or(1),
+            memory_mib: file.defaults.memory_mib.unwrap_or(512),
+            internet: file.defaults.internet.unwrap_or(false),
+        })
+    }
+}
+
+fn read(path: &Path) -> Result<File, Failure> {
+    let text = std::fs::read_to_string(path).map_err(|error| {
+        Failure::because(
+            format!("cannot read the settings file {}", path.display()),
+            &error,
+        )
+    })?;
+    toml::from_str(&text).map_err(|error| {
+        Failure::new(format!(
+            "the settings file {} is not understood\n{}",
+            path.display(),
+            error.to_string().trim_end()
+        ))
+        .hint("docs/icebox.toml has every key, with its default")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(config: Option<PathBuf>) -> Args {
+        Args {
+            config,
+            data_dir: None,
+            run_dir: None,
+            listen: None,
+            agent: None,
+            log: None,
+            log_format: None,
+            sim: false,
+            sim_guests: None,
+        }
+    }
+
+    fn load(text: &str) -> Result<Config, Failure> {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(file.path(), text).expect("write");
+        Config::load(&args(Some(file.path().to_owned())), None)
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_by_name() {
+        let failure = load("data_dir = \"/srv\"\n[network]\nprefx = \"x\"\n").expect_err("a typo");
+        let message = &failure.body().message;
+        assert!(
+            message.contains("prefx") && message.contains("prefix"),
+            "{message}"
+        );
+    }
+
+    #[test]
+    fn options_win_over_the_file_and_the_file_over_defaults() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(file.path(), "data_dir = \"/a\"\nrun_dir = \"/b\"\n").expect("write");
+        let mut args = args(Some(file.path().to_owned()));
+        args.data_dir = Some("/c".into());
+        let config = Config::load(&args, None).expect("valid");
+        assert_eq!(config.data_dir, Path::new("/c"));
+        assert_eq!(config.socket, Path::new("/b/icebox.sock"));
+        assert_eq!(config.memory_mib, 512);
+    }
+
+    #[test]
+    fn the_documented_file_says_the_defaults() {
+        let documented = include_str!("../../../../docs/icebox.toml");
+        // Every key in it is commented out; with the comments removed it must still parse, and change nothing.
+        let active: String = documented
+            .lines()
+            .map(|line| match line.strip_prefix("#") {
+                Some(rest) if rest.starts_with(|c: char| c.is_ascii_lowercase() || c == '[') => {
+                    format!("{rest}\n")
+                }
+                _ => String::new(),
+            })
+            .collect();
+        let mut config = load(&active).expect("the documented file is valid");
+        assert_eq!(
+            config.listen.take(),
+            Some("127.0.0.1:3000".parse().expect("an address"))
+        );
+        assert_eq!(config.domain.take().as_deref(), Some("icebox.localhost"));
+        assert_eq!(
+            config.agent.take().as_deref(),
+            Some(Path::new("/usr/lib/icebox/icebox-agent"))
+        );
+        assert_eq!(
+            config.qemu.take().as_deref(),
+            Some(Path::new("/usr/bin/qemu-system-x86_64"))
+        );
+        assert_eq!(config, load("").expect("nothing is valid"));
+    }
+}

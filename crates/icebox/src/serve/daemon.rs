@@ -1,0 +1,345 @@
+//! The daemon behind the routes: the engine, and what the engine does not know (builds, kernels, this host).
+
+use std::io;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::{StreamExt as _, stream};
+use icebox_api::types::{
+    BuildEvent, Event, Forked, GcReport, GcRequest, Kernel, KernelEvent, NewBuild, NewFork,
+    NewKernel, NewSandbox, NewSnapshot, Report, ResumeRequest, SandboxDetail, Snapshot, Template,
+    VerbResult,
+};
+use icebox_api::{ApiError, BoxStream, Daemon, ErrorCode, Pass, Route};
+use icebox_engine::id::GenerationNo;
+use icebox_engine::layout::{Layout, Object};
+use icebox_engine::manifest::v1;
+use icebox_engine::unit::{Bytes as Size, Geometry};
+use icebox_engine::{Engine, Error, SandboxView};
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::build::Build;
+use super::translate;
+use super::workshop::Workshop;
+
+/// E2B's bound on one call's forks.
+const FORKS_MAX: i64 = 100;
+
+/// What `icebox serve` serves.
+pub(super) struct Icebox {
+    pub(super) engine: Engine,
+    pub(super) layout: Layout,
+    pub(super) workshop: Arc<dyn Workshop>,
+    pub(super) domain: Option<String>,
+    /// CPUs and memory of templates that name none.
+    pub(super) geometry: Geometry,
+    /// Whether sandboxes that say nothing reach public addresses.
+    pub(super) internet: bool,
+}
+
+impl Icebox {
+    fn detail(&self, view: &SandboxView, allocated: Option<Size>) -> SandboxDetail {
+        let limits = self.engine.host().boxes.limits_in_force();
+        translate::sandbox(
+            view,
+            translate::Beside {
+                domain: self.domain.as_deref(),
+                limits: format!("{}: {}", limits.mechanism, limits.detail),
+                allocated,
+            },
+        )
+    }
+
+    fn result(
+        &self,
+        verb: Result<(icebox_engine::Outcome, SandboxView), Error>,
+    ) -> Result<VerbResult, ApiError> {
+        let (outcome, view) = verb.map_err(|error| translate::error(&error))?;
+        Ok(VerbResult {
+            outcome: translate::outcome(outcome),
+            sandbox: self.detail(&view, None),
+        })
+    }
+
+    /// A template with what it occupies. A size that cannot be had is left out: it is no reason not to list the rest.
+    async fn measured(&self, template: &v1::Template) -> Template {
+        let mut objects = vec![Object::Template(template.id.clone())];
+        match &template.content {
+            v1::TemplateContent::Image { base } => objects.push(Object::Base(base.clone())),
+            v1::TemplateContent::Snapshot { capture } => objects.extend([
+                Object::Layer(capture.layer.clone()),
+                Object::Memory(capture.memory.clone()),
+            ]),
+        }
+        let mut allocated = Some(Size(0));
+        for object in objects {
+            let size = self.engine.object_usage(&object).await.ok();
+            allocated = allocated.zip(size).map(|(sum, size)| sum + size);
+        }
+        translate::template(template, allocated)
+    }
+}
+
+#[async_trait]
+impl Daemon for Icebox {
+    async fn create(&self, new: NewSandbox) -> Result<SandboxDetail, ApiError> {
+        let request = translate::create_request(new, self.internet)?;
+        let created = self.engine.create(request).await;
+        created
+            .map(|view| self.detail(&view, None))
+            .map_err(|error| translate::error(&error))
+    }
+
+    async fn list(&self) -> Result<Vec<SandboxDetail>, ApiError> {
+        let mut views = self.engine.list();
+        views.sort_by(|a, b| {
+            let (a, b) = (&a.record, &b.record);
+            (b.created_at, &b.id).cmp(&(a.created_at, &a.id))
+        });
+        Ok(views.iter().map(|view| self.detail(view, None)).collect())
+    }
+
+    async fn inspect(&self, sandbox: &str) -> Result<SandboxDetail, ApiError> {
+        let view = self
+            .engine
+            .inspect(sandbox)
+            .map_err(|error| translate::error(&error))?;
+        // It may be on its way out: the rest is still worth showing.
+        let allocated = self.engine.usage(view.record.id.as_str()).await.ok();
+        Ok(self.detail(&view, allocated))
+    }
+
+    async fn pause(&self, sandbox: &str) -> Result<VerbResult, ApiError> {
+        self.result(self.engine.pause(sandbox).await)
+    }
+
+    async fn resume(&self, sandbox: &str, how: ResumeRequest) -> Result<VerbResult, ApiError> {
+        let generation = how.generation.map(GenerationNo);
+        self.result(self.engine.resume(sandbox, generation).await)
+    }
+
+    async fn stop(&self, sandbox: &str) -> Result<VerbResult, ApiError> {
+        self.result(self.engine.stop(sandbox).await)
+    }
+
+    async fn start(&self, sandbox: &str) -> Result<VerbResult, ApiError> {
+        self.result(self.engine.start(sandbox).await)
+    }
+
+    async fn snapshot(&self, sandbox: &str, new: NewSnapshot) -> Result<Snapshot, ApiError> {
+        let name = translate::required_name(new.name.as_deref())?;
+        let template = self
+            .engine
+            .snapshot(sandbox, name)
+            .await
+            .map_err(|error| translate::error(&error))?;
+        let template = self.measured(&template).await;
+        Ok(Snapshot {
+            snapshot_id: template.template_id.clone(),
+            names: template.names.clone(),
+            template,
+        })
+    }
+
+    async fn fork(&self, sandbox: &str, new: NewFork) -> Result<Vec<Forked>, ApiError> {
+        let count = u16::try_from(new.count)
+            .ok()
+            .filter(|_| (1..=FORKS_MAX).contains(&new.count))
+            .ok_or_else(|| {
+                let message = format!("cannot make {} forks at once", new.count);
+                ApiError::new(ErrorCode::Invalid, message).hint(format!("ask for 1 to {FORKS_MAX}"))
+            })?;
+        let forks = self
+            .engine
+            .fork(sandbox, count)
+            .await
+            .map_err(|error| translate::error(&error))?;
+        Ok(forks
+            .into_iter()
+            .map(|fork| match fork {
+                Ok(view) => Forked::Sandbox(Box::new(self.detail(&view, None))),
+                Err(error) => Forked::Error(translate::error(&error).into_body()),
+            })
+            .collect())
+    }
+
+    async fn flatten(&self, sandbox: &str, new: NewSnapshot) -> Result<Template, ApiError> {
+        let name = translate::required_name(new.name.as_deref())?;
+        let template = self
+            .engine
+            .flatten(sandbox, name)
+            .await
+            .map_err(|error| translate::error(&error))?;
+        Ok(self.measured(&template).await)
+    }
+
+    async fn destroy(&self, sandbox: &str) -> Result<String, ApiError> {
+        let found = self
+            .engine
+            .inspect(sandbox)
+            .map_err(|error| translate::error(&error))?;
+        // By its id from here on: the name may be another sandbox's by then.
+        let id = found.record.id.to_string();
+        self.engine
+            .destroy(&id)
+            .await
+            .map_err(|error| translate::error(&error))?;
+        Ok(id)
+    }
+
+    async fn console(&self, sandbox: &str) -> Result<BoxStream<io::Result<Bytes>>, ApiError> {
+        let found = self
+            .engine
+            .inspect(sandbox)
+            .map_err(|error| translate::error(&error))?;
+        let path = self.layout.console_log(&found.record.id);
+        match tokio::fs::File::open(&path).await {
+            Ok(log) => Ok(tokio_util::io::ReaderStream::new(log).boxed()),
+            // It has not run yet.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(stream::empty().boxed()),
+            Err(error) => Err(ApiError::from_error(ErrorCode::Internal, &error)),
+        }
+    }
+
+    async fn route(&self, sandbox: &str, exact: bool) -> Result<Route, ApiError> {
+        let found = self
+            .engine
+            .inspect(sandbox)
+            .map_err(|error| translate::error(&error))?;
+        let id = found.record.id.to_string();
+        if exact && id != sandbox {
+            return Err(ApiError::new(ErrorCode::NotFound, "no such sandbox"));
+        }
+        let route = self
+            .engine
+            .route(&id)
+            .map_err(|error| translate::error(&error))?
+            .ok_or_else(|| {
+                ApiError::new(
+                    ErrorCode::WrongPhase,
+                    format!("sandbox {id} admits no connections now: it is not running, or being captured"),
+                )
+            })?;
+        let pass = Arc::new(route.pass);
+        let held = Arc::clone(&pass);
+        Ok(Route {
+            sandbox_id: id,
+            address: route.ip,
+            token: route.token.expose().to_owned(),
+            pass: Pass::new(async move { pass.revoked().await }, held),
+        })
+    }
+
+    async fn templates(&self) -> Result<Vec<Template>, ApiError> {
+        let mut templates = self.engine.templates();
+        templates.sort_by(|a, b| a.name.cmp(&b.name));
+        let mut measured = Vec::with_capacity(templates.len());
+        for template in &templates {
+            measured.push(self.measured(template).await);
+        }
+        Ok(measured)
+    }
+
+    async fn template(&self, template: &str) -> Result<Template, ApiError> {
+        let template = self
+            .engine
+            .template(template)
+            .map_err(|error| translate::error(&error))?;
+        Ok(self.measured(&template).await)
+    }
+
+    async fn remove_template(&self, template: &str) -> Result<String, ApiError> {
+        let removed = self.engine.remove_template(template).await;
+        removed
+            .map(|template| template.id.to_string())
+            .map_err(|error| translate::error(&error))
+    }
+
+    async fn build(&self, new: NewBuild) -> Result<BoxStream<BuildEvent>, ApiError> {
+        let build = Build::new(
+            self.engine.clone(),
+            Arc::clone(&self.workshop),
+            new,
+            self.geometry,
+        )
+        .await?;
+        let (events, stream) = tokio::sync::mpsc::channel(16);
+        tokio::spawn(build.run(events));
+        Ok(ReceiverStream::new(stream).boxed())
+    }
+
+    async fn kernels(&self) -> Result<Vec<Kernel>, ApiError> {
+        self.workshop.kernels().await
+    }
+
+    async fn import_kernel(&self, new: NewKernel) -> Result<BoxStream<KernelEvent>, ApiError> {
+        let workshop = Arc::clone(&self.workshop);
+        let (events, stream) = tokio::sync::mpsc::channel(16);
+        tokio::spawn(async move {
+            // The import is dropped, and so ended, when nobody reads its events any more.
+            let imported = tokio::select! {
+                imported = workshop.import_kernel(new.source, &events) => imported,
+                () = events.closed() => return,
+            };
+            let last = match imported {
+                Ok(kernel) => KernelEvent::Done { kernel },
+                Err(error) => KernelEvent::Error {
+                    error: error.into_body(),
+                },
+            };
+            // Nobody may be left to hear it.
+            events.send(last).await.ok();
+        });
+        Ok(ReceiverStream::new(stream).boxed())
+    }
+
+    async fn events(&self, since: Option<u64>, follow: bool) -> Result<BoxStream<Event>, ApiError> {
+        let events = self.engine.events();
+        let from = since.map_or_else(|| events.next_seq(), |since| since.saturating_add(1));
+        if !follow {
+            let batch = events.kept(from);
+            return Ok(stream::iter(in_order(batch)).boxed());
+        }
+        let engine = self.engine.clone();
+        let batches = stream::unfold((engine, from), |(engine, from)| async move {
+            let batch = engine.events().since(from).await;
+            let next = batch.events.last().map_or(from, |event| event.seq + 1);
+            Some((stream::iter(in_order(batch)), (engine, next)))
+        });
+        Ok(batches.flatten().boxed())
+    }
+
+    async fn doctor(&self) -> Result<Report, ApiError> {
+        Ok(self.workshop.doctor().await)
+    }
+
+    async fn gc(&self, request: GcRequest) -> Result<GcReport, ApiError> {
+        let plan = self
+            .engine
+            .collect(request.dry_run)
+            .await
+            .map_err(|error| translate::error(&error))?;
+        Ok(translate::garbage(&plan, request.dry_run))
+    }
+}
+
+/// A batch's events, after one that stands for those that are no longer kept (INV-49).
+fn in_order(batch: icebox_engine::Batch) -> Vec<Event> {
+    let missed = batch
+        .events
+        .first()
+        .filter(|_| batch.missed > 0)
+        .map(|first| Event {
+            sequence: first.seq - 1,
+            time: first.at,
+            event: "events.missed".to_owned(),
+            sandbox_id: None,
+            detail: format!("{} earlier events are no longer kept", batch.missed),
+            steps: Vec::new(),
+        });
+    missed
+        .into_iter()
+        .chain(batch.events.into_iter().map(translate::event))
+        .collect()
+}

@@ -1,0 +1,321 @@
+//! From the engine's words to those on the wire, and back where a request has values to check.
+//!
+//! Whatever a request says is checked here, at the edge: what goes on to the engine is typed (INV-41).
+
+use std::net::Ipv4Addr;
+
+use icebox_api::types::{
+    Branch, Event, Garbage, GcReport, ListedSandbox, NewSandbox, Outcome, SandboxDetail, State,
+    StepTime, Template, TemplateKind, Vmm,
+};
+use icebox_api::{ApiError, ENVD_VERSION, ErrorCode};
+use icebox_engine::host::{Egress, ErrorKind, HostError, VmmIdentity};
+use icebox_engine::id::Name;
+use icebox_engine::manifest::v1;
+use icebox_engine::unit::{Bytes, Geometry};
+use icebox_engine::{CreateRequest, Error, Plan, Refusal, SandboxView};
+
+/// E2B's clients need the name of a node; there is only this one.
+const CLIENT_ID: &str = "icebox";
+
+/// What the engine says, as an answer.
+pub(super) fn error(error: &Error) -> ApiError {
+    let code = match error {
+        Error::Unknown { .. } | Error::NoGeneration { .. } | Error::Destroyed => {
+            ErrorCode::NotFound
+        }
+        Error::Ambiguous { .. } => ErrorCode::Ambiguous,
+        Error::NameTaken { .. } => ErrorCode::AlreadyExists,
+        Error::Refused(Refusal::Broken { .. }) => ErrorCode::Broken,
+        Error::Refused(_) => ErrorCode::WrongPhase,
+        Error::Invalid { .. } => ErrorCode::Invalid,
+        Error::InUse { .. } => ErrorCode::InUse,
+        Error::Exhausted { .. } => ErrorCode::Exhausted,
+        Error::Incompatible { .. } => ErrorCode::Unsupported,
+        Error::Step { source, .. } => kind(source.kind()),
+        Error::Deadline { .. } => ErrorCode::Timeout,
+        Error::Stuck { .. } => ErrorCode::Broken,
+        _ => ErrorCode::Internal,
+    };
+    let answer = ApiError::from_error(code, error);
+    match error.hint() {
+        Some(hint) => answer.hint(hint),
+        None => answer,
+    }
+}
+
+/// What a part of the host says, as an answer.
+pub(crate) fn host_error(error: &HostError) -> ApiError {
+    let answer = ApiError::from_error(kind(error.kind()), error);
+    match error.hint_text() {
+        Some(hint) => answer.hint(hint),
+        None => answer,
+    }
+}
+
+fn kind(kind: ErrorKind) -> ErrorCode {
+    match kind {
+        ErrorKind::Invalid => ErrorCode::Invalid,
+        ErrorKind::Unsupported => ErrorCode::Unsupported,
+        ErrorKind::Exhausted => ErrorCode::Exhausted,
+        ErrorKind::Timeout => ErrorCode::Timeout,
+        // Of a thing that the user did not name: not their mistake.
+        ErrorKind::NotFound
+        | ErrorKind::AlreadyExists
+        | ErrorKind::Busy
+        | ErrorKind::Gone
+        | ErrorKind::Other => ErrorCode::Internal,
+    }
+}
+
+/// A name as the user gave it.
+pub(super) fn name(text: &str) -> Result<Name, ApiError> {
+    text.parse()
+        .map_err(|error| ApiError::from_error(ErrorCode::Invalid, &error))
+}
+
+/// A name that must be there.
+pub(super) fn required_name(text: Option<&str>) -> Result<Name, ApiError> {
+    text.map_or_else(
+        || Err(ApiError::new(ErrorCode::Invalid, "a name is needed")),
+        name,
+    )
+}
+
+/// CPUs and memory as the user gave them.
+pub(super) fn vcpus(asked: Option<i64>) -> Result<Option<u8>, ApiError> {
+    in_range(asked, "CPUs")
+}
+
+pub(super) fn mem_mib(asked: Option<i64>) -> Result<Option<u32>, ApiError> {
+    in_range(asked, "MiB of memory")
+}
+
+pub(super) fn disk_size(asked: Option<i64>) -> Result<Option<Bytes>, ApiError> {
+    let mib: Option<u32> = in_range(asked, "MiB of disk")?;
+    if mib == Some(0) {
+        return Err(out_of_range(0, "MiB of disk"));
+    }
+    Ok(mib.map(|mib| Bytes::mib(mib.into())))
+}
+
+/// The engine says which sizes make sense; here a number only has to be one.
+fn in_range<T: TryFrom<i64>>(asked: Option<i64>, unit: &str) -> Result<Option<T>, ApiError> {
+    asked
+        .map(|asked| T::try_from(asked).map_err(|_| out_of_range(asked, unit)))
+        .transpose()
+}
+
+fn out_of_range(asked: i64, unit: &str) -> ApiError {
+    ApiError::new(
+        ErrorCode::Invalid,
+        format!("a sandbox cannot have {asked} {unit}"),
+    )
+}
+
+/// What to create. `internet` is what those who say nothing get.
+pub(super) fn create_request(new: NewSandbox, internet: bool) -> Result<CreateRequest, ApiError> {
+    if let Some(key) = new
+        .env_vars
+        .keys()
+        .find(|key| key.is_empty() || key.contains(['=', '\0']))
+    {
+        return Err(ApiError::new(
+            ErrorCode::Invalid,
+            format!("{key:?} cannot be the name of a variable"),
+        ));
+    }
+    let egress = if new.allow_internet_access.unwrap_or(internet) {
+        Egress::Internet
+    } else {
+        Egress::Deny
+    };
+    Ok(CreateRequest {
+        name: new.name.as_deref().map(name).transpose()?,
+        vcpus: vcpus(new.cpu_count)?,
+        mem_mib: mem_mib(new.memory_mb)?,
+        disk_size: disk_size(new.disk_size_mb)?,
+        template: new.template_id,
+        volume_driver: new.volume_driver,
+        vmm: new.vmm,
+        egress,
+        env: new.env_vars,
+        metadata: new.metadata,
+    })
+}
+
+/// CPUs and memory of a template that may leave them out.
+pub(super) fn geometry(
+    cpus: Option<i64>,
+    memory: Option<i64>,
+    default: Geometry,
+) -> Result<Geometry, ApiError> {
+    Ok(Geometry {
+        vcpus: vcpus(cpus)?.unwrap_or(default.vcpus),
+        mem_mib: mem_mib(memory)?.unwrap_or(default.mem_mib),
+    })
+}
+
+/// What is not in a sandbox's record.
+pub(super) struct Beside<'a> {
+    pub(super) domain: Option<&'a str>,
+    pub(super) limits: String,
+    pub(super) allocated: Option<Bytes>,
+}
+
+/// A sandbox, whole.
+pub(super) fn sandbox(view: &SandboxView, beside: Beside<'_>) -> SandboxDetail {
+    let record = &view.record;
+    let running = matches!(record.rests, v1::Rest::Running);
+    SandboxDetail {
+        listed: listed(view),
+        envd_access_token: Some(record.token.expose().to_owned()),
+        domain: beside.domain.map(ToOwned::to_owned),
+        allow_internet_access: record.spec.egress == Egress::Internet,
+        volume_driver: record.spec.volume_driver.clone(),
+        vmm: record.machine.as_ref().map(|machine| vmm(&machine.vmm)),
+        kernel: Some(record.spec.kernel.to_string()),
+        pid: record.holds.iter().find_map(|hold| match hold {
+            v1::Hold::Vmm { process } => process.as_ref().map(|process| process.pid),
+            _ => None,
+        }),
+        limits: running.then_some(beside.limits),
+        allocated_bytes: beside.allocated.map(|bytes| bytes.0),
+        generations: view
+            .generations
+            .iter()
+            .map(|generation| icebox_api::types::Generation {
+                number: generation.number.0,
+                created_at: generation.capture.captured_at,
+                allocated_bytes: generation.capture.saved.allocated.0,
+                changed_pages: generation.capture.saved.changed_pages,
+            })
+            .collect(),
+        branches: record
+            .branches
+            .iter()
+            .map(|branch| Branch {
+                name: branch.name.to_string(),
+                created_at: branch.created_at,
+            })
+            .collect(),
+        holds: record.holds.iter().map(hold).collect(),
+        last_exit: record.last_exit.as_ref().map(|exit| exit.detail.clone()),
+        broken: record.broken.clone(),
+    }
+}
+
+fn listed(view: &SandboxView) -> ListedSandbox {
+    let record = &view.record;
+    let state = match (&record.broken, &record.rests) {
+        (Some(_), _) => State::Broken,
+        (None, v1::Rest::Running) => State::Running,
+        (None, v1::Rest::Paused { .. }) => State::Paused,
+        (None, v1::Rest::Stopped | v1::Rest::Nowhere) => State::Stopped,
+    };
+    ListedSandbox {
+        sandbox_id: record.id.to_string(),
+        template_id: record.spec.template.to_string(),
+        client_id: CLIENT_ID.to_owned(),
+        alias: Some(record.spec.template_name.clone()),
+        name: record.name.as_ref().map(ToString::to_string),
+        started_at: record.created_at,
+        end_at: None,
+        cpu_count: record.spec.geometry.vcpus,
+        memory_mb: record.spec.geometry.mem_mib,
+        disk_size_mb: record.spec.disk_size.0 >> 20,
+        state,
+        verb: view.busy.map(ToOwned::to_owned),
+        metadata: record.spec.metadata.clone(),
+        envd_version: ENVD_VERSION.to_owned(),
+        address: reachable(view.host_address),
+    }
+}
+
+fn reachable(address: Ipv4Addr) -> Option<Ipv4Addr> {
+    (!address.is_unspecified()).then_some(address)
+}
+
+fn hold(hold: &v1::Hold) -> String {
+    match hold {
+        v1::Hold::Directory => "directory".to_owned(),
+        v1::Hold::Slot => "slot".to_owned(),
+        v1::Hold::Head { number, over } => match over {
+            v1::Under::Base(digest) => format!("head {number} over base {}", digest.short()),
+            v1::Under::Layer(layer) => format!("head {number} over layer {layer}"),
+        },
+        v1::Hold::Disk => "disk device".to_owned(),
+        v1::Hold::Network => "network".to_owned(),
+        v1::Hold::Box => "box".to_owned(),
+        v1::Hold::Vmm { .. } => "vmm".to_owned(),
+    }
+}
+
+fn vmm(identity: &VmmIdentity) -> Vmm {
+    Vmm {
+        name: identity.name.clone(),
+        version: identity.version.clone(),
+        accelerator: identity.accelerator.clone(),
+        accelerator_reason: identity.accelerator_reason.clone(),
+    }
+}
+
+/// A template. `allocated` is what its objects occupy.
+pub(super) fn template(template: &v1::Template, allocated: Option<Bytes>) -> Template {
+    let (kind, base, captured) = match &template.content {
+        v1::TemplateContent::Image { base } => (TemplateKind::Image, Some(base.to_string()), None),
+        v1::TemplateContent::Snapshot { capture } => {
+            (TemplateKind::Snapshot, None, Some(&capture.machine.vmm))
+        }
+    };
+    Template {
+        template_id: template.id.to_string(),
+        names: vec![template.name.to_string()],
+        kind,
+        created_at: template.created_at,
+        cpu_count: template.geometry.vcpus,
+        memory_mb: template.geometry.mem_mib,
+        disk_size_mb: template.disk_size.0 >> 20,
+        base,
+        kernel: Some(template.kernel.to_string()),
+        vmm: captured.map(vmm),
+        allocated_bytes: allocated.map(|bytes| bytes.0),
+        origin: Some(template.source.clone()),
+    }
+}
+
+pub(super) fn outcome(outcome: icebox_engine::Outcome) -> Outcome {
+    match outcome {
+        icebox_engine::Outcome::Changed => Outcome::Changed,
+        icebox_engine::Outcome::AlreadyThere => Outcome::AlreadyThere,
+    }
+}
+
+pub(super) fn event(event: icebox_engine::Event) -> Event {
+    Event {
+        sequence: event.seq,
+        time: event.at,
+        event: event.kind,
+        sandbox_id: event.sandbox.map(Into::into),
+        detail: event.detail,
+        steps: event
+            .steps
+            .into_iter()
+            .map(|(step, micros)| StepTime { step, micros })
+            .collect(),
+    }
+}
+
+pub(super) fn garbage(plan: &Plan, dry_run: bool) -> GcReport {
+    GcReport {
+        dry_run,
+        garbage: plan
+            .objects
+            .iter()
+            .map(|(object, size)| Garbage {
+                object: object.to_string(),
+                allocated_bytes: Some(size.0),
+            })
+            .collect(),
+    }
+}
