@@ -117,6 +117,13 @@ pub(crate) fn exists(path: &Path) -> Result<bool, HostError> {
     }
 }
 
+/// The length of a file.
+pub(crate) fn length(path: &Path) -> Result<u64, HostError> {
+    fs::metadata(path)
+        .map(|metadata| metadata.len())
+        .map_err(|error| failed("look at", path, error))
+}
+
 /// Ensures that there is no file at `path`. Not durable until the directory is synced.
 pub(crate) fn remove_file(path: &Path) -> Result<Removed, HostError> {
     match fs::remove_file(path) {
@@ -161,6 +168,30 @@ pub(crate) fn replace_file(directory: &Path, name: &str, content: &[u8]) -> Resu
     }
     written?;
     sync_directory(directory)
+}
+
+/// Makes a file that does not exist yet, with the content that `fill` writes. Durable on return; if it fails, the file
+/// does not exist.
+pub(crate) fn create_whole(
+    path: &Path,
+    fill: impl FnOnce(&File) -> Result<(), HostError>,
+) -> Result<(), HostError> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(|error| failed("create", path, error))?;
+    let made = fill(&file).and_then(|()| {
+        file.sync_all()
+            .map_err(|error| failed("flush", path, error))
+    });
+    if made.is_err() {
+        remove_remains(path);
+    }
+    made?;
+    path.parent().map_or(Ok(()), sync_directory)
 }
 
 /// Makes every file and directory under `directory` durable, itself included, deepest first.
@@ -451,6 +482,31 @@ pub fn space(path: &Path) -> Result<Space, HostError> {
         total: Bytes(stat.f_blocks.saturating_mul(stat.f_frsize)),
         available: Bytes(stat.f_bavail.saturating_mul(stat.f_frsize)),
     })
+}
+
+/// What kind of file system `path` is on, for people: its name, or its number in hexadecimal.
+pub(crate) fn file_system(path: &Path) -> String {
+    // Magic numbers: statfs(2).
+    const NAMES: [(u64, &str); 7] = [
+        (0xef53, "ext2/3/4"),
+        (0x5846_5342, "XFS"),
+        (0x9123_683e, "btrfs"),
+        (0x0102_1994, "tmpfs"),
+        (0x794c_7630, "overlayfs"),
+        (0x6969, "NFS"),
+        (0x2fc1_2fc1, "ZFS"),
+    ];
+    match rustix::fs::statfs(path) {
+        Ok(stat) => {
+            // Signed on some architectures, and then sign-extended: the numbers have 32 bits.
+            let magic = u64::from_ne_bytes(stat.f_type.to_ne_bytes()) & 0xffff_ffff;
+            NAMES.iter().find(|(known, _)| *known == magic).map_or_else(
+                || format!("type {magic:#x}"),
+                |(_, name)| (*name).to_owned(),
+            )
+        }
+        Err(error) => format!("type unknown: {error}"),
+    }
 }
 
 /// Reads a file of at most `limit` bytes.

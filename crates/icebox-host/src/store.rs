@@ -468,7 +468,13 @@ fn publish(layout: &Layout, object: &Object, manifest: &[u8]) -> Result<(), Host
         fs::sync_directory(&layout.staging_area())
     };
     let published = fs::exists(&target.join(MANIFEST))?;
-    match (fs::exists(&staging)?, published) {
+    let mut is_staged = fs::exists(&staging)?;
+    if is_staged && published && fs::entries(&staging)?.is_empty() {
+        // A repetition that asked for the directory before it asked whether there was anything left to do.
+        fs::remove_tree(&staging)?;
+        is_staged = false;
+    }
+    match (is_staged, published) {
         (false, true) => return sync_both(),
         (false, false) => {
             return Err(HostError::new(

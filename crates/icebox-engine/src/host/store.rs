@@ -39,7 +39,8 @@ pub trait Store: Send + Sync {
     async fn staged(&self, object: &Object) -> Result<PathBuf, HostError>;
 
     /// Writes `manifest` into the staging directory, makes everything in it durable, and puts it in place by one
-    /// atomic rename. If the object exists already and nothing is staged (a repetition after a crash), succeeds.
+    /// atomic rename. If the object exists already and nothing is staged, or an empty directory
+    /// (a repetition after a crash), succeeds.
     async fn publish(&self, object: &Object, manifest: &[u8]) -> Result<(), HostError>;
 
     /// Removes the staging directory for `object`.

@@ -78,6 +78,9 @@ pub trait VolumeDriver: Send + Sync {
     async fn remove_base(&self, base: &Digest) -> Result<Removed, HostError>;
 
     /// Makes an empty, durable head on top of `chain`. If `head` exists (a retried step), its content is kept.
+    ///
+    /// Where [`LiveFreeze::ByVmm`] freezes, the chain's newest layer need not exist yet here and in
+    /// [`attach`](Self::attach): it is the head that the VMM is about to switch from.
     async fn ensure_head(&self, head: &HeadId, chain: &Chain) -> Result<Ensured, HostError>;
 
     /// Removes a head and what was written to it. The head is not attached.

@@ -4,12 +4,14 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use icebox_engine::host::{Ensured, ErrorKind, HostError, Removed};
-use icebox_engine::id::{HeadId, SandboxId};
-use icebox_engine::layout::{LAYER_DISK, Layout, parse_number};
+use icebox_engine::id::{Digest, HeadId, SandboxId};
+use icebox_engine::layout::{LAYER_DISK, Layout, Object, parse_number};
+use icebox_engine::unit::Bytes;
 
+use crate::blocking::blocking;
 use crate::fs::{self, failed};
 
-/// The heads of one driver. Every method blocks.
+/// The heads of one driver. Every method that is not `async` blocks.
 #[derive(Clone, Debug)]
 pub(super) struct Heads {
     layout: Layout,
@@ -20,6 +22,22 @@ pub(super) struct Heads {
 impl Heads {
     pub(super) fn new(layout: Layout, format: &'static str) -> Self {
         Self { layout, format }
+    }
+
+    /// Runs `work` on a thread that may block.
+    pub(super) async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Self) -> Result<T, HostError> + Send + 'static,
+    ) -> Result<T, HostError> {
+        let heads = self.clone();
+        blocking(move || work(&heads)).await
+    }
+
+    /// A base needs nothing beside its image, which the engine imports before it asks for heads.
+    pub(super) async fn ensure_base(&self, base: &Digest) -> Result<Ensured, HostError> {
+        let image = self.layout.base_image(base);
+        blocking(move || require_image(&image)).await?;
+        Ok(Ensured::AlreadyPresent)
     }
 
     pub(super) fn layout(&self) -> &Layout {
@@ -90,7 +108,8 @@ impl Heads {
             .map_err(|error| failed("flush", &path, error))
     }
 
-    /// Moves the head into `staging` as a layer's data. Durable on return; a repetition finishes the work.
+    /// Moves the head into `staging` as a layer's data. Durable on return; a repetition finishes the work, also one that
+    /// comes when the layer is published already.
     ///
     /// One rename moves it, so whatever crashes, the data is in exactly one of the two places.
     pub(super) fn seal(&self, head: &HeadId, staging: &Path) -> Result<(), HostError> {
@@ -105,6 +124,7 @@ impl Heads {
                 fs::rename_to_new(&path, &disk)?;
             }
             (false, true) => {}
+            (false, false) if self.is_published(staging)? => {}
             (true, true) => {
                 return Err(HostError::new(
                     ErrorKind::AlreadyExists,
@@ -114,19 +134,33 @@ impl Heads {
                     ),
                 ));
             }
-            (false, false) => {
-                return Err(HostError::new(
-                    ErrorKind::NotFound,
-                    format!(
-                        "seal head {head}: neither {} nor {} exists",
-                        path.display(),
-                        disk.display()
-                    ),
-                ));
-            }
+            (false, false) => return Err(self.lost(head, &disk)),
         }
         fs::sync_directory(staging)?;
         fs::sync_directory(&self.layout.heads(&head.sandbox))
+    }
+
+    /// Whether the layer that `staging` is for has left it: an object now, so its data is whole.
+    pub(super) fn is_published(&self, staging: &Path) -> Result<bool, HostError> {
+        let object = staging
+            .file_name()
+            .and_then(|name| Object::from_flat_name(name.to_str()?));
+        match object {
+            Some(Object::Layer(layer)) => fs::exists(&self.layout.layer_disk(&layer)),
+            _ => Ok(false),
+        }
+    }
+
+    /// Neither the head nor what it would have become is there.
+    pub(super) fn lost(&self, head: &HeadId, disk: &Path) -> HostError {
+        HostError::new(
+            ErrorKind::NotFound,
+            format!(
+                "freeze head {head}: neither {} nor the layer {} that it becomes is there",
+                self.path(head).display(),
+                disk.display()
+            ),
+        )
     }
 
     /// Every head of the driver, unfinished ones included.
@@ -169,7 +203,7 @@ pub(super) fn set_read_only(file: &File, path: &Path) -> Result<(), HostError> {
         .map_err(|error| failed("set the permissions of", path, error))
 }
 
-/// Refuses a base whose image is not there: the engine imports it before it asks for heads.
+/// Refuses a base whose image is not there.
 pub(super) fn require_image(image: &Path) -> Result<(), HostError> {
     if fs::exists(image)? {
         return Ok(());
@@ -177,5 +211,35 @@ pub(super) fn require_image(image: &Path) -> Result<(), HostError> {
     Err(HostError::new(
         ErrorKind::NotFound,
         format!("there is no base image {}", image.display()),
+    ))
+}
+
+/// Refuses a disk of `size` over `below`, which has `length` bytes: it must be at least as big, and whole sectors.
+pub(super) fn require_room(below: &Path, length: u64, size: Bytes) -> Result<(), HostError> {
+    if size.0 >= length && size.0.is_multiple_of(512) {
+        return Ok(());
+    }
+    Err(HostError::new(
+        ErrorKind::Invalid,
+        format!(
+            "a disk of {} bytes over {} of {length}: it must be at least as big, and a multiple of 512",
+            size.0,
+            below.display(),
+        ),
+    ))
+}
+
+/// Refuses a head whose disk has not the size that its sandbox's manifest says.
+pub(super) fn require_size(path: &Path, found: u64, size: Bytes) -> Result<(), HostError> {
+    if found == size.0 {
+        return Ok(());
+    }
+    Err(HostError::new(
+        ErrorKind::Invalid,
+        format!(
+            "{} is a disk of {found} bytes instead of {}",
+            path.display(),
+            size.0
+        ),
     ))
 }

@@ -29,7 +29,6 @@ use icebox_engine::unit::Bytes;
 
 use self::format::Overlay;
 use super::heads::{self, Heads};
-use crate::blocking::blocking;
 use crate::fs::{self, failed};
 
 /// The `qcow2` driver.
@@ -46,15 +45,6 @@ impl Qcow2 {
             heads: Heads::new(layout, "qcow2"),
         }
     }
-
-    /// Runs `work` on a thread that may block.
-    async fn run<T: Send + 'static>(
-        &self,
-        work: impl FnOnce(&Heads) -> Result<T, HostError> + Send + 'static,
-    ) -> Result<T, HostError> {
-        let heads = self.heads.clone();
-        blocking(move || work(&heads)).await
-    }
 }
 
 #[async_trait]
@@ -64,7 +54,7 @@ impl VolumeDriver for Qcow2 {
     }
 
     async fn probe(&self) -> Result<(), HostError> {
-        self.run(|heads| probe(heads.layout().data())).await
+        self.heads.run(|heads| probe(heads.layout().data())).await
     }
 
     fn live_freeze(&self) -> LiveFreeze<'_> {
@@ -76,9 +66,7 @@ impl VolumeDriver for Qcow2 {
     }
 
     async fn ensure_base(&self, base: &Digest) -> Result<Ensured, HostError> {
-        let image = self.heads.layout().base_image(base);
-        blocking(move || heads::require_image(&image)).await?;
-        Ok(Ensured::AlreadyPresent)
+        self.heads.ensure_base(base).await
     }
 
     async fn remove_base(&self, _base: &Digest) -> Result<Removed, HostError> {
@@ -87,49 +75,41 @@ impl VolumeDriver for Qcow2 {
 
     async fn ensure_head(&self, head: &HeadId, chain: &Chain) -> Result<Ensured, HostError> {
         let (head, chain) = (head.clone(), chain.clone());
-        self.run(move |heads| {
-            require_chain(heads.layout(), &chain)?;
-            heads.ensure(&head, |file, path| {
-                format::write_empty(file, chain.size.0).map_err(|error| error.at(path))
+        self.heads
+            .run(move |heads| {
+                require_chain(heads.layout(), &chain)?;
+                heads.ensure(&head, |file, path| {
+                    format::write_empty(file, chain.size.0).map_err(|error| error.at(path))
+                })
             })
-        })
-        .await
+            .await
     }
 
     async fn remove_head(&self, head: &HeadId) -> Result<Removed, HostError> {
         let head = head.clone();
-        self.run(move |heads| heads.remove(&head)).await
+        self.heads.run(move |heads| heads.remove(&head)).await
     }
 
     async fn attach(&self, head: &HeadId, chain: &Chain) -> Result<BlockDevice, HostError> {
         let (head, chain) = (head.clone(), chain.clone());
-        self.run(move |heads| {
-            let layout = heads.layout();
-            let base = require_chain(layout, &chain)?;
-            let path = heads.path(&head);
-            let overlay = open(&path, chain.size)?;
-            if overlay.size() != chain.size.0 {
-                return Err(HostError::new(
-                    ErrorKind::Invalid,
-                    format!(
-                        "{} is a disk of {} bytes instead of {}",
-                        path.display(),
-                        overlay.size(),
-                        chain.size.0
-                    ),
-                ));
-            }
-            Ok(BlockDevice::Qcow2 {
-                head: path,
-                layers: chain
-                    .layers
-                    .iter()
-                    .map(|layer| layout.layer_disk(layer))
-                    .collect(),
-                base,
+        self.heads
+            .run(move |heads| {
+                let layout = heads.layout();
+                let base = require_chain(layout, &chain)?;
+                let path = heads.path(&head);
+                let overlay = open(&path, chain.size)?;
+                heads::require_size(&path, overlay.size(), chain.size)?;
+                Ok(BlockDevice::Qcow2 {
+                    head: path,
+                    layers: chain
+                        .layers
+                        .iter()
+                        .map(|layer| layout.layer_disk(layer))
+                        .collect(),
+                    base,
+                })
             })
-        })
-        .await
+            .await
     }
 
     async fn detach(&self, _head: &HeadId) -> Result<Removed, HostError> {
@@ -138,28 +118,32 @@ impl VolumeDriver for Qcow2 {
 
     async fn flush(&self, head: &HeadId) -> Result<(), HostError> {
         let head = head.clone();
-        self.run(move |heads| heads.flush(&head)).await
+        self.heads.run(move |heads| heads.flush(&head)).await
     }
 
     async fn seal(&self, head: &HeadId, staging: &Path) -> Result<(), HostError> {
         let (head, staging) = (head.clone(), staging.to_owned());
-        self.run(move |heads| heads.seal(&head, &staging)).await
+        self.heads
+            .run(move |heads| heads.seal(&head, &staging))
+            .await
     }
 
     async fn flatten(&self, chain: &Chain, out: &Path) -> Result<(), HostError> {
         let (chain, out) = (chain.clone(), out.to_owned());
-        self.run(move |heads| flatten(heads.layout(), &chain, &out))
+        self.heads
+            .run(move |heads| flatten(heads.layout(), &chain, &out))
             .await
     }
 
     async fn head_usage(&self, head: &HeadId) -> Result<Bytes, HostError> {
         let head = head.clone();
-        self.run(move |heads| fs::allocated(&heads.path(&head)))
+        self.heads
+            .run(move |heads| fs::allocated(&heads.path(&head)))
             .await
     }
 
     async fn list_heads(&self) -> Result<Vec<HeadId>, HostError> {
-        self.run(Heads::list).await
+        self.heads.run(Heads::list).await
     }
 }
 
@@ -169,6 +153,8 @@ fn open(path: &Path, size_max: Bytes) -> Result<Overlay, HostError> {
 }
 
 /// Refuses a chain whose files are not all there and what they should be. Returns its base's image.
+///
+/// The newest layer may be missing: it is still a head while the VMM switches from it.
 fn require_chain(layout: &Layout, chain: &Chain) -> Result<PathBuf, HostError> {
     let Some(base) = &chain.base else {
         return Err(HostError::new(
@@ -178,20 +164,14 @@ fn require_chain(layout: &Layout, chain: &Chain) -> Result<PathBuf, HostError> {
     };
     let image = layout.base_image(base);
     heads::require_image(&image)?;
-    let base_size = std::fs::metadata(&image)
-        .map_err(|error| failed("look at", &image, error))?
-        .len();
-    if chain.size.0 < base_size || !chain.size.0.is_multiple_of(512) {
-        return Err(HostError::new(
-            ErrorKind::Invalid,
-            format!(
-                "a disk of {} bytes over a base of {base_size}: it must be at least as big, and a multiple of 512",
-                chain.size.0
-            ),
-        ));
-    }
-    for layer in &chain.layers {
-        open(&layout.layer_disk(layer), chain.size)?;
+    heads::require_room(&image, fs::length(&image)?, chain.size)?;
+    for (layer, depth) in chain.layers.iter().zip(0..) {
+        match open(&layout.layer_disk(layer), chain.size) {
+            Err(error) if error.kind() == ErrorKind::NotFound && depth == 0 => {}
+            checked => {
+                checked?;
+            }
+        }
     }
     Ok(image)
 }
@@ -213,27 +193,16 @@ fn probe(data: &Path) -> Result<(), HostError> {
 fn flatten(layout: &Layout, chain: &Chain, out: &Path) -> Result<(), HostError> {
     let image = require_chain(layout, chain)?;
     let base = fs::open_file(&image)?;
-    let file = std::fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(out)
-        .map_err(|error| failed("create", out, error))?;
-    let write = || {
-        fs::sparse_copy(&base, &file)
+    fs::create_whole(out, |file| {
+        fs::sparse_copy(&base, file)
             .and_then(|_| file.set_len(chain.size.0))
             .map_err(|error| failed(&format!("copy {} to", image.display()), out, error))?;
         for layer in chain.layers.iter().rev() {
             let path = layout.layer_disk(layer);
             open(&path, chain.size)?
-                .apply(&file)
+                .apply(file)
                 .map_err(|error| error.at(&path))?;
         }
-        file.sync_all().map_err(|error| failed("flush", out, error))
-    };
-    let written = write();
-    if written.is_err() {
-        fs::remove_remains(out);
-    }
-    written
+        Ok(())
+    })
 }

@@ -147,10 +147,11 @@ pub fn write_empty(file: &File, size: u64) -> Result<(), OverlayError> {
     header.extend(0_u64.to_be_bytes()); // compression type, padding
     header.extend(0_u64.to_be_bytes()); // end of the header extensions
 
+    // First the length: file systems reserve room behind what is written at a file's end.
+    file.set_len(clusters as u64 * CLUSTER)?;
     file.write_all_at(&header, 0)?;
     file.write_all_at(&refcount_block.to_be_bytes(), refcount_table)?;
     file.write_all_at(&1_u16.to_be_bytes().repeat(clusters), refcount_block)?;
-    file.set_len(clusters as u64 * CLUSTER)?;
     Ok(())
 }
 
