@@ -1,0 +1,415 @@
+//! A file system to stand on, a store and a driver on it, and disks whose content is known.
+
+use std::fs;
+use std::future::Future;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::process::Command;
+
+use icebox_engine::host::{BlockDevice, Chain, Ensured, LiveFreeze, Store as _, VolumeDriver};
+use icebox_engine::id::{Digest, HeadId, LayerId, SandboxId};
+use icebox_engine::layout::{BASE_IMAGE, Layout, Object};
+use icebox_engine::unit::Bytes;
+use icebox_host::store::FileStore;
+use icebox_host::volume;
+use serde_json::{Value, json};
+
+/// Set in the process that runs inside the private mount namespace; names the directory to work in.
+const INSIDE: &str = "ICEBOX_CONFORMANCE_DIRECTORY";
+/// Bytes of every base. The rest of a larger disk reads as zeros.
+pub(crate) const BASE_SIZE: u64 = 8 << 20;
+/// Bytes of the file systems: the least that mkfs.xfs takes.
+const FILE_SYSTEM_SIZE: u64 = 320 << 20;
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Driver {
+    Qcow2,
+    Reflink,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum FileSystem {
+    Ext4,
+    Xfs,
+    Btrfs,
+}
+
+impl FileSystem {
+    fn make(self, image: &Path) {
+        let (program, options): (_, &[&str]) = match self {
+            Self::Ext4 => ("mkfs.ext4", &["-q", "-F"]),
+            Self::Xfs => ("mkfs.xfs", &["-q"]),
+            Self::Btrfs => ("mkfs.btrfs", &["-q"]),
+        };
+        run(Command::new(program).args(options).arg(image));
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Ext4 => "ext2/3/4",
+            Self::Xfs => "XFS",
+            Self::Btrfs => "btrfs",
+        }
+    }
+}
+
+type Check = fn(&Ground) -> Pin<Box<dyn Future<Output = ()> + '_>>;
+
+/// Runs `check` on a fresh file system in a mount namespace of its own. `test` is the path of the calling test.
+pub(crate) fn on(driver: Driver, file_system: FileSystem, test: &str, check: Check) {
+    if let Ok(directory) = std::env::var(INSIDE) {
+        let ground = Ground::new(driver, file_system, Path::new(&directory));
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            check(&ground).await;
+            ground.assert_clean().await;
+        });
+        drop(runtime);
+        return ground.leave();
+    }
+    assert!(
+        rustix::process::geteuid().is_root(),
+        "mounting a file system needs root"
+    );
+    let directory = tempfile::tempdir().unwrap();
+    // The harness knows its tests without the name of the crate.
+    let test = test.split_once("::").unwrap().1;
+    let status = Command::new("unshare")
+        .args(["--mount", "--propagation", "private"])
+        .arg(std::env::current_exe().unwrap())
+        .args([test, "--exact", "--nocapture"])
+        .env(INSIDE, directory.path())
+        .status()
+        .unwrap();
+    assert!(status.success(), "{driver:?} on {file_system:?}: {status}");
+    assert_no_loop_device(directory.path());
+}
+
+/// No loop device is left on a file in `directory`.
+fn assert_no_loop_device(directory: &Path) {
+    for entry in fs::read_dir("/sys/block").unwrap() {
+        let path = entry.unwrap().path().join("loop/backing_file");
+        if let Ok(backing) = fs::read_to_string(&path) {
+            assert!(
+                !Path::new(backing.trim_end()).starts_with(directory),
+                "{} is still on {backing}",
+                path.display()
+            );
+        }
+    }
+}
+
+/// Runs a tool to its end; its output is part of the failure.
+pub(crate) fn run(command: &mut Command) {
+    let output = command
+        .output()
+        .unwrap_or_else(|error| panic!("{command:?} is needed: {error}"));
+    assert!(
+        output.status.success(),
+        "{command:?}: {}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+pub(crate) struct Ground {
+    pub(crate) file_system: FileSystem,
+    pub(crate) mount: PathBuf,
+    pub(crate) layout: Layout,
+    pub(crate) store: FileStore,
+    pub(crate) driver: Box<dyn VolumeDriver>,
+}
+
+impl Ground {
+    fn new(driver: Driver, file_system: FileSystem, directory: &Path) -> Self {
+        let (image, mount) = (directory.join("image"), directory.join("mount"));
+        fs::File::create(&image)
+            .unwrap()
+            .set_len(FILE_SYSTEM_SIZE)
+            .unwrap();
+        file_system.make(&image);
+        fs::create_dir(&mount).unwrap();
+        run(Command::new("mount")
+            .args(["-o", "loop"])
+            .args([&image, &mount]));
+        let layout = Layout::new(mount.join("data"), directory.join("run"));
+        let store = FileStore::open(layout.clone()).unwrap();
+        let driver: Box<dyn VolumeDriver> = match driver {
+            Driver::Qcow2 => Box::new(volume::Qcow2::new(layout.clone())),
+            Driver::Reflink => Box::new(volume::Reflink::new(layout.clone())),
+        };
+        Self {
+            file_system,
+            mount,
+            layout,
+            store,
+            driver,
+        }
+    }
+
+    /// Nothing is being made or removed any more, and nothing is there that the layout does not know.
+    async fn assert_clean(&self) {
+        assert_eq!(self.store.list_staging().await.unwrap(), []);
+        self.store.empty_trash().await.unwrap();
+        let mut names: Vec<_> = fs::read_dir(self.layout.data())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        assert_eq!(
+            names,
+            [
+                "bases",
+                "format",
+                "kernels",
+                "layers",
+                "lock",
+                "memories",
+                "sandboxes",
+                "staging",
+                "templates",
+                "trash"
+            ]
+        );
+    }
+
+    fn leave(self) {
+        let Self { mount, store, .. } = self;
+        drop(store);
+        run(Command::new("umount").arg(mount));
+    }
+
+    /// Imports a base of [`BASE_SIZE`]: data, zeros that are stored, and holes.
+    pub(crate) async fn base(&self) -> (Digest, Vec<u8>) {
+        let mut content = vec![0; usize::try_from(BASE_SIZE).unwrap()];
+        for (block, bytes) in content.chunks_mut(4096).enumerate() {
+            if block % 7 < 3 {
+                bytes.fill(u8::try_from(block % 250).unwrap() + 1);
+            }
+        }
+        let built = self.layout.data().join("staging/built");
+        let file = fs::File::create(&built).unwrap();
+        file.set_len(BASE_SIZE).unwrap();
+        for (block, bytes) in content.chunks(4096).enumerate() {
+            if block % 7 < 5 {
+                file.write_all_at(bytes, block as u64 * 4096).unwrap();
+            }
+        }
+        let digest = self.store.digest(&built).await.unwrap();
+        let object = Object::Base(digest.clone());
+        self.store.stage(&object).await.unwrap();
+        self.store
+            .move_into_staging(&built, &object, BASE_IMAGE)
+            .await
+            .unwrap();
+        self.store.publish(&object, b"{}").await.unwrap();
+        self.driver.ensure_base(&digest).await.unwrap();
+        assert_eq!(
+            self.driver.ensure_base(&digest).await.unwrap(),
+            Ensured::AlreadyPresent
+        );
+        (digest, content)
+    }
+
+    /// A new sandbox's disk on `chain`, whose content is `content`.
+    pub(crate) async fn disk_on(&self, chain: Chain, content: &[u8]) -> Disk {
+        let sandbox = SandboxId::random();
+        self.store
+            .commit(&Object::Sandbox(sandbox.clone()), b"{}")
+            .await
+            .unwrap();
+        let head = HeadId { sandbox, number: 1 };
+        let mut content = content.to_vec();
+        content.resize(usize::try_from(chain.size.0).unwrap(), 0);
+        assert_eq!(
+            self.driver.ensure_head(&head, &chain).await.unwrap(),
+            Ensured::Created
+        );
+        Disk {
+            head,
+            chain,
+            content,
+        }
+    }
+
+    /// A new sandbox's disk, twice the size of its new base.
+    pub(crate) async fn disk(&self) -> Disk {
+        let (base, content) = self.base().await;
+        let chain = Chain {
+            layers: Vec::new(),
+            base: Some(base),
+            size: Bytes(2 * BASE_SIZE),
+        };
+        self.disk_on(chain, &content).await
+    }
+
+    pub(crate) fn staging(&self, layer: &LayerId) -> PathBuf {
+        self.layout.staging(&Object::Layer(layer.clone()))
+    }
+
+    /// The chain under a head that goes on top of `layer`, which was frozen off `disk`.
+    pub(crate) fn chain_over(&self, layer: &LayerId, disk: &Disk) -> Chain {
+        let mut chain = disk.chain.clone();
+        if self.driver.layers_are_whole() {
+            chain.layers.clear();
+            chain.base = None;
+        }
+        chain.layers.insert(0, layer.clone());
+        chain
+    }
+
+    /// Freezes a disk that nobody has open, up to the layer in staging. May be repeated.
+    pub(crate) async fn freeze_unpublished(&self, disk: &Disk, layer: &LayerId) -> HeadId {
+        let to = HeadId {
+            number: disk.head.number + 1,
+            ..disk.head.clone()
+        };
+        let staging = self
+            .store
+            .staged(&Object::Layer(layer.clone()))
+            .await
+            .unwrap();
+        match self.driver.live_freeze() {
+            LiveFreeze::ByHost(host) => host.freeze(&disk.head, &to, &staging).await.unwrap(),
+            LiveFreeze::ByVmm => {
+                let chain = self.chain_over(layer, disk);
+                self.driver.ensure_head(&to, &chain).await.unwrap();
+                self.driver.attach(&to, &chain).await.unwrap();
+                self.driver.seal(&disk.head, &staging).await.unwrap();
+            }
+        }
+        to
+    }
+
+    /// Freezes a disk that nobody has open. It goes on as a head over the layer, which is returned.
+    pub(crate) async fn freeze(&self, disk: &mut Disk) -> LayerId {
+        let layer = LayerId::random();
+        self.driver.flush(&disk.head).await.unwrap();
+        let to = self.freeze_unpublished(disk, &layer).await;
+        self.store
+            .publish(&Object::Layer(layer.clone()), b"{}")
+            .await
+            .unwrap();
+        disk.chain = self.chain_over(&layer, disk);
+        disk.head = to;
+        layer
+    }
+
+    /// Writes `length` bytes of `byte` at `offset` to the attached disk.
+    pub(crate) async fn write(&self, disk: &mut Disk, offset: u64, length: u64, byte: u8) {
+        self.write_all(disk, &[(offset, length, byte)]).await;
+    }
+
+    pub(crate) async fn write_all(&self, disk: &mut Disk, writes: &[(u64, u64, u8)]) {
+        for (offset, length, byte) in writes {
+            let offset = usize::try_from(*offset).unwrap();
+            let length = usize::try_from(*length).unwrap();
+            disk.content[offset..offset + length].fill(*byte);
+        }
+        match self.driver.attach(&disk.head, &disk.chain).await.unwrap() {
+            BlockDevice::Raw { path } => {
+                let file = fs::OpenOptions::new().write(true).open(path).unwrap();
+                for (offset, length, byte) in writes {
+                    file.write_all_at(&vec![*byte; usize::try_from(*length).unwrap()], *offset)
+                        .unwrap();
+                }
+            }
+            device @ BlockDevice::Qcow2 { .. } => {
+                let mut command = Command::new("qemu-io");
+                for (offset, length, byte) in writes {
+                    command.args(["-c", &format!("write -P {byte} {offset} {length}")]);
+                }
+                run(command.arg(format!("json:{}", blockdev(&device))));
+            }
+        }
+        self.driver.detach(&disk.head).await.unwrap();
+    }
+
+    /// The disk's content as a guest reads it.
+    pub(crate) async fn read(&self, disk: &Disk) -> Vec<u8> {
+        match self.driver.attach(&disk.head, &disk.chain).await.unwrap() {
+            BlockDevice::Raw { path } => fs::read(path).unwrap(),
+            device @ BlockDevice::Qcow2 { .. } => {
+                let out = tempfile::NamedTempFile::new().unwrap();
+                run(Command::new("qemu-img")
+                    .args(["convert", "-O", "raw"])
+                    .arg(format!("json:{}", blockdev(&device)))
+                    .arg(out.path()));
+                fs::read(out.path()).unwrap()
+            }
+        }
+    }
+
+    pub(crate) async fn assert_content(&self, disk: &Disk) {
+        let found = self.read(disk).await;
+        assert_same(&found, &disk.content, &format!("head {}", disk.head));
+    }
+
+    pub(crate) async fn usage(&self, disk: &Disk) -> Bytes {
+        self.driver.head_usage(&disk.head).await.unwrap()
+    }
+
+    /// The content of a layer or base, by way of a flattened copy.
+    pub(crate) async fn flattened(&self, chain: &Chain) -> Vec<u8> {
+        let out = self.mount.join(format!("flat-{}", LayerId::random()));
+        self.driver.flatten(chain, &out).await.unwrap();
+        let content = fs::read(&out).unwrap();
+        fs::remove_file(out).unwrap();
+        content
+    }
+
+    /// Digest and length of every file under every base and layer.
+    pub(crate) async fn immutable(&self) -> Vec<(PathBuf, Digest)> {
+        let mut found = Vec::new();
+        for area in ["bases", "layers"] {
+            for object in fs::read_dir(self.layout.data().join(area)).unwrap() {
+                for file in fs::read_dir(object.unwrap().path()).unwrap() {
+                    let path = file.unwrap().path();
+                    let digest = self.store.digest(&path).await.unwrap();
+                    found.push((path, digest));
+                }
+            }
+        }
+        found.sort();
+        found
+    }
+}
+
+/// A sandbox's disk, and what is on it.
+#[derive(Clone)]
+pub(crate) struct Disk {
+    pub(crate) head: HeadId,
+    pub(crate) chain: Chain,
+    pub(crate) content: Vec<u8>,
+}
+
+/// Compares without printing megabytes.
+pub(crate) fn assert_same(found: &[u8], expected: &[u8], what: &str) {
+    assert_eq!(found.len(), expected.len(), "{what}: length");
+    if found != expected {
+        let differs = found.iter().zip(expected).position(|(a, b)| a != b);
+        let at = differs.unwrap();
+        panic!(
+            "{what}: byte {at:#x} is {} instead of {}",
+            found[at], expected[at]
+        );
+    }
+}
+
+/// A chain as QEMU's tools take it, spelled out: what the files' headers say of other files does not matter.
+pub(crate) fn blockdev(device: &BlockDevice) -> Value {
+    let file = |path: &Path| json!({"driver": "file", "filename": path});
+    match device {
+        BlockDevice::Raw { path } => json!({"driver": "raw", "file": file(path)}),
+        BlockDevice::Qcow2 { head, layers, base } => {
+            let mut below = json!({"driver": "raw", "read-only": true, "file": file(base)});
+            for layer in layers.iter().rev() {
+                below = json!({"driver": "qcow2", "read-only": true, "file": file(layer), "backing": below});
+            }
+            json!({"driver": "qcow2", "file": file(head), "backing": below})
+        }
+    }
+}

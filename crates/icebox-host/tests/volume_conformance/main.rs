@@ -1,0 +1,75 @@
+//! The same checks on every volume driver and every file system that it is meant for.
+//!
+//! Each test makes its own file system in a file and mounts it in a mount namespace of its own: the test process starts
+//! itself again inside `unshare --mount`, so that whatever happens, nothing stays mounted. It ends with a look at what it
+//! left behind. Needs root, loop devices, the `mkfs` of the file system and, for qcow2, `qemu-io`.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod checks;
+mod ground;
+mod live;
+
+/// Makes a test of every check, on each of the places.
+macro_rules! conformance {
+    ($($place:ident: $driver:ident on $file_system:ident,)*) => {
+        $(mod $place {
+            conformance!(@checks $driver on $file_system:
+                inv_03_a_layer_holds_what_was_written_before_the_freeze,
+                inv_09_a_freeze_is_finished_from_wherever_it_stopped,
+                inv_24_heads_go_in_any_order,
+                inv_25_what_is_below_never_changes,
+                inv_26_the_driver_proves_itself_and_leaves_nothing,
+                inv_27_sizes_are_what_is_allocated,
+                inv_28_a_full_file_system_is_a_typed_error_without_remains,
+                inv_33_unfinished_heads_are_listed_and_go,
+                inv_38_forks_share_nothing_they_write,
+                a_flattened_disk_is_equal_sparse_and_independent,
+                a_head_is_made_once_and_keeps_its_content,
+                a_disk_may_be_larger_than_its_base_but_not_smaller,
+                what_is_missing_is_named,
+                a_deep_chain_reads_right,
+            );
+        })*
+    };
+    (@checks $driver:ident on $file_system:ident: $($check:ident,)*) => {
+        $(#[test]
+        fn $check() {
+            crate::ground::on(
+                crate::ground::Driver::$driver,
+                crate::ground::FileSystem::$file_system,
+                concat!(module_path!(), "::", stringify!($check)),
+                |ground| Box::pin(crate::checks::$check(ground)),
+            );
+        })*
+    };
+}
+
+conformance! {
+    qcow2_on_ext4: Qcow2 on Ext4,
+    qcow2_on_xfs: Qcow2 on Xfs,
+    reflink_on_xfs: Reflink on Xfs,
+    reflink_on_btrfs: Reflink on Btrfs,
+}
+
+/// Makes a test of one check in one place.
+macro_rules! only {
+    ($($check:ident: $driver:ident on $file_system:ident,)*) => {
+        $(#[test]
+        fn $check() {
+            ground::on(
+                ground::Driver::$driver,
+                ground::FileSystem::$file_system,
+                concat!(module_path!(), "::", stringify!($check)),
+                |ground| Box::pin(live::$check(ground)),
+            );
+        })*
+    };
+}
+
+only! {
+    inv_03_qemu_switches_to_a_qcow2_head_under_load: Qcow2 on Ext4,
+    inv_25_a_hostile_qcow2_layer_is_refused: Qcow2 on Ext4,
+    inv_03_reflink_freezes_under_an_open_descriptor_on_xfs: Reflink on Xfs,
+    inv_03_reflink_freezes_under_an_open_descriptor_on_btrfs: Reflink on Btrfs,
+    inv_26_reflink_is_refused_on_ext4: Reflink on Ext4,
+}
