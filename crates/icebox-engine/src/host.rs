@@ -23,7 +23,7 @@ use std::sync::Arc;
 
 pub use boxes::{Boxes, Limits, LimitsInForce};
 pub use error::{ErrorKind, HostError};
-pub use guest::{Guest, GuestAddress, Secret, Welcome};
+pub use guest::{Guest, GuestAddress, GuestOrigin, Secret, Welcome};
 pub use kernels::{BootFiles, Kernels};
 pub use network::{Egress, Network, SlotNetwork};
 pub use store::{Store, StoredDocument};

@@ -5,6 +5,7 @@ mod blocking;
 pub mod boxes;
 pub mod cgroup;
 pub mod fs;
+pub mod guest;
 pub mod guest_image;
 pub mod instance;
 pub mod launcher;

@@ -51,6 +51,17 @@ impl fmt::Debug for Secret {
     }
 }
 
+/// What a guest was just before it is welcomed. Clock and entropy are set whatever it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuestOrigin {
+    /// Nothing: its kernel has just started.
+    Boot,
+    /// The same sandbox, paused.
+    Resume,
+    /// Another sandbox: its machine-id changes (INV-37).
+    Fork,
+}
+
 /// What a guest is told before anything else runs in it: who it is now.
 #[derive(Clone, Debug)]
 pub struct Welcome {
@@ -67,9 +78,8 @@ pub struct Welcome {
     pub hostname: String,
     /// Variables for every later command.
     pub env: BTreeMap<String, String>,
-    /// Whether this guest was another sandbox when it was captured: if so its machine-id changes and connections
-    /// from before are reset (INV-37). Clock and entropy are set after every start.
-    pub new_identity: bool,
+    /// What the guest was a moment ago.
+    pub origin: GuestOrigin,
 }
 
 /// Talks to agents.

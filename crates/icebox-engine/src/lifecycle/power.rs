@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::deadline::{self, within};
 use crate::error::Error;
 use crate::event::Steps;
-use crate::host::{LaunchPlan, Limits, Machine, Secret, Start, Welcome};
+use crate::host::{GuestOrigin, LaunchPlan, Limits, Machine, Secret, Start, Welcome};
 use crate::manifest::v1::{Hold, Rest};
 use crate::sandbox::{Life, Sandbox};
 
@@ -107,8 +107,8 @@ impl Sandbox {
         Ok(())
     }
 
-    /// What the guest is told first. `new_identity`: it was another sandbox when it was captured, or never any.
-    pub(super) fn welcome(&self, current_token: Secret, new_identity: bool) -> Welcome {
+    /// What the guest is told first.
+    pub(super) fn welcome(&self, current_token: Secret, origin: GuestOrigin) -> Welcome {
         let record = self.record();
         Welcome {
             current_token,
@@ -120,7 +120,7 @@ impl Sandbox {
                 .as_ref()
                 .map_or_else(|| record.id.to_string(), ToString::to_string),
             env: record.spec.env.clone(),
-            new_identity,
+            origin,
         }
     }
 }

@@ -14,7 +14,7 @@ use jiff::Timestamp;
 use crate::deadline::{self, within};
 use crate::error::Error;
 use crate::event::Steps;
-use crate::host::{MemorySource, Start};
+use crate::host::{GuestOrigin, MemorySource, Start};
 use crate::id::{GenerationNo, LayerId, MemoryId, Name};
 use crate::layout::{DEVICE_STATE, MEMORY_BASE, MEMORY_DIFF, Object};
 use crate::lifecycle::power::power_holds;
@@ -91,7 +91,12 @@ impl Sandbox {
 
         let object = Object::Generation(self.id().clone(), number);
         let device_state = self.shared.host.store.path(&object, DEVICE_STATE);
-        let welcome = self.welcome(capture.token, capture.sandbox != *self.id());
+        let origin = if capture.sandbox == *self.id() {
+            GuestOrigin::Resume
+        } else {
+            GuestOrigin::Fork
+        };
+        let welcome = self.welcome(capture.token, origin);
         let machine = self
             .power_on(
                 Start::Restore {

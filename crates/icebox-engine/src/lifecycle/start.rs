@@ -9,7 +9,7 @@ use std::sync::Arc;
 use crate::deadline::{self, within};
 use crate::error::Error;
 use crate::event::Steps;
-use crate::host::{Secret, Start};
+use crate::host::{GuestOrigin, Secret, Start};
 use crate::lifecycle::power::power_holds;
 use crate::manifest::v1::Machine;
 use crate::phase::{Step, Verb};
@@ -54,7 +54,7 @@ impl Sandbox {
         .await?;
 
         let token = Secret::random();
-        let welcome = self.welcome(token.clone(), true);
+        let welcome = self.welcome(token.clone(), GuestOrigin::Boot);
         let start = Start::Boot {
             kernel: files.kernel,
             initramfs: files.initramfs,

@@ -38,6 +38,7 @@ fn a_debian_image_is_what_a_sandbox_expects() {
     assert!(!debugfs(&image, "ls /var/cache/apt/archives").contains(".deb"));
     assert!(!debugfs(&image, "ls /run").contains("icebox"));
     assert!(!debugfs(&image, "ls /etc/dpkg/dpkg.cfg.d").contains("mmdebstrap"));
+    assert!(!debugfs(&image, "ls /etc/apt/apt.conf.d").contains("mmdebstrap"));
     assert!(cat("/etc/apt/sources.list").contains(" bookworm main"));
     let left = cat("/etc/apt/sources.list");
     assert!(!left.contains('@'), "credentials of a mirror: {left}");

@@ -26,13 +26,7 @@ fn debians_kernel_comes_with_its_drivers_in_load_order() {
         .iter()
         .map(|name| &name[4..])
         .collect();
-    let place = |name: &str| {
-        names
-            .iter()
-            .position(|have| *have == name)
-            .unwrap_or_else(|| panic!("no {name}"))
-    };
-    assert!(place("virtio_ring.ko") < place("virtio.ko"), "{names:?}");
+    let place = |name: &str| names.iter().position(|have| *have == name);
     for driver in [
         "virtio_mmio.ko",
         "virtio_blk.ko",
@@ -40,8 +34,11 @@ fn debians_kernel_comes_with_its_drivers_in_load_order() {
         "virtio-rng.ko",
         "virtio_balloon.ko",
     ] {
-        assert!(place("virtio.ko") < place(driver), "{names:?}");
+        let driver = place(driver).unwrap_or_else(|| panic!("no {driver} in {names:?}"));
+        // Some releases have the bus itself built in: then there is no module, which sorts before all others.
+        assert!(place("virtio.ko") < Some(driver), "{names:?}");
     }
+    assert!(place("virtio_ring.ko") <= place("virtio.ko"), "{names:?}");
     assert!(
         place("net_failover.ko") < place("virtio_net.ko"),
         "{names:?}"

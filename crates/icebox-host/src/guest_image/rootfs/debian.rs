@@ -27,6 +27,7 @@ const CACHE_BYTES: u64 = 1 << 30;
 const PROBLEMS: usize = 12;
 
 const SETUP_HOOK: &str = include_str!("debian_setup.sh");
+const EXTRACT_HOOK: &str = include_str!("debian_extract.sh");
 const CUSTOMIZE_HOOK: &str = include_str!("debian_customize.sh");
 
 /// A release and the packages to take from it; names checked.
@@ -76,6 +77,8 @@ impl<'a> Release<'a> {
         let cache = places.cache.join("apt");
         make_private_dir(&cache)?;
         let mirrors = Mirrors::of_host(self.suite)?;
+        let options = tree.with_extension("apt.conf");
+        fs::write(&options, network_options()?).at("write", &options)?;
         let mut tool = Tool::with_descendants("mmdebstrap")
             .args([
                 "--verbose",
@@ -88,9 +91,12 @@ impl<'a> Release<'a> {
             // A tree that a crash makes worthless needs no fsync for each of its files: half the time of a build. The
             // customise hook takes the option out again.
             .arg("--dpkgopt=force-unsafe-io")
+            .arg(format!("--aptopt={}", options.display()))
             .arg(format!("--setup-hook={SETUP_HOOK}"))
+            .arg(format!("--extract-hook={EXTRACT_HOOK}"))
             .arg(format!("--customize-hook={CUSTOMIZE_HOOK}"))
             .env("ICEBOX_DEB_CACHE", &cache)
+            .env("ICEBOX_INCLUDE", self.include.join(" "))
             .env("ICEBOX_MIRROR", mirrors.main.unwrap_or_default())
             .env(
                 "ICEBOX_SECURITY_MIRROR",
@@ -179,6 +185,31 @@ impl Log {
 fn newly_installed(line: &str) -> Option<u64> {
     let (_, rest) = line.split_once(" upgraded, ")?;
     rest.split_once(" newly installed")?.0.parse().ok()
+}
+
+/// How this machine's apt reaches the network and how strict it is about time, as a configuration file: mmdebstrap's apt
+/// reads nothing of the host's by itself. A file and not an argument, for a proxy may have a password.
+fn network_options() -> Result<String, ImageError> {
+    let dump = Tool::new("apt-config")
+        .args(["dump", "--format", "%F \"%v\";%n"])
+        .run()?
+        .success()?;
+    Ok(keep_network_options(&dump.text()))
+}
+
+fn keep_network_options(dump: &str) -> String {
+    const KEPT: [&str; 6] = [
+        "Acquire::http::",
+        "Acquire::https::",
+        "Acquire::Check-Valid-Until ",
+        "Acquire::Check-Date ",
+        "Acquire::Retries ",
+        "Acquire::ForceIP",
+    ];
+    dump.lines()
+        .filter(|line| KEPT.iter().any(|start| line.starts_with(start)))
+        .flat_map(|line| [line, "\n"])
+        .collect()
 }
 
 /// The mirrors this machine takes Debian from; `None` leaves mmdebstrap's default.
@@ -300,6 +331,17 @@ mod tests {
         assert_eq!(
             Release::new("bookworm", &a).unwrap().identity(),
             Release::new("bookworm", &b).unwrap().identity()
+        );
+    }
+
+    #[test]
+    fn only_what_reaches_the_network_is_taken_from_the_hosts_apt() {
+        let dump = "APT::Architecture \"amd64\";\nAcquire::http::Proxy \"http://p.example:3128\";\n\
+                    DPkg::Post-Invoke:: \"rm -f x\";\nAcquire::Check-Valid-Until \"false\";\n\
+                    Acquire::Languages \"none\";\n";
+        assert_eq!(
+            keep_network_options(dump),
+            "Acquire::http::Proxy \"http://p.example:3128\";\nAcquire::Check-Valid-Until \"false\";\n"
         );
     }
 

@@ -1,0 +1,244 @@
+//! The engine's way to guests: the agent's host-only calls, over the slot's address.
+//!
+//! Readiness is a round trip, and the wait for it is the last part of every create and resume. So nothing here sleeps
+//! for longer than 2 ms, and no wait depends on TCP's own timers: a guest that boots loses the first SYNs, and the
+//! kernel would send the next one only a second later.
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use async_trait::async_trait;
+use icebox_agent_api::client::{AgentClient, AgentError, Connector, IoStream};
+use icebox_agent_api::control::{Identity, Init, Origin, Prepare};
+use icebox_agent_api::{AGENT_PORT, Token};
+use icebox_engine::host::{
+    ErrorKind, Guest, GuestAddress, GuestOrigin, HostError, Secret, Welcome,
+};
+use icebox_engine::id::SandboxId;
+use sha2::{Digest as _, Sha256};
+use tokio::net::TcpStream;
+use tokio::time::{sleep, timeout};
+
+/// How long one connection attempt waits for the guest's answer. An answer over a tap takes well under a millisecond;
+/// an emulated guest that is busy starting takes longer.
+const CONNECT: Duration = Duration::from_millis(20);
+/// Between attempts that were refused at once.
+const BETWEEN: Duration = Duration::from_millis(2);
+/// How long one welcome may take once the agent has been reached: identity, clock, entropy, closing connections.
+const WELCOME: Duration = Duration::from_secs(10);
+/// How long the guest may prepare for a capture. The engine gives up a moment later (INV-05).
+const PREPARE: Duration = Duration::from_millis(4500);
+/// Random bytes that a guest is given: the size of the kernel's own seed, twice.
+const ENTROPY: usize = 64;
+/// The status of a request with a token that is not in force.
+const UNAUTHORIZED: u16 = 401;
+
+/// Talks to agents at their sandboxes' addresses.
+#[derive(Debug, Default)]
+pub struct AgentGuests;
+
+/// Connects again and again, until the guest is there.
+struct Patient(SocketAddr);
+
+impl fmt::Debug for Patient {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Patient({})", self.0)
+    }
+}
+
+impl Connector for Patient {
+    fn connect(&self) -> Pin<Box<dyn Future<Output = io::Result<Box<dyn IoStream>>> + Send + '_>> {
+        Box::pin(async {
+            loop {
+                match timeout(CONNECT, TcpStream::connect(self.0)).await {
+                    Ok(Ok(stream)) => {
+                        stream.set_nodelay(true)?;
+                        return Ok(Box::new(stream) as Box<dyn IoStream>);
+                    }
+                    // Nobody listens yet, or there is no way to the guest yet.
+                    Ok(Err(_)) => sleep(BETWEEN).await,
+                    Err(_) => {}
+                }
+            }
+        })
+    }
+}
+
+fn client(at: GuestAddress, token: &Secret) -> AgentClient {
+    let address = SocketAddr::from((at.ip, AGENT_PORT));
+    AgentClient::new(Patient(address)).with_token(&Token::new(token.expose()))
+}
+
+/// 128 bits that belong to one sandbox for ever, machine-id(5): the same after a resume, another in a fork.
+fn machine_id(sandbox: &SandboxId) -> String {
+    let digest = Sha256::digest(sandbox.as_str());
+    digest[..16]
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
+fn init(welcome: &Welcome) -> Result<Init, HostError> {
+    let failed =
+        |what: &str| HostError::new(ErrorKind::Other, format!("welcome the guest: {what}"));
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_err(|_| failed("the host's clock is before 1970"))?;
+    let mut entropy = vec![0; ENTROPY];
+    let filled = rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty());
+    if filled != Ok(ENTROPY) {
+        return Err(failed("the host has no random bytes"));
+    }
+    Ok(Init {
+        origin: match welcome.origin {
+            GuestOrigin::Boot => Origin::Boot,
+            GuestOrigin::Resume => Origin::Resume,
+            GuestOrigin::Fork => Origin::Fork,
+        },
+        identity: Identity {
+            sandbox_id: welcome.sandbox.to_string(),
+            template_id: welcome.template.clone(),
+            hostname: welcome.hostname.clone(),
+            machine_id: machine_id(&welcome.sandbox),
+        },
+        access_token: Some(Token::new(welcome.token.expose())),
+        env: welcome.env.clone(),
+        clock_unix_ns: u64::try_from(now.as_nanos()).map_err(|_| failed("it is after 2554"))?,
+        entropy,
+        default_user: None,
+        default_workdir: None,
+        close_connections: welcome.origin != GuestOrigin::Boot,
+    })
+}
+
+fn failed(error: AgentError) -> HostError {
+    let kind = match &error {
+        AgentError::Unreachable { .. } => ErrorKind::Gone,
+        AgentError::TimedOut { .. } => ErrorKind::Timeout,
+        _ => ErrorKind::Other,
+    };
+    HostError::new(kind, "talk to the guest's agent").caused_by(error)
+}
+
+#[async_trait]
+impl Guest for AgentGuests {
+    async fn welcome(&self, at: GuestAddress, welcome: &Welcome) -> Result<(), HostError> {
+        // The answer to an attempt that was carried out may have been lost: then the new token is in force already.
+        let tokens = [&welcome.current_token, &welcome.token];
+        let mut refused = 0;
+        loop {
+            let attempt = client(at, tokens[refused % tokens.len()]);
+            match attempt.init(&init(welcome)?, WELCOME).await {
+                Ok(report) => {
+                    if !report.problems.is_empty() {
+                        tracing::warn!(sandbox = %welcome.sandbox, problems = ?report.problems, "the guest is welcome, but not as it should be");
+                    }
+                    return Ok(());
+                }
+                Err(error) if error.status() == Some(UNAUTHORIZED) => {
+                    refused += 1;
+                    if refused == tokens.len() {
+                        return Err(failed(error));
+                    }
+                }
+                Err(AgentError::Unreachable { .. } | AgentError::TimedOut { .. }) => {
+                    sleep(BETWEEN).await;
+                }
+                Err(error) => return Err(failed(error)),
+            }
+        }
+    }
+
+    async fn prepare(&self, at: GuestAddress, token: &Secret) -> Result<(), HostError> {
+        quiesce(at, token, true).await
+    }
+
+    async fn sync(&self, at: GuestAddress, token: &Secret) -> Result<(), HostError> {
+        quiesce(at, token, false).await
+    }
+}
+
+/// Syncs the guest; for a capture, also makes what is captured small.
+async fn quiesce(at: GuestAddress, token: &Secret, small: bool) -> Result<(), HostError> {
+    let timeout_ms = u32::try_from(PREPARE.as_millis()).unwrap_or(u32::MAX);
+    let prepare = Prepare {
+        sync: true,
+        drop_caches: small,
+        trim: small,
+        timeout_ms,
+    };
+    let report = client(at, token)
+        .prepare(&prepare, PREPARE)
+        .await
+        .map_err(failed)?;
+    tracing::debug!(address = %at.ip, ?report, "the guest prepared");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn inv_37_a_machine_id_belongs_to_one_sandbox() {
+        let (one, other) = (SandboxId::random(), SandboxId::random());
+        assert_eq!(machine_id(&one), machine_id(&one));
+        assert_ne!(machine_id(&one), machine_id(&other));
+        assert_eq!(machine_id(&one).len(), 32);
+    }
+
+    fn welcome(origin: GuestOrigin) -> Welcome {
+        Welcome {
+            current_token: Secret::random(),
+            token: Secret::random(),
+            sandbox: SandboxId::random(),
+            template: "t".into(),
+            hostname: "box".into(),
+            env: BTreeMap::new(),
+            origin,
+        }
+    }
+
+    #[test]
+    fn inv_37_every_welcome_carries_other_random_bytes_and_the_time() {
+        let welcome = welcome(GuestOrigin::Fork);
+        let (first, second) = (init(&welcome).unwrap(), init(&welcome).unwrap());
+        assert_ne!(first.entropy, second.entropy);
+        assert!(second.clock_unix_ns >= first.clock_unix_ns);
+        assert!(first.close_connections);
+        assert!(
+            !init(&self::welcome(GuestOrigin::Boot))
+                .unwrap()
+                .close_connections
+        );
+    }
+
+    #[tokio::test]
+    async fn a_connection_is_made_as_soon_as_somebody_listens() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        drop(listener);
+        let connecting = tokio::spawn(async move {
+            let mut stream = Patient(address).connect().await.unwrap();
+            stream.write_all(b"hello").await.unwrap();
+        });
+        tokio::task::yield_now().await;
+        let listener = TcpListener::bind(address).await.unwrap();
+        let (mut stream, _) = timeout(Duration::from_secs(5), listener.accept())
+            .await
+            .unwrap()
+            .unwrap();
+        let mut said = [0; 5];
+        stream.read_exact(&mut said).await.unwrap();
+        assert_eq!(&said, b"hello");
+        connecting.await.unwrap();
+    }
+}
