@@ -82,8 +82,7 @@ pub fn places() -> Places {
 pub fn kernel() -> Result<Kernel, FixtureError> {
     let _lock = lock("kernel")?;
     let places = places();
-    let current = |kernel: &Kernel| kernel.is_current();
-    if let Some(kernel) = kernel::list(&places)?.into_iter().find(current) {
+    if let Some(kernel) = kernel::list(&places)?.pop() {
         return Ok(kernel);
     }
     Ok(kernel::fetch(&places, DEFAULT_PACKAGE, &Silent)?)

@@ -14,6 +14,7 @@
 use std::{
     fs,
     io::{self, Write},
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
 };
 
@@ -59,6 +60,7 @@ pub fn ensure(kernel: &Kernel, agent: &Path) -> Result<Initramfs, ImageError> {
     let path = kernel.dir().join(format!("initramfs-{agent}.cpio"));
     // An older version of this code may have made another archive of the same two; the bytes decide.
     if fs::read(&path).is_ok_and(|there| there == archive) {
+        fs::set_permissions(&path, readable()).at("set the mode of", &path)?;
         return Ok(Initramfs {
             digest,
             agent,
@@ -68,6 +70,7 @@ pub fn ensure(kernel: &Kernel, agent: &Path) -> Result<Initramfs, ImageError> {
     let mut file =
         tempfile::NamedTempFile::new_in(kernel.dir()).at("make a file in", kernel.dir())?;
     file.write_all(&archive)
+        .and_then(|()| file.as_file().set_permissions(readable()))
         .and_then(|()| file.as_file().sync_all())
         .at("write", file.path())?;
     file.persist(&path)
@@ -79,6 +82,11 @@ pub fn ensure(kernel: &Kernel, agent: &Path) -> Result<Initramfs, ImageError> {
         agent,
         path,
     })
+}
+
+/// VMMs open it by path, each as a uid of its own; what keeps others away is the data directory.
+fn readable() -> fs::Permissions {
+    fs::Permissions::from_mode(0o444)
 }
 
 /// Writes the archive. `modules` are (file name, content) in load order.

@@ -9,12 +9,12 @@
 //!   initramfs-<agent>.cpio       made when first asked for, one per agent
 //! ```
 //!
-//! The digest covers the image, the modules and what they were chosen for, so the same package gives the same kernel on
-//! every host.
+//! The digest covers the image and the modules, so the same package gives the same kernel on every host.
 
 use std::{
     fs::{self, File},
     io::{self, Read, Seek, SeekFrom},
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
 };
 
@@ -61,9 +61,6 @@ pub struct KernelInfo {
     pub source: KernelSource,
     /// File names below `modules/`, in load order.
     pub modules: Vec<String>,
-    /// The drivers that were looked for when its modules were chosen; empty if there were no modules to choose from.
-    #[serde(default)]
-    pub drivers: Vec<String>,
 }
 
 /// How the image is packed.
@@ -133,11 +130,6 @@ impl Kernel {
     #[must_use]
     pub fn image(&self) -> PathBuf {
         self.dir.join(IMAGE)
-    }
-
-    /// Whether its modules were chosen for what a guest needs today.
-    pub(super) fn is_current(&self) -> bool {
-        self.info.drivers == ModuleTree::wanted()
     }
 
     /// Its modules, in load order.
@@ -228,7 +220,7 @@ pub fn fetch(
         };
         if let Some(here) = list(places)?
             .into_iter()
-            .find(|kernel| kernel.info.source == source && kernel.is_current())
+            .find(|kernel| kernel.info.source == source)
         {
             return Ok(here);
         }
@@ -313,30 +305,33 @@ fn add(
     source: KernelSource,
 ) -> Result<Kernel, ImageError> {
     let (format, release) = inspect(image)?;
-    let (modules, drivers) = match modules {
+    let modules = match modules {
         Some(dir) => {
             // An ELF does not tell its release; the directory of its modules is called by it.
             let of_dir = dir
                 .file_name()
                 .map(|name| name.to_string_lossy().into_owned())
                 .unwrap_or_default();
-            let release = if release.is_empty() {
-                &of_dir
-            } else {
-                &release
-            };
-            let modules = ModuleTree::open(dir, release)?.for_guest()?;
-            (modules, ModuleTree::wanted())
+            ModuleTree::open(
+                dir,
+                if release.is_empty() {
+                    &of_dir
+                } else {
+                    &release
+                },
+            )?
+            .for_guest()?
         }
-        None => (Vec::new(), Vec::new()),
+        None => Vec::new(),
     };
     make_private_dir(&places.kernels)?;
     let staged = places.stage("kernel")?;
     let image_copy = staged.path().join(IMAGE);
-    fs::copy(image, &image_copy).at("copy the kernel image to", &image_copy)?;
+    // Readable by everybody, as an initramfs is: some distributions' kernels are not.
+    fs::copy(image, &image_copy)
+        .and_then(|_| fs::set_permissions(&image_copy, PermissionsExt::from_mode(0o444)))
+        .at("copy the kernel image to", &image_copy)?;
     let mut identity = format!("{IMAGE} {}\n", digest_of_file(&image_copy, &super::Silent)?);
-    // The same modules chosen for other needs are another kernel: its manifest says so.
-    identity += &format!("for {}\n", drivers.join(","));
     let module_dir = staged.path().join(MODULES);
     make_private_dir(&module_dir)?;
     let mut names = Vec::new();
@@ -352,7 +347,6 @@ fn add(
         format,
         source,
         modules: names,
-        drivers,
     };
     let header = Header {
         format: FORMAT,

@@ -7,6 +7,7 @@ use std::process::Child;
 use std::sync::Arc;
 
 use icebox_engine::host::{ProcessIdentity, Removed};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
 };
@@ -134,6 +135,14 @@ impl Process {
             Err(rustix::io::Errno::SRCH) => Ok(Removed::AlreadyAbsent),
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Whether it has ended.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        let mut pidfd = [PollFd::new(self.pidfd.get_ref(), PollFlags::IN)];
+        // A failure to ask is not an end.
+        poll(&mut pidfd, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
     }
 
     /// Completes when it has ended: its files are closed and its memory is gone.

@@ -7,7 +7,6 @@ use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -25,7 +24,7 @@ use tokio::sync::watch;
 
 use super::command::{CONSOLE, FDSET_INCOMING, FDSET_SAVE, SOCKET, STDERR};
 use super::console;
-use super::disk::{self, DISK_DEVICE};
+use super::disk::{self, DISK_DEVICE, DiskFile};
 use super::qmp::{BlockdevAdd, QUICK, Qmp, QmpError};
 use crate::blocking::blocking;
 use crate::launcher::{Ended, Process};
@@ -68,7 +67,7 @@ impl Outputs {
 pub(super) struct QemuMachine {
     sandbox: SandboxId,
     process: Process,
-    qmp: Arc<Qmp>,
+    qmp: Qmp,
     exit: watch::Receiver<Option<ExitReason>>,
 }
 
@@ -81,19 +80,19 @@ impl QemuMachine {
         outputs: Outputs,
         layout: &Layout,
     ) -> Self {
-        let qmp = Arc::new(Qmp::new(layout.vm(sandbox).join(SOCKET)));
+        let qmp = Qmp::new(layout.vm(sandbox).join(SOCKET));
         let (sender, exit) = watch::channel(None);
         tokio::spawn(console::keep_log(
             outputs.console,
             process.clone(),
             layout.console_log(sandbox),
         ));
-        let (watched, monitor) = (process.clone(), Arc::clone(&qmp));
+        let (watched, announced) = (process.clone(), qmp.announced());
         tokio::spawn(async move {
             let last_words = console::keep_tail(outputs.stderr, watched.clone()).await;
             let ended = watched.ended().await;
             sender.send_replace(Some(ExitReason {
-                by_guest: monitor.guest_ended().await,
+                by_guest: announced.guest_ended().await,
                 detail: describe(ended, &last_words),
             }));
         });
@@ -470,6 +469,46 @@ impl QemuMachine {
             .ok_or_else(|| self.error(ErrorKind::Other, "it has no disk"))
     }
 
+    /// Puts a new head over the active node.
+    async fn put_on(&self, head: &DiskFile<'_>, active: String) -> Result<(), HostError> {
+        let open = |write: bool| {
+            OpenOptions::new()
+                .read(true)
+                .write(write)
+                .open(head.path)
+                .map(OwnedFd::from)
+                .map_err(|error| {
+                    HostError::io(format!("open new head {}", head.path.display()), error)
+                })
+        };
+        let (read, write) = (open(false)?, open(true)?);
+        self.add_fd(head.fdset, &format!("{}-r", head.node), read)
+            .await?;
+        self.add_fd(head.fdset, &format!("{}-w", head.node), write)
+            .await?;
+        let node = BlockdevAdd(disk::detached_node(head));
+        self.qmp.execute(node, QUICK).await?;
+        let command = qmp::blockdev_snapshot(qmp::BlockdevSnapshot {
+            node: active,
+            overlay: head.node.clone(),
+        });
+        self.qmp.execute(command, SWITCH_DEADLINE).await?;
+        Ok(())
+    }
+
+    /// Removes what an attempt to put a head on has left in QEMU. What is in use after all, QEMU keeps.
+    async fn take_off(&self, head: &DiskFile<'_>) {
+        let node = qmp::blockdev_del {
+            node_name: head.node.clone(),
+        };
+        if let Err(error) = self.qmp.execute(node, QUICK).await {
+            tracing::debug!(sandbox = %self.sandbox, %error, "no node to remove");
+        }
+        if let Err(error) = self.remove_fdset(head.fdset).await {
+            tracing::debug!(sandbox = %self.sandbox, %error, "no descriptors to remove");
+        }
+    }
+
     /// Removes the read-write descriptors that no node under the active one needs any more.
     async fn drop_writable(&self, active: &str) -> Result<(), HostError> {
         let keep = format!("{active}-w");
@@ -503,28 +542,11 @@ impl DiskSwitch for QemuMachine {
             .unwrap_or_default()
             + 1;
         let head = disk::head(to, next);
-        if active != head.node {
-            let open = |write: bool| {
-                OpenOptions::new()
-                    .read(true)
-                    .write(write)
-                    .open(head.path)
-                    .map(OwnedFd::from)
-                    .map_err(|error| {
-                        HostError::io(format!("open new head {}", head.path.display()), error)
-                    })
-            };
-            let (read, write) = (open(false)?, open(true)?);
-            self.add_fd(next, &format!("{}-r", head.node), read).await?;
-            self.add_fd(next, &format!("{}-w", head.node), write)
-                .await?;
-            let node = BlockdevAdd(disk::detached_node(&head));
-            self.qmp.execute(node, QUICK).await?;
-            let command = qmp::blockdev_snapshot(qmp::BlockdevSnapshot {
-                node: active,
-                overlay: head.node.clone(),
-            });
-            self.qmp.execute(command, SWITCH_DEADLINE).await?;
+        if active != head.node
+            && let Err(error) = self.put_on(&head, active).await
+        {
+            self.take_off(&head).await;
+            return Err(error);
         }
         self.drop_writable(&head.node).await
     }

@@ -129,21 +129,23 @@ impl Qemu {
         &self,
         sandbox: &SandboxId,
         recorded: Option<&ProcessIdentity>,
-    ) -> io::Result<Vec<Process>> {
+    ) -> Result<Vec<Process>, HostError> {
+        let failed = |error| HostError::io(format!("find the VMM of sandbox {sandbox}"), error);
         let mut identities: Vec<ProcessIdentity> = recorded.into_iter().cloned().collect();
-        identities.extend(read_pid_file(&self.layout.vm(sandbox).join(PID_FILE))?);
-        for pid in self.boxes.pids(sandbox)? {
+        let pid_file = self.layout.vm(sandbox).join(PID_FILE);
+        identities.extend(read_pid_file(&pid_file).map_err(failed)?);
+        for pid in self.boxes.cgroups().pids(sandbox)? {
             match crate::launcher::identity_of(pid) {
                 Ok(identity) => identities.push(identity),
                 // It ended while we looked.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(error),
+                Err(error) => return Err(failed(error)),
             }
         }
         let mut found: Vec<Process> = Vec::new();
         for identity in identities {
             if found.iter().all(|process| *process.identity() != identity) {
-                found.extend(Process::find(&identity)?);
+                found.extend(Process::find(&identity).map_err(failed)?);
             }
         }
         Ok(found)
@@ -176,7 +178,7 @@ impl Qemu {
             plan,
             runtime,
             self.boxes.uid(plan.slot),
-            self.boxes.cgroup_procs(&plan.sandbox),
+            self.boxes.cgroups().join_files(&plan.sandbox),
         );
         let process = self.launcher.launch(&spec).await?;
         Ok(QemuMachine::watch(
@@ -247,7 +249,8 @@ impl Vmm for Qemu {
         recorded: Option<&ProcessIdentity>,
     ) -> Result<Option<Arc<dyn Machine>>, HostError> {
         let failed = |error| HostError::io(format!("find the VMM of sandbox {sandbox}"), error);
-        let mut found = self.candidates(sandbox, recorded).map_err(failed)?;
+        let mut found = self.candidates(sandbox, recorded)?;
+        found.retain(|process| !process.has_ended());
         let Some(process) = found.pop() else {
             return Ok(None);
         };
@@ -273,7 +276,7 @@ impl Vmm for Qemu {
         recorded: Option<&ProcessIdentity>,
     ) -> Result<Removed, HostError> {
         let failed = |error| HostError::io(format!("kill the VMM of sandbox {sandbox}"), error);
-        let found = self.candidates(sandbox, recorded).map_err(failed)?;
+        let found = self.candidates(sandbox, recorded)?;
         for process in &found {
             self.end(process).await?;
         }

@@ -30,6 +30,9 @@ use tokio::time::{Instant, timeout_at};
 /// Longest message that is accepted. The largest real ones (block nodes of a long chain) are a few hundred KiB.
 const LINE_BYTES_MAX: usize = 8 << 20;
 
+/// Between attempts to get into QEMU's queue of clients: the system does not tell when there is room.
+const QUEUE_PAUSE: Duration = Duration::from_millis(2);
+
 /// How long QEMU may take to answer anything that only looks at or flips a state.
 pub(super) const QUICK: Duration = Duration::from_secs(3);
 
@@ -128,6 +131,17 @@ impl Drop for Connection {
     }
 }
 
+impl Announced {
+    /// Whether QEMU said that the guest asked for its end. Reads what it said last: call it when the process has ended.
+    pub(super) async fn guest_ended(&self) -> bool {
+        // The socket of a dead process ends, so this takes no longer than reading what is left in it.
+        let mut connections = self.connections.subscribe();
+        let _drained_or_timeout =
+            tokio::time::timeout(QUICK, connections.wait_for(|open| *open == 0)).await;
+        self.guest_ended.load(Ordering::Acquire)
+    }
+}
+
 impl Qmp {
     /// The monitor that listens at `path`. Connects on first use.
     pub(super) fn new(path: PathBuf) -> Self {
@@ -142,13 +156,9 @@ impl Qmp {
         }
     }
 
-    /// Whether QEMU said that the guest asked for its end. Reads what it said last: call it when the process has ended.
-    pub(super) async fn guest_ended(&self) -> bool {
-        // The socket of a dead process ends, so this takes no longer than reading what is left in it.
-        let mut connections = self.announced.connections.subscribe();
-        let _drained_or_timeout =
-            tokio::time::timeout(QUICK, connections.wait_for(|open| *open == 0)).await;
-        self.announced.guest_ended.load(Ordering::Acquire)
+    /// What QEMU says unasked while there is a connection.
+    pub(super) fn announced(&self) -> Arc<Announced> {
+        Arc::clone(&self.announced)
     }
 
     /// How far the loading of device state is, as QEMU tells without being asked.
@@ -222,7 +232,7 @@ impl Qmp {
 
 impl Connection {
     async fn open(path: &Path, announced: &Arc<Announced>) -> io::Result<Self> {
-        let stream = Arc::new(UnixStream::connect(path).await?);
+        let stream = Arc::new(connect(path).await?);
         let outgoing = Arc::new(Mutex::new(Vec::new()));
         let half = || Half {
             stream: Arc::clone(&stream),
@@ -239,6 +249,18 @@ impl Connection {
             outgoing,
             events,
         })
+    }
+}
+
+/// Connects; waits for room in QEMU's queue of clients, which has one place.
+async fn connect(path: &Path) -> io::Result<UnixStream> {
+    loop {
+        match UnixStream::connect(path).await {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                tokio::time::sleep(QUEUE_PAUSE).await;
+            }
+            other => return other,
+        }
     }
 }
 
