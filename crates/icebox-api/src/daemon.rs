@@ -19,7 +19,7 @@ use crate::types::{
 /// A stream that a response is made of.
 pub type BoxStream<T> = Pin<Box<dyn Stream<Item = T> + Send>>;
 
-/// Behind the routes. References are what a user typed: a name, an id or a unique prefix of either.
+/// Behind the routes. References are what a user typed: a name, an id or a unique prefix of an id.
 ///
 /// The routes run every method to its end when the client goes away (INV-20), except that they drop the streams: a
 /// build or an import whose stream is dropped is cancelled.

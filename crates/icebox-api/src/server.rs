@@ -22,6 +22,7 @@ use axum::routing::{delete, get, post};
 use tokio_util::task::TaskTracker;
 
 use crate::key::KeyHash;
+use crate::types::SandboxDetail;
 use crate::{API_KEY_HEADER, ApiError, Daemon, ErrorCode};
 
 /// Who is on the other side of a listener.
@@ -131,16 +132,25 @@ async fn no_such_method(request: Request) -> ApiError {
 }
 
 impl Context {
+    /// A sandbox as this edge shows it. Who has the socket needs no token, since the proxy adds it there: so none
+    /// ends up in a terminal or a file (INV-43).
+    fn shown(&self, mut sandbox: SandboxDetail) -> SandboxDetail {
+        if matches!(self.edge, Edge::Admin) {
+            sandbox.envd_access_token = None;
+        }
+        sandbox
+    }
+
     /// Runs a verb to its end, whether or not the client waits for it (INV-20): a handler is dropped with its
     /// connection, a task is not.
     async fn run_verb<T: Send + 'static, F>(
-        self,
+        &self,
         verb: impl FnOnce(Arc<dyn Daemon>) -> F,
     ) -> Result<T, ApiError>
     where
         F: Future<Output = Result<T, ApiError>> + Send + 'static,
     {
-        let verb = self.verbs.spawn(verb(self.daemon));
+        let verb = self.verbs.spawn(verb(Arc::clone(&self.daemon)));
         verb.await.unwrap_or_else(|panic| {
             Err(ApiError::from_error(ErrorCode::Internal, &panic)
                 .hint("this is a bug; the daemon's log has more"))

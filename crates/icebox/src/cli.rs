@@ -22,7 +22,7 @@ pub(crate) const DEFAULT_SOCKET: &str = "/run/icebox/icebox.sock";
     max_term_width = 100
 )]
 #[command(after_help = "\
-Sandboxes and templates are named by name, id or any unique prefix of either.
+Sandboxes and templates are named by name, id or any unique prefix of an id.
 
 Exit codes: 0 done, 1 failed, 2 not understood; `exec` passes on the guest's own, and has 125 for a failure of ours, \
 126 and 127 for a program that is not executable or not there, 128+n for one ended by signal n.")]
@@ -51,9 +51,6 @@ pub(crate) enum Command {
     #[command(flatten)]
     Client(ClientCommand),
     Completions(completions::Args),
-    /// Makes one root image or kernel for the daemon.
-    #[command(hide = true)]
-    Worker,
 }
 
 /// What talks to a daemon.

@@ -34,7 +34,7 @@ use icebox_api::client::Client;
 use crate::cli::{Cli, ClientCommand, Command, DEFAULT_SOCKET};
 use crate::failure::Failure;
 use crate::output::Output;
-use crate::{serve, worker};
+use crate::serve;
 
 /// What every client command has at hand.
 pub(crate) struct Context {
@@ -51,7 +51,6 @@ pub(crate) fn run(cli: Cli, output: Output) -> Ended {
         Command::Client(command) => command,
         Command::Serve(args) => return serve::run(&args, cli.socket.as_deref(), output),
         Command::Completions(args) => return completions::run(&args),
-        Command::Worker => return Ok(worker::run()),
     };
     let context = Context {
         client: Client::new(cli.socket.unwrap_or_else(|| DEFAULT_SOCKET.into())),

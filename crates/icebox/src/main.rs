@@ -18,6 +18,13 @@ use clap::Parser as _;
 use cli::Cli;
 
 fn main() -> ExitCode {
+    // What the daemon starts itself as is no part of the command line that users meet.
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|first| first == worker::ARGUMENT)
+    {
+        return worker::run();
+    }
     let cli = Cli::parse();
     let output = output::Output::new(cli.json);
     match commands::run(cli, output) {

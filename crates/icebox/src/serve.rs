@@ -103,10 +103,18 @@ async fn serve(config: Config, args: &Args, output: Output) -> Ended {
     let (admin, verbs) = router(daemon.clone(), Edge::Admin);
     tokio::spawn(async move { axum::serve(unix, admin).await });
     let mut trackers = vec![verbs];
+    let mut places = config.socket.display().to_string();
     if let Some(tcp) = tcp {
+        if let Ok(address) = tcp.local_addr() {
+            places.push_str(&format!(" and http://{address}"));
+        }
         trackers.push(public(tcp, daemon, &config, output)?);
     }
-    ready(&config, output);
+    output.say(format!(
+        "icebox {} is ready on {places}",
+        env!("CARGO_PKG_VERSION")
+    ));
+    notify(NotifyState::Ready);
 
     tokio::select! {
         _ = terminate.recv() => {}
@@ -174,21 +182,8 @@ fn signals(kind: SignalKind) -> Result<tokio::signal::unix::Signal, Failure> {
     signal(kind).map_err(|error| Failure::because("cannot listen for signals", &error))
 }
 
-/// Tells the user, and a service manager if there is one, that requests are answered from now on.
-fn ready(config: &Config, output: Output) {
-    let tcp = config
-        .listen
-        .map_or_else(String::new, |address| format!(" and http://{address}"));
-    output.say(format!(
-        "icebox {} is ready on {}{tcp}",
-        env!("CARGO_PKG_VERSION"),
-        config.socket.display()
-    ));
-    notify(NotifyState::Ready);
-}
-
+/// Tells the service manager, if there is one.
 fn notify(state: NotifyState<'_>) {
-    // Without a service manager it does nothing.
     if let Err(error) = sd_notify::notify(false, &[state]) {
         tracing::warn!(%error, "the service manager could not be told");
     }

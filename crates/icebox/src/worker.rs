@@ -22,6 +22,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::serve::host_error;
 
+/// The first argument of a worker process.
+pub(crate) const ARGUMENT: &str = "worker";
+
 /// What to do, and where.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Job {

@@ -21,20 +21,26 @@ pub(super) async fn create(
     let made = context
         .run_verb(|daemon| async move { daemon.create(new).await })
         .await?;
-    Ok((StatusCode::CREATED, axum::Json(made)))
+    Ok((StatusCode::CREATED, axum::Json(context.shown(made))))
 }
 
 pub(super) async fn list(
     State(context): State<Context>,
 ) -> Result<axum::Json<Vec<SandboxDetail>>, ApiError> {
-    context.daemon.list().await.map(axum::Json)
+    let mut all = context.daemon.list().await?;
+    for sandbox in &mut all {
+        // E2B's lists have none.
+        sandbox.envd_access_token = None;
+    }
+    Ok(axum::Json(all))
 }
 
 pub(super) async fn inspect(
     State(context): State<Context>,
     Path(id): Path<String>,
 ) -> Result<axum::Json<SandboxDetail>, ApiError> {
-    context.daemon.inspect(&id).await.map(axum::Json)
+    let sandbox = context.daemon.inspect(&id).await?;
+    Ok(axum::Json(context.shown(sandbox)))
 }
 
 pub(super) async fn destroy(
@@ -55,7 +61,9 @@ pub(super) async fn pause(
     let result = context
         .run_verb(|daemon| async move { daemon.pause(&id).await })
         .await?;
-    e2b_answer(result, wants, |_| StatusCode::NO_CONTENT.into_response())
+    e2b_answer(&context, result, wants, |_| {
+        StatusCode::NO_CONTENT.into_response()
+    })
 }
 
 pub(super) async fn resume(
@@ -67,17 +75,19 @@ pub(super) async fn resume(
     let result = context
         .run_verb(|daemon| async move { daemon.resume(&id, how).await })
         .await?;
-    e2b_answer(result, wants, |sandbox| {
+    e2b_answer(&context, result, wants, |sandbox| {
         (StatusCode::CREATED, axum::Json(sandbox)).into_response()
     })
 }
 
 /// E2B has a conflict where a verb found nothing to do; our clients ask for the result instead.
 fn e2b_answer(
+    context: &Context,
     result: VerbResult,
     wants_sandbox: bool,
     changed: impl FnOnce(SandboxDetail) -> Response,
 ) -> Result<Response, ApiError> {
+    let result = shown(context, result);
     if wants_sandbox {
         let applied = [("preference-applied", "return=representation")];
         return Ok((applied, axum::Json(result)).into_response());
@@ -94,6 +104,13 @@ fn e2b_answer(
     }
 }
 
+fn shown(context: &Context, result: VerbResult) -> VerbResult {
+    VerbResult {
+        outcome: result.outcome,
+        sandbox: context.shown(result.sandbox),
+    }
+}
+
 pub(super) async fn stop(
     State(context): State<Context>,
     Path(id): Path<String>,
@@ -101,7 +118,7 @@ pub(super) async fn stop(
     context
         .run_verb(|daemon| async move { daemon.stop(&id).await })
         .await
-        .map(axum::Json)
+        .map(|result| axum::Json(shown(&context, result)))
 }
 
 pub(super) async fn start(
@@ -111,7 +128,7 @@ pub(super) async fn start(
     context
         .run_verb(|daemon| async move { daemon.start(&id).await })
         .await
-        .map(axum::Json)
+        .map(|result| axum::Json(shown(&context, result)))
 }
 
 pub(super) async fn snapshot(
@@ -133,6 +150,13 @@ pub(super) async fn fork(
     let forks = context
         .run_verb(|daemon| async move { daemon.fork(&id, new).await })
         .await?;
+    let forks = forks
+        .into_iter()
+        .map(|fork| match fork {
+            Forked::Sandbox(sandbox) => Forked::Sandbox(Box::new(context.shown(*sandbox))),
+            error @ Forked::Error(_) => error,
+        })
+        .collect();
     Ok((StatusCode::CREATED, axum::Json(forks)))
 }
 

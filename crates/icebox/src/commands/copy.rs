@@ -303,6 +303,13 @@ async fn out_of(
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
+    if !parent.is_dir() {
+        return Err(Failure::new(format!(
+            "cannot write {}: {} is no directory",
+            to.display(),
+            parent.display()
+        )));
+    }
     // The copy appears when it is complete.
     let mode = if there.mode & 0o111 == 0 {
         0o644

@@ -16,10 +16,8 @@ pub(crate) struct Args {
 }
 
 pub(crate) async fn run(context: &Context, args: &Args) -> Ended {
-    let mut sandbox = context.client.inspect(&args.sandbox).await?;
+    let sandbox = context.client.inspect(&args.sandbox).await?;
     if context.output.is_json() {
-        // What a terminal or a log keeps is no place for a token; the API still has it.
-        sandbox.envd_access_token = None;
         context.output.document(&sandbox)?;
     } else {
         page(&sandbox).print(false)?;

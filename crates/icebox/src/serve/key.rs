@@ -1,6 +1,7 @@
 //! The API key of the TCP listener: kept as a hash, in a file that only the daemon's user may read.
 
 use std::io::{self, Write as _};
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
 
 use icebox_api::key::{self, KeyHash};
@@ -32,7 +33,7 @@ pub(super) fn load(data: &Path, given: Option<&str>) -> Result<Key, Failure> {
             )));
         }
         let hash = KeyHash::of(given);
-        store(&path, &hash)?;
+        store(data, &path, &hash)?;
         return Ok(Key { hash, made: None });
     }
     match std::fs::read_to_string(&path) {
@@ -46,7 +47,7 @@ pub(super) fn load(data: &Path, given: Option<&str>) -> Result<Key, Failure> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let made = key::generate();
             let hash = KeyHash::of(&made);
-            store(&path, &hash)?;
+            store(data, &path, &hash)?;
             Ok(Key {
                 hash,
                 made: Some(made),
@@ -59,11 +60,16 @@ pub(super) fn load(data: &Path, given: Option<&str>) -> Result<Key, Failure> {
     }
 }
 
-fn store(path: &Path, hash: &KeyHash) -> Result<(), Failure> {
+fn store(data: &Path, path: &Path, hash: &KeyHash) -> Result<(), Failure> {
     let write = || {
+        // A simulation has no data directory yet.
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(data)?;
         let mut file = tempfile::Builder::new()
             .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o600))
-            .tempfile_in(path.parent().unwrap_or(Path::new("/")))?;
+            .tempfile_in(data)?;
         file.write_all(hash.to_text().as_bytes())?;
         file.as_file().sync_all()?;
         file.persist(path)?;

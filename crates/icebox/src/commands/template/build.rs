@@ -27,7 +27,7 @@ pub(crate) struct Args {
         long,
         value_name = "PACKAGES",
         value_delimiter = ',',
-        requires = "suite"
+        conflicts_with_all = ["from_tar", "from_dir", "from_image"]
     )]
     include: Vec<String>,
 

@@ -1,0 +1,137 @@
+//! Every verb on its good way.
+
+use crate::support::{Daemon, Transcript};
+
+#[test]
+fn a_sandbox_from_create_to_rm() {
+    let daemon = Daemon::start();
+    let mut transcript = Transcript::new(&daemon);
+    transcript
+        .run("template build python --from debian:bookworm --include python3,git --memory 256")
+        .run("create python --name web --env COLOR=blue --metadata team=red --internet")
+        .run("ls")
+        .run("inspect web")
+        .run("pause web")
+        .run("pause web")
+        .run("ls")
+        .run("resume web")
+        .run("resume web")
+        .run("stop web")
+        .run("stop web")
+        .run("start web")
+        .run("inspect web")
+        .run("logs web")
+        .run("rm web")
+        .run("ls");
+    insta::assert_snapshot!(transcript.text());
+}
+
+#[test]
+fn snapshots_forks_and_flat_copies() {
+    let daemon = Daemon::start().with_template();
+    let mut transcript = Transcript::new(&daemon);
+    transcript
+        .run("create base --name web")
+        .run("snapshot web --name warm")
+        .run("create warm --name second")
+        .run("fork web -n 2")
+        .run("flatten web --name cold")
+        .run("template ls")
+        .run("template inspect warm")
+        .run("template inspect cold")
+        .run("gc --dry-run")
+        .run("gc")
+        .run("rm web second")
+        .run("template rm cold")
+        .run("ls --quiet")
+        .run("template ls --quiet");
+    insta::assert_snapshot!(transcript.text());
+}
+
+#[test]
+fn going_back_to_a_generation_keeps_the_newest_disk_as_a_branch() {
+    let daemon = Daemon::start().with_template();
+    let mut transcript = Transcript::new(&daemon);
+    transcript
+        .run("create base --name web")
+        .run("pause web")
+        .run("resume web")
+        .run("stop web")
+        .run("resume web")
+        .run("resume web --generation 7")
+        .run("resume web --generation 1")
+        .run("inspect web");
+    insta::assert_snapshot!(transcript.text());
+}
+
+#[test]
+fn json_is_one_document_per_line() {
+    let daemon = Daemon::start().with_template();
+    let mut transcript = Transcript::new(&daemon);
+    transcript
+        .run("--json create base --name web")
+        .run("--json pause web")
+        .run("--json ls")
+        .run("--json rm web nothing")
+        .run("--json template ls")
+        .run("--json gc")
+        .run("--json kernel ls")
+        .run("--json events --since 0 --no-follow");
+    insta::assert_snapshot!(scrub_steps(&transcript.text()));
+}
+
+/// Step times differ from run to run.
+fn scrub_steps(text: &str) -> String {
+    let mut result = String::new();
+    let mut rest = text;
+    while let Some(at) = rest.find("\"micros\":") {
+        let (before, number) = rest.split_at(at + "\"micros\":".len());
+        result.push_str(before);
+        result.push('0');
+        rest = number.trim_start_matches(|c: char| c.is_ascii_digit());
+    }
+    result + rest
+}
+
+#[test]
+fn a_snapshot_template_comes_from_a_start_command() {
+    // The build's own sandbox is the first.
+    let daemon = Daemon::start().with_open_agent();
+    let mut transcript = Transcript::new(&daemon);
+    let flag = daemon.path("flag").display().to_string();
+    transcript
+        .run_arguments(&[
+            "template",
+            "build",
+            "warm",
+            "--from",
+            "debian:bookworm",
+            "--start-cmd",
+            &format!("touch {flag}; exec sleep 60"),
+            "--ready-cmd",
+            &format!("test -e {flag}"),
+        ])
+        .run_arguments(&[
+            "template",
+            "build",
+            "broken",
+            "--from",
+            "debian:bookworm",
+            "--start-cmd",
+            "echo no such port >&2; exit 3",
+        ])
+        .run("template ls")
+        .run("ls");
+    insta::assert_snapshot!(transcript.text());
+}
+
+#[test]
+fn what_the_host_has() {
+    let daemon = Daemon::start();
+    let mut transcript = Transcript::new(&daemon);
+    transcript
+        .run("doctor")
+        .run("kernel ls")
+        .run("kernel import");
+    insta::assert_snapshot!(transcript.text());
+}
