@@ -528,3 +528,148 @@ pub(crate) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, HostError
     }
     Ok(content)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn content(file: &File) -> Vec<u8> {
+        let mut content = vec![0; clamp_usize(file.metadata().unwrap().len())];
+        file.read_exact_at(&mut content, 0).unwrap();
+        content
+    }
+
+    #[test]
+    fn zeros_are_zero_wherever_the_other_byte_is() {
+        assert!(is_zero(&[]));
+        for length in [1, 63, 64, 65, 4096, 4097] {
+            let mut bytes = vec![0; length];
+            assert!(is_zero(&bytes));
+            for at in [0, length / 2, length - 1] {
+                bytes[at] = 1;
+                assert!(!is_zero(&bytes), "{at} of {length}");
+                bytes[at] = 0;
+            }
+        }
+    }
+
+    #[test]
+    fn inv_29_sparse_writes_replace_what_was_there_at_any_alignment() {
+        for offset in [0_usize, 1, 511, 4095, 4096, 5000] {
+            for length in [1, 512, 4096, 8193, 20_000] {
+                for pattern in 0..4_usize {
+                    let file = tempfile::tempfile().unwrap();
+                    let mut expected = vec![0xee; 32 << 10];
+                    file.write_all_at(&expected, 0).unwrap();
+                    // Nothing, all, every other block, and a byte at the end that is not zero.
+                    let mut bytes = vec![0; length];
+                    for (block, part) in bytes.chunks_mut(ZERO_GRAIN).enumerate() {
+                        if pattern == 1 || pattern == 2 && block % 2 == 1 {
+                            part.fill(7);
+                        }
+                    }
+                    if pattern == 3 {
+                        bytes[length - 1] = 9;
+                    }
+                    write_sparse(&file, &bytes, offset as u64).unwrap();
+                    expected[offset..offset + length].copy_from_slice(&bytes);
+                    assert_eq!(content(&file), expected, "{offset} {length} {pattern}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn inv_27_a_sparse_copy_is_equal_and_stores_no_zeros() {
+        let directory = tempfile::tempdir().unwrap();
+        let from = create_file(&directory.path().join("from")).unwrap();
+        from.set_len((200 << 20) + 123).unwrap();
+        from.write_all_at(&[1; 5000], 0).unwrap();
+        from.write_all_at(&vec![0; 8 << 20], 4 << 20).unwrap();
+        from.write_all_at(&[2; 70_000], (150 << 20) - 1).unwrap();
+        from.write_all_at(&[3; 3], 200 << 20).unwrap();
+        from.sync_all().unwrap();
+        let path = directory.path().join("to");
+        let to = create_file(&path).unwrap();
+        let copied = sparse_copy(&from, &to).unwrap();
+        to.sync_all().unwrap();
+        assert_eq!(
+            sha256(&from, |_, _| {}).unwrap(),
+            sha256(&to, |_, _| {}).unwrap()
+        );
+        let mut seen = 0;
+        for_each_chunk(&to, |chunk| {
+            seen += chunk.len();
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(seen, (200 << 20) + 123);
+        if copied == Copied::Copied {
+            let stored = allocated(&path).unwrap();
+            assert!(stored < Bytes(256 << 10), "{stored}");
+        }
+    }
+
+    #[test]
+    fn inv_11_a_replacement_that_fails_leaves_the_old_file_and_no_other() {
+        let directory = tempfile::tempdir().unwrap();
+        replace_file(directory.path(), "file", b"old").unwrap();
+        replace_file(directory.path(), "file", b"new").unwrap();
+        // A directory cannot be replaced by a file: the rename is what fails.
+        fs::create_dir(directory.path().join("directory")).unwrap();
+        replace_file(directory.path(), "directory", b"content").unwrap_err();
+        let mut names: Vec<_> = entries(directory.path())
+            .unwrap()
+            .iter()
+            .map(fs::DirEntry::file_name)
+            .collect();
+        names.sort();
+        assert_eq!(names, ["directory", "file"]);
+        assert_eq!(fs::read(directory.path().join("file")).unwrap(), b"new");
+    }
+
+    #[test]
+    fn what_is_made_whole_is_not_there_when_it_fails() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        let failure = create_whole(&path, |file| {
+            file.write_all_at(b"half", 0).unwrap();
+            Err(HostError::new(ErrorKind::Other, "interrupted"))
+        });
+        assert!(failure.is_err());
+        assert!(!exists(&path).unwrap());
+        create_whole(&path, |_| Ok(())).unwrap();
+        let again = create_whole(&path, |_| Ok(())).unwrap_err();
+        assert_eq!(again.kind(), ErrorKind::AlreadyExists);
+        assert!(exists(&path).unwrap(), "what was there stays");
+    }
+
+    #[test]
+    fn links_in_a_tree_are_removed_and_not_followed() {
+        let directory = tempfile::tempdir().unwrap();
+        let (tree, outside) = (
+            directory.path().join("tree"),
+            directory.path().join("outside"),
+        );
+        fs::create_dir_all(tree.join("inner")).unwrap();
+        fs::create_dir(&outside).unwrap();
+        fs::write(outside.join("kept"), b"kept").unwrap();
+        std::os::unix::fs::symlink(&outside, tree.join("inner/link")).unwrap();
+        assert_eq!(remove_tree(&tree).unwrap(), Removed::Removed);
+        assert_eq!(remove_tree(&tree).unwrap(), Removed::AlreadyAbsent);
+        std::os::unix::fs::symlink(&outside, &tree).unwrap();
+        assert_eq!(allocated_tree(&tree).unwrap(), allocated(&tree).unwrap());
+        assert_eq!(remove_tree(&tree).unwrap(), Removed::Removed);
+        assert!(outside.join("kept").exists());
+    }
+
+    #[test]
+    fn a_file_longer_than_its_bound_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        fs::write(&path, [1; 10]).unwrap();
+        assert_eq!(read_bounded(&path, 10).unwrap(), [1; 10]);
+        let error = read_bounded(&path, 9).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid);
+    }
+}

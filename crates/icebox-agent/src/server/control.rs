@@ -29,7 +29,7 @@ pub(super) async fn init(
     headers: HeaderMap,
     body: Bytes,
 ) -> Result<Json<InitReport>, HttpError> {
-    let _one_at_a_time = agent.control.lock().await;
+    let _one_at_a_time = agent.init.lock().await;
     let init: Init = authorised(&agent, &headers, &body)?;
     machine::validate(&init).map_err(|problem| HttpError::bad_request(problem.to_string()))?;
     let applied = tokio::task::spawn_blocking({
@@ -51,7 +51,6 @@ pub(super) async fn prepare(
     headers: HeaderMap,
     body: Bytes,
 ) -> Result<Json<PrepareReport>, HttpError> {
-    let _one_at_a_time = agent.control.lock().await;
     let prepare: Prepare = authorised(&agent, &headers, &body)?;
     let machine = agent.machine;
     let deadline = Instant::now() + Duration::from_millis(prepare.timeout_ms.into());

@@ -1,32 +1,49 @@
 //! The service `filesystem.Filesystem`: names and metadata. Bytes are the business of [`super::files`].
 
 use std::{
+    collections::{HashMap, VecDeque},
     fs, io,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use connectrpc::{
     ConnectError, Encodable, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream,
 };
 use icebox_agent_api::proto::filesystem::{
-    self as proto, CreateWatcherRequest, CreateWatcherResponse, EntryInfo, GetWatcherEventsRequest,
-    GetWatcherEventsResponse, ListDirRequest, ListDirResponse, MakeDirRequest, MakeDirResponse,
-    MoveRequest, MoveResponse, RemoveRequest, RemoveResponse, RemoveWatcherRequest,
-    RemoveWatcherResponse, StatRequest, StatResponse, WatchDirRequest, WatchDirResponse,
+    self as proto, CreateWatcherRequest, CreateWatcherResponse, EntryInfo, EventType,
+    FilesystemEvent, GetWatcherEventsRequest, GetWatcherEventsResponse, ListDirRequest,
+    ListDirResponse, MakeDirRequest, MakeDirResponse, MoveRequest, MoveResponse, RemoveRequest,
+    RemoveResponse, RemoveWatcherRequest, RemoveWatcherResponse, StatRequest, StatResponse,
+    WatchDirRequest, WatchDirResponse, watch_dir_response,
 };
 
-use super::{auth::acting_user, entry, paths, state::Agent};
+use futures_util::{StreamExt as _, stream};
+use tokio::{task::AbortHandle, time::timeout};
+
+use super::{
+    auth::acting_user,
+    entry, keepalive_of, paths,
+    state::Agent,
+    watch::{self, Readiness, Watcher},
+};
 use crate::users::{Names, User};
 
 /// The service.
 pub(super) struct Service {
     agent: Arc<Agent>,
+    watchers: Watchers,
 }
 
 impl Service {
     pub(super) fn new(agent: Arc<Agent>) -> Self {
-        Self { agent }
+        Self {
+            agent,
+            watchers: Watchers::default(),
+        }
     }
 
     /// Who asks, and the path they mean.
@@ -119,39 +136,219 @@ impl proto::Filesystem for Service {
 
     async fn watch_dir(
         &self,
-        _ctx: RequestContext,
-        _request: ServiceRequest<'_, WatchDirRequest>,
+        ctx: RequestContext,
+        request: ServiceRequest<'_, WatchDirRequest>,
     ) -> ServiceResult<ServiceStream<impl Encodable<WatchDirResponse> + Send + use<>>> {
-        Err::<Response<ServiceStream<WatchDirResponse>>, _>(unwatchable())
+        let (_, path) = self.target(&ctx, request.path)?;
+        let watched = watch(path, request.recursive, request.allow_network_mounts).await?;
+        let readiness = watched.readiness();
+        let include_entry = request.include_entry;
+        let keepalive = keepalive_of(&ctx);
+        let state = (watched, VecDeque::new());
+        let changes = stream::try_unfold(state, move |(mut watcher, mut pending)| {
+            let readiness = readiness.clone();
+            async move {
+                loop {
+                    if let Some(event) = pending.pop_front() {
+                        return Ok(Some((watch_event(event), (watcher, pending))));
+                    }
+                    if timeout(keepalive, readiness.changed()).await.is_err() {
+                        let event = watch_dir_response::KeepAlive::default();
+                        return Ok(Some((watch_event(event), (watcher, pending))));
+                    }
+                    (watcher, pending) = blocking(move || {
+                        let events = collect(&mut watcher, include_entry)?;
+                        Ok((watcher, events.into()))
+                    })
+                    .await?;
+                }
+            }
+        });
+        let start = watch_event(watch_dir_response::StartEvent::default());
+        Ok(Response::stream(
+            stream::once(async { Ok(start) }).chain(changes),
+        ))
     }
 
     async fn create_watcher<'a>(
         &'a self,
-        _ctx: RequestContext,
-        _request: ServiceRequest<'_, CreateWatcherRequest>,
+        ctx: RequestContext,
+        request: ServiceRequest<'_, CreateWatcherRequest>,
     ) -> ServiceResult<impl Encodable<CreateWatcherResponse> + Send + use<'a>> {
-        Err::<Response<CreateWatcherResponse>, _>(unwatchable())
+        let (_, path) = self.target(&ctx, request.path)?;
+        let watcher = watch(path, request.recursive, request.allow_network_mounts).await?;
+        let watcher_id = self.watchers.insert(watcher, request.include_entry);
+        Response::ok(CreateWatcherResponse {
+            watcher_id,
+            ..CreateWatcherResponse::default()
+        })
     }
 
     async fn get_watcher_events<'a>(
         &'a self,
         _ctx: RequestContext,
-        _request: ServiceRequest<'_, GetWatcherEventsRequest>,
+        request: ServiceRequest<'_, GetWatcherEventsRequest>,
     ) -> ServiceResult<impl Encodable<GetWatcherEventsResponse> + Send + use<'a>> {
-        Err::<Response<GetWatcherEventsResponse>, _>(unwatchable())
+        let polled = self.watchers.find(request.watcher_id)?;
+        let events = blocking(move || {
+            let mut watcher = polled
+                .watcher
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            collect(&mut watcher, polled.include_entry)
+        })
+        .await?;
+        Response::ok(GetWatcherEventsResponse {
+            events,
+            ..GetWatcherEventsResponse::default()
+        })
     }
 
     async fn remove_watcher<'a>(
         &'a self,
         _ctx: RequestContext,
-        _request: ServiceRequest<'_, RemoveWatcherRequest>,
+        request: ServiceRequest<'_, RemoveWatcherRequest>,
     ) -> ServiceResult<impl Encodable<RemoveWatcherResponse> + Send + use<'a>> {
-        Err::<Response<RemoveWatcherResponse>, _>(unwatchable())
+        self.watchers.remove(request.watcher_id)?;
+        Response::ok(RemoveWatcherResponse::default())
     }
 }
 
-fn unwatchable() -> ConnectError {
-    ConnectError::unimplemented("this agent does not watch directories")
+/// Watchers whose clients come and ask.
+#[derive(Default)]
+struct Watchers {
+    by_id: Mutex<HashMap<String, Arc<Polled>>>,
+    last: AtomicU64,
+}
+
+/// A watcher, how its changes are told, and who collects them in between.
+struct Polled {
+    watcher: Arc<Mutex<Watcher>>,
+    include_entry: bool,
+    follower: AbortHandle,
+}
+
+impl Drop for Polled {
+    fn drop(&mut self) {
+        self.follower.abort();
+    }
+}
+
+impl Watchers {
+    fn insert(&self, watcher: Watcher, include_entry: bool) -> String {
+        let id = format!("w{}", self.last.fetch_add(1, Ordering::Relaxed));
+        let readiness = watcher.readiness();
+        let watcher = Arc::new(Mutex::new(watcher));
+        let follower = tokio::spawn(follow(watcher.clone(), readiness)).abort_handle();
+        self.all().insert(
+            id.clone(),
+            Arc::new(Polled {
+                watcher,
+                include_entry,
+                follower,
+            }),
+        );
+        id
+    }
+
+    fn find(&self, id: &str) -> Result<Arc<Polled>, ConnectError> {
+        self.all()
+            .get(id)
+            .cloned()
+            .ok_or_else(|| unknown_watcher(id))
+    }
+
+    fn remove(&self, id: &str) -> Result<(), ConnectError> {
+        self.all()
+            .remove(id)
+            .map(|_| ())
+            .ok_or_else(|| unknown_watcher(id))
+    }
+
+    fn all(&self) -> std::sync::MutexGuard<'_, HashMap<String, Arc<Polled>>> {
+        self.by_id.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn unknown_watcher(id: &str) -> ConnectError {
+    ConnectError::not_found(format!("watcher with id {id} not found"))
+}
+
+/// Collects changes as they come: a new directory has to be watched when it appears, not when someone asks.
+async fn follow(watcher: Arc<Mutex<Watcher>>, readiness: Readiness) {
+    while readiness.changed().await.is_ok() {
+        let watcher = watcher.clone();
+        let collected = blocking(move || {
+            let mut watcher = watcher.lock().unwrap_or_else(PoisonError::into_inner);
+            watcher
+                .collect()
+                .map_err(|error| io_error(watcher.root(), &error))
+        });
+        // Whoever asks next is told by the same error.
+        if collected.await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn watch(path: PathBuf, recursive: bool, on_network: bool) -> Result<Watcher, ConnectError> {
+    // The runtime is entered from the thread too: what is waited on is registered with it.
+    blocking(move || {
+        let failed = |error: io::Error| io_error(&path, &error);
+        if !fs::metadata(&path).map_err(failed)?.is_dir() {
+            return Err(ConnectError::invalid_argument(format!(
+                "path is not a directory: {}",
+                path.display()
+            )));
+        }
+        if !on_network && watch::is_on_network(&path).map_err(failed)? {
+            return Err(ConnectError::invalid_argument(format!(
+                "path is on a network filesystem, whose changes may go unnoticed: {}",
+                path.display()
+            )));
+        }
+        Watcher::start(&path, recursive).map_err(failed)
+    })
+    .await
+}
+
+/// What has changed since the last time. Blocks.
+fn collect(
+    watcher: &mut Watcher,
+    include_entry: bool,
+) -> Result<Vec<FilesystemEvent>, ConnectError> {
+    watcher
+        .collect()
+        .map_err(|error| io_error(watcher.root(), &error))?;
+    let changes = watcher
+        .fetch()
+        .map_err(|lost| ConnectError::resource_exhausted(lost.to_string()))?;
+    let names = include_entry.then(Names::read);
+    Ok(changes
+        .into_iter()
+        .map(|change| {
+            let gone = matches!(
+                change.kind,
+                EventType::EVENT_TYPE_REMOVE | EventType::EVENT_TYPE_RENAME
+            );
+            let names = names.as_ref().filter(|_| !gone);
+            let entry = names
+                .and_then(|names| entry::describe(&watcher.root().join(&change.name), names).ok());
+            FilesystemEvent {
+                name: change.name.to_string_lossy().into_owned(),
+                r#type: change.kind.into(),
+                entry: entry.into(),
+                ..FilesystemEvent::default()
+            }
+        })
+        .collect())
+}
+
+fn watch_event(event: impl Into<watch_dir_response::Event>) -> WatchDirResponse {
+    WatchDirResponse {
+        event: Some(event.into()),
+        ..WatchDirResponse::default()
+    }
 }
 
 fn describe(path: &Path) -> Result<EntryInfo, ConnectError> {

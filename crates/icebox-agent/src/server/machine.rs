@@ -120,6 +120,8 @@ impl Machine {
             ..
         } = &init.identity;
         rustix::system::sethostname(hostname.as_bytes()).map_err(failed("set the host name"))?;
+        // An image may be so bare that it has none; what follows writes there.
+        fs::create_dir_all("/etc").map_err(failed("make /etc"))?;
         set_machine_id(machine_id).map_err(failed("write /etc/machine-id"))?;
         let mut optional = |what: &str, result: io::Result<()>| {
             if let Err(error) = result {

@@ -25,6 +25,7 @@ mod metrics;
 mod paths;
 mod process;
 mod state;
+mod watch;
 
 use std::{
     error::Error,
@@ -45,9 +46,10 @@ use axum::{
     routing::{get, post},
     serve::ListenerExt as _,
 };
-use connectrpc::{ConnectRpcService, Limits};
+use connectrpc::{ConnectRpcService, Limits, RequestContext};
 use icebox_agent_api::{
-    AGENT_PORT, FILES_PATH, HEALTH_PATH, INIT_PATH, METRICS_PATH, PREPARE_PATH, cmdline,
+    AGENT_PORT, FILES_PATH, HEALTH_PATH, INIT_PATH, KEEPALIVE_HEADER, METRICS_PATH, PREPARE_PATH,
+    cmdline,
     proto::{filesystem::FilesystemExt as _, process::ProcessExt as _},
 };
 use tokio::net::TcpListener;
@@ -59,6 +61,9 @@ use crate::{cgroup::Cgroups, init::KernelParameters};
 pub(crate) const ROLE: &str = "serve";
 
 pub(crate) const USAGE: &str = "icebox-agent serve [--outside] [--listen ADDRESS] [--state FILE] [--cmdline FILE] [--cgroup DIRECTORY]";
+
+/// Silence after which a stream carries a keepalive, unless the client wants another; envd's default.
+const KEEPALIVE: Duration = Duration::from_secs(90);
 
 /// Input comes in messages that hold whatever an SDK was given in one piece.
 const MAX_MESSAGE_BYTES: usize = 64 << 20;
@@ -202,4 +207,12 @@ async fn allow_browsers(State(()): State<()>, request: Request, next: Next) -> R
         );
     }
     response
+}
+
+/// How long a stream may be silent, by the request.
+fn keepalive_of(ctx: &RequestContext) -> Duration {
+    ctx.header(KEEPALIVE_HEADER)
+        .and_then(|value| value.to_str().ok()?.parse().ok())
+        .filter(|seconds| *seconds > 0)
+        .map_or(KEEPALIVE, Duration::from_secs)
 }

@@ -13,15 +13,12 @@ use connectrpc::{
     ServiceResult, ServiceStream,
 };
 use futures_util::{StreamExt as _, stream};
-use icebox_agent_api::{
-    KEEPALIVE_HEADER,
-    proto::process::{
-        self as proto, CloseStdinRequest, CloseStdinResponse, ConnectRequest, ConnectResponse,
-        ListRequest, ListResponse, ProcessEvent, ProcessInfo, ProcessInput, ProcessSelector,
-        SendInputRequest, SendInputResponse, SendSignalRequest, SendSignalResponse, StartRequest,
-        StartResponse, StreamInputRequest, StreamInputResponse, UpdateRequest, UpdateResponse,
-        process_event, process_input, process_selector, stream_input_request,
-    },
+use icebox_agent_api::proto::process::{
+    self as proto, CloseStdinRequest, CloseStdinResponse, ConnectRequest, ConnectResponse,
+    ListRequest, ListResponse, ProcessEvent, ProcessInfo, ProcessInput, ProcessSelector,
+    SendInputRequest, SendInputResponse, SendSignalRequest, SendSignalResponse, StartRequest,
+    StartResponse, StreamInputRequest, StreamInputResponse, UpdateRequest, UpdateResponse,
+    process_event, process_input, process_selector, stream_input_request,
 };
 use rustix::{io::Errno, process::Signal, termios::Winsize};
 use tokio::sync::mpsc;
@@ -29,7 +26,7 @@ use tokio::sync::mpsc;
 use super::{
     auth::acting_user,
     child::{End, Event, InputError, Process, SpawnError, Spec, Stream},
-    paths,
+    keepalive_of, paths,
     state::Agent,
 };
 use crate::{
@@ -42,8 +39,6 @@ use crate::{
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// How long the end of a process can still be asked for.
 const END_RETENTION: Duration = Duration::from_secs(30);
-/// Silence after which a stream carries a keepalive, unless the client wants another; envd's default.
-const KEEPALIVE: Duration = Duration::from_secs(90);
 
 /// The processes that were started, by pid, until some time after their end.
 #[derive(Default)]
@@ -215,7 +210,7 @@ impl proto::Process for Service {
         let (process, events) = started
             .map_err(|error| ConnectError::internal(error.to_string()))?
             .map_err(|error| spawn_error(&command, &error))?;
-        let events = events_of(process.pid, events, keepalive(&ctx), true);
+        let events = events_of(process.pid, events, keepalive_of(&ctx), true);
         Ok(Response::stream(events.map(|event| {
             event.map(|event| StartResponse {
                 event: event.into(),
@@ -234,7 +229,7 @@ impl proto::Process for Service {
             .agent
             .processes
             .find(Option::from(request.process).as_ref())?;
-        let events = events_of(process.pid, process.subscribe(), keepalive(&ctx), false);
+        let events = events_of(process.pid, process.subscribe(), keepalive_of(&ctx), false);
         Ok(Response::stream(events.map(|event| {
             event.map(|event| ConnectResponse {
                 event: event.into(),
@@ -405,13 +400,6 @@ fn winsize(pty: &proto::PTY) -> Winsize {
             ws_ypixel: 0,
         },
     }
-}
-
-fn keepalive(ctx: &RequestContext) -> Duration {
-    ctx.header(KEEPALIVE_HEADER)
-        .and_then(|value| value.to_str().ok()?.parse().ok())
-        .filter(|seconds| *seconds > 0)
-        .map_or(KEEPALIVE, Duration::from_secs)
 }
 
 /// The events of a process as a client sees them: its start, what it does, its end. `owner` is who started it, and

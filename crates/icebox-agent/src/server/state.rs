@@ -25,8 +25,9 @@ pub(super) struct Agent {
     pub(super) cgroups: Cgroups,
     pub(super) processes: Registry,
     pub(super) cpu: CpuMeter,
-    /// Held by the host's calls, which change the whole machine, one at a time.
-    pub(super) control: tokio::sync::Mutex<()>,
+    /// Held while the machine becomes another sandbox, by one call at a time. Not by a preparation: one that was under
+    /// way when the guest was captured must not keep the restored guest from its new life.
+    pub(super) init: tokio::sync::Mutex<()>,
     settings: RwLock<Settings>,
     settings_file: PathBuf,
 }
@@ -89,7 +90,7 @@ impl Agent {
             cgroups,
             processes: Registry::default(),
             cpu: CpuMeter::default(),
-            control: tokio::sync::Mutex::new(()),
+            init: tokio::sync::Mutex::new(()),
             settings: RwLock::new(settings),
             settings_file,
         })

@@ -2,12 +2,13 @@
 
 use std::{fs, os::unix::fs::symlink, path::Path};
 
-use connectrpc::ErrorCode;
+use connectrpc::{ErrorCode, client::CallOptions};
 use icebox_agent_api::{
     client::FilesystemService,
     proto::filesystem::{
-        EntryInfo, FileType, ListDirRequest, MakeDirRequest, MoveRequest, RemoveRequest,
-        StatRequest,
+        CreateWatcherRequest, EntryInfo, EventType, FileType, GetWatcherEventsRequest,
+        ListDirRequest, MakeDirRequest, MoveRequest, RemoveRequest, RemoveWatcherRequest,
+        StatRequest, WatchDirRequest,
     },
 };
 
@@ -204,4 +205,120 @@ async fn moves_make_parents_and_removes_take_trees() {
         remove(&client, Path::new("/x/..")).await,
         Err(ErrorCode::InvalidArgument)
     );
+}
+
+#[tokio::test]
+async fn a_poll_right_after_a_change_tells_it() {
+    let server = Server::start();
+    let client = server.client().filesystem();
+    let root = server.directory.path().join("root");
+    fs::create_dir(&root).unwrap();
+    let request = CreateWatcherRequest {
+        path: root.to_str().unwrap().into(),
+        recursive: true,
+        include_entry: true,
+        ..Default::default()
+    };
+    let watcher_id = client
+        .create_watcher(request)
+        .await
+        .unwrap()
+        .into_owned()
+        .watcher_id;
+    let poll = async || {
+        let request = GetWatcherEventsRequest {
+            watcher_id: watcher_id.clone(),
+            ..Default::default()
+        };
+        client
+            .get_watcher_events(request)
+            .await
+            .map_err(|error| error.code)
+            .map(|response| response.into_owned().events)
+    };
+    fs::create_dir(root.join("d")).unwrap();
+    let told = poll().await.unwrap();
+    assert_eq!((told.len(), told[0].name.as_str()), (1, "d"));
+    assert_eq!(told[0].entry.path, root.join("d").to_str().unwrap());
+    assert_eq!(told[0].entry.r#type, FileType::FILE_TYPE_DIRECTORY);
+    fs::write(root.join("d/f"), "x").unwrap();
+    let told: Vec<_> = poll()
+        .await
+        .unwrap()
+        .into_iter()
+        .map(|event| (event.name, event.r#type))
+        .collect();
+    let created = ("d/f".to_owned(), EventType::EVENT_TYPE_CREATE.into());
+    let written = ("d/f".to_owned(), EventType::EVENT_TYPE_WRITE.into());
+    assert_eq!(told, [created, written]);
+    assert_eq!(poll().await.unwrap(), []);
+
+    let remove = || RemoveWatcherRequest {
+        watcher_id: watcher_id.clone(),
+        ..Default::default()
+    };
+    client.remove_watcher(remove()).await.unwrap();
+    assert_eq!(poll().await, Err(ErrorCode::NotFound));
+    assert_eq!(
+        client.remove_watcher(remove()).await.unwrap_err().code,
+        ErrorCode::NotFound
+    );
+}
+
+#[tokio::test]
+async fn a_stream_of_changes_begins_with_a_start_and_ends_with_its_reader() {
+    use icebox_agent_api::proto::filesystem::watch_dir_response::Event;
+    let server = Server::start();
+    let client = server.client().filesystem();
+    let root = server.directory.path().join("root");
+    fs::create_dir(&root).unwrap();
+    let watch = |path: &Path| WatchDirRequest {
+        path: path.to_str().unwrap().into(),
+        ..Default::default()
+    };
+    let options = CallOptions::default().with_header("keepalive-ping-interval", "1");
+    let mut stream = client
+        .watch_dir_with_options(watch(&root), options)
+        .await
+        .unwrap();
+    let mut next = async || {
+        stream
+            .message()
+            .await
+            .unwrap()
+            .unwrap()
+            .to_owned_message()
+            .event
+            .unwrap()
+    };
+    assert!(matches!(next().await, Event::Start(_)));
+    fs::write(root.join("f"), "").unwrap();
+    let Event::Filesystem(event) = next().await else {
+        panic!("no event")
+    };
+    assert_eq!(
+        (event.name.as_str(), event.r#type),
+        ("f", EventType::EVENT_TYPE_CREATE.into())
+    );
+    assert!(!event.entry.is_set());
+    assert!(matches!(next().await, Event::Keepalive(_)));
+    drop(stream);
+
+    for (path, code) in [
+        ("none", ErrorCode::NotFound),
+        ("f", ErrorCode::InvalidArgument),
+    ] {
+        let mut stream = client.watch_dir(watch(&root.join(path))).await.unwrap();
+        assert_eq!(stream.message().await.unwrap_err().code, code);
+    }
+    // The descriptor of the watch is given back when the connection is gone.
+    let watches = || {
+        let fds = fs::read_dir(format!("/proc/{}/fd", server.pid())).unwrap();
+        fds.filter_map(|fd| fs::read_link(fd.ok()?.path()).ok())
+            .filter(|target| target.ends_with("anon_inode:inotify"))
+            .count()
+    };
+    while watches() > 0 {
+        tokio::task::yield_now().await;
+    }
 }

@@ -5,7 +5,7 @@
 //! directory of our own: the host's state is never changed.
 
 use std::{
-    fs,
+    fs::{self, File},
     path::{Path, PathBuf},
 };
 
@@ -90,6 +90,11 @@ impl Apt {
     fn refresh(&mut self, progress: &dyn Progress) -> Result<(), ImageError> {
         progress.report(Stage::Resolve, 0, None);
         make_private_dir(&self.own_lists.join("partial"))?;
+        // apt fails where it finds its own lock taken; ours waits.
+        let lock = self.own_lists.join("refresh.lock");
+        let _lock = File::create(&lock)
+            .and_then(|file| file.lock().map(|()| file))
+            .at("lock", &lock)?;
         // Hooks of the host's configuration act on the host's own state; they have no business with a private copy.
         let config = self.own_lists.join("apt.conf");
         fs::write(

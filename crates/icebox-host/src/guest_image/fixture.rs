@@ -82,7 +82,8 @@ pub fn places() -> Places {
 pub fn kernel() -> Result<Kernel, FixtureError> {
     let _lock = lock("kernel")?;
     let places = places();
-    if let Some(kernel) = kernel::list(&places)?.pop() {
+    let current = |kernel: &Kernel| kernel.is_current();
+    if let Some(kernel) = kernel::list(&places)?.into_iter().find(current) {
         return Ok(kernel);
     }
     Ok(kernel::fetch(&places, DEFAULT_PACKAGE, &Silent)?)

@@ -9,7 +9,8 @@
 //!   initramfs-<agent>.cpio       made when first asked for, one per agent
 //! ```
 //!
-//! The digest covers the image and the modules, so the same package gives the same kernel on every host.
+//! The digest covers the image, the modules and what they were chosen for, so the same package gives the same kernel on
+//! every host.
 
 use std::{
     fs::{self, File},
@@ -61,6 +62,9 @@ pub struct KernelInfo {
     pub source: KernelSource,
     /// File names below `modules/`, in load order.
     pub modules: Vec<String>,
+    /// The drivers that were looked for when its modules were chosen; empty if there were no modules to choose from.
+    #[serde(default)]
+    pub drivers: Vec<String>,
 }
 
 /// How the image is packed.
@@ -130,6 +134,11 @@ impl Kernel {
     #[must_use]
     pub fn image(&self) -> PathBuf {
         self.dir.join(IMAGE)
+    }
+
+    /// Whether its modules were chosen for what a guest needs today.
+    pub(super) fn is_current(&self) -> bool {
+        self.info.drivers == ModuleTree::wanted()
     }
 
     /// Its modules, in load order.
@@ -220,7 +229,7 @@ pub fn fetch(
         };
         if let Some(here) = list(places)?
             .into_iter()
-            .find(|kernel| kernel.info.source == source)
+            .find(|kernel| kernel.info.source == source && kernel.is_current())
         {
             return Ok(here);
         }
@@ -305,24 +314,22 @@ fn add(
     source: KernelSource,
 ) -> Result<Kernel, ImageError> {
     let (format, release) = inspect(image)?;
-    let modules = match modules {
+    let (modules, drivers) = match modules {
         Some(dir) => {
             // An ELF does not tell its release; the directory of its modules is called by it.
             let of_dir = dir
                 .file_name()
                 .map(|name| name.to_string_lossy().into_owned())
                 .unwrap_or_default();
-            ModuleTree::open(
-                dir,
-                if release.is_empty() {
-                    &of_dir
-                } else {
-                    &release
-                },
-            )?
-            .for_guest()?
+            let release = if release.is_empty() {
+                &of_dir
+            } else {
+                &release
+            };
+            let modules = ModuleTree::open(dir, release)?.for_guest()?;
+            (modules, ModuleTree::wanted())
         }
-        None => Vec::new(),
+        None => (Vec::new(), Vec::new()),
     };
     make_private_dir(&places.kernels)?;
     let staged = places.stage("kernel")?;
@@ -332,6 +339,8 @@ fn add(
         .and_then(|_| fs::set_permissions(&image_copy, PermissionsExt::from_mode(0o444)))
         .at("copy the kernel image to", &image_copy)?;
     let mut identity = format!("{IMAGE} {}\n", digest_of_file(&image_copy, &super::Silent)?);
+    // The same modules chosen for other needs are another kernel: its manifest says so.
+    identity += &format!("for {}\n", drivers.join(","));
     let module_dir = staged.path().join(MODULES);
     make_private_dir(&module_dir)?;
     let mut names = Vec::new();
@@ -347,6 +356,7 @@ fn add(
         format,
         source,
         modules: names,
+        drivers,
     };
     let header = Header {
         format: FORMAT,

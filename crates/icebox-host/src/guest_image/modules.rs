@@ -94,6 +94,16 @@ impl ModuleTree {
         Ok(())
     }
 
+    /// What [`for_guest`](Self::for_guest) looks for. A kernel that was added when it looked for something else lacks
+    /// what has become necessary since.
+    pub(super) fn wanted() -> Vec<String> {
+        REQUIRED
+            .iter()
+            .chain(&OPTIONAL)
+            .map(|name| (*name).to_owned())
+            .collect()
+    }
+
     /// The modules a guest needs and all they need, each after what it depends on. Built-in ones are left out.
     pub(super) fn for_guest(&self) -> Result<Vec<Module>, ImageError> {
         let optional = OPTIONAL

@@ -217,6 +217,14 @@ fn a_link_is_replaced_not_followed() {
 }
 
 #[test]
+fn a_container_image_is_told_from_a_root() {
+    let data = Data::new();
+    let file = |name: &str| (member(EntryType::Regular, name, "", 2), &b"{}"[..]);
+    let error = refuse(&data, &archive(&[file("index.json"), file("oci-layout")]));
+    assert!(error.contains("docker export"), "{error}");
+}
+
+#[test]
 fn what_is_no_archive_or_half_of_one_is_refused() {
     let data = Data::new();
     let good = friendly();

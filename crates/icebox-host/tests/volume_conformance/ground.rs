@@ -45,6 +45,18 @@ impl FileSystem {
         run(Command::new(program).args(options).arg(image));
     }
 
+    fn mount(self, image: &Path, mount: &Path) {
+        let options = match self {
+            // Nothing is written behind the tests' back while they look.
+            Self::Ext4 | Self::Btrfs => "loop,commit=300",
+            // It refuses a copy beside an original that it has not quite forgotten.
+            Self::Xfs => "loop,nouuid",
+        };
+        run(Command::new("mount")
+            .args(["-o", options])
+            .args([image, mount]));
+    }
+
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Ext4 => "ext2/3/4",
@@ -54,7 +66,8 @@ impl FileSystem {
     }
 }
 
-type Check = fn(&Ground) -> Pin<Box<dyn Future<Output = ()> + '_>>;
+/// Gives back what it was given, or what it made of it.
+type Check = fn(Ground) -> Pin<Box<dyn Future<Output = Ground>>>;
 
 /// Runs `check` on a fresh file system in a mount namespace of its own. `test` is the path of the calling test.
 pub(crate) fn on(driver: Driver, file_system: FileSystem, test: &str, check: Check) {
@@ -63,9 +76,10 @@ pub(crate) fn on(driver: Driver, file_system: FileSystem, test: &str, check: Che
         let runtime = tokio::runtime::Builder::new_current_thread()
             .build()
             .unwrap();
-        runtime.block_on(async {
-            check(&ground).await;
+        let ground = runtime.block_on(async {
+            let ground = check(ground).await;
             ground.assert_clean().await;
+            ground
         });
         drop(runtime);
         return ground.leave();
@@ -116,6 +130,7 @@ pub(crate) fn run(command: &mut Command) {
 }
 
 pub(crate) struct Ground {
+    pub(crate) image: PathBuf,
     pub(crate) file_system: FileSystem,
     pub(crate) mount: PathBuf,
     pub(crate) layout: Layout,
@@ -142,6 +157,7 @@ impl Ground {
             Driver::Reflink => Box::new(volume::Reflink::new(layout.clone())),
         };
         Self {
+            image,
             file_system,
             mount,
             layout,
@@ -176,10 +192,18 @@ impl Ground {
         );
     }
 
+    /// The same place on another image: a daemon that starts again after its disk was replaced by `image`.
+    pub(crate) fn restart_on(self, image: &Path) -> Self {
+        drop(self.store);
+        run(Command::new("umount").arg(&self.mount));
+        self.file_system.mount(image, &self.mount);
+        let store = FileStore::open(self.layout.clone()).unwrap();
+        Self { store, ..self }
+    }
+
     fn leave(self) {
-        let Self { mount, store, .. } = self;
-        drop(store);
-        run(Command::new("umount").arg(mount));
+        drop(self.store);
+        run(Command::new("umount").arg(self.mount));
     }
 
     /// Imports a base of [`BASE_SIZE`]: data, zeros that are stored, and holes.

@@ -8,6 +8,7 @@
 mod checks;
 mod ground;
 mod live;
+mod power;
 
 /// Makes a test of every check, on each of the places.
 macro_rules! conformance {
@@ -38,9 +39,29 @@ macro_rules! conformance {
                 crate::ground::Driver::$driver,
                 crate::ground::FileSystem::$file_system,
                 concat!(module_path!(), "::", stringify!($check)),
-                |ground| Box::pin(crate::checks::$check(ground)),
+                |ground| Box::pin(async move {
+                    crate::checks::$check(&ground).await;
+                    ground
+                }),
             );
         })*
+
+        #[test]
+        fn inv_32_what_was_reported_done_survives_a_power_cut() {
+            crate::ground::on(
+                crate::ground::Driver::$driver,
+                crate::ground::FileSystem::$file_system,
+                concat!(
+                    module_path!(),
+                    "::inv_32_what_was_reported_done_survives_a_power_cut"
+                ),
+                |ground| {
+                    Box::pin(
+                        crate::power::inv_32_what_was_reported_done_survives_a_power_cut(ground),
+                    )
+                },
+            );
+        }
     };
 }
 
@@ -60,7 +81,10 @@ macro_rules! only {
                 ground::Driver::$driver,
                 ground::FileSystem::$file_system,
                 concat!(module_path!(), "::", stringify!($check)),
-                |ground| Box::pin(live::$check(ground)),
+                |ground| Box::pin(async move {
+                    live::$check(&ground).await;
+                    ground
+                }),
             );
         })*
     };

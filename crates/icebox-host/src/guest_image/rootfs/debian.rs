@@ -20,6 +20,7 @@ use super::super::{
     digest::digest_of,
     staging::make_private_dir,
 };
+use crate::fs::{entries, remove_file};
 
 /// What the cache of downloaded packages is cut down to after a build.
 const CACHE_BYTES: u64 = 1 << 30;
@@ -282,18 +283,19 @@ fn is_plain_uri(uri: &str) -> bool {
 /// Removes the packages that were used longest ago until at most `limit` bytes are left.
 fn prune(cache: &Path, limit: u64) -> Result<(), ImageError> {
     let mut debs: Vec<(SystemTime, u64, PathBuf)> = Vec::new();
-    for entry in fs::read_dir(cache).at("read the directory", cache)? {
-        let entry = entry.at("read the directory", cache)?;
-        let metadata = entry.metadata().at("look at", &entry.path())?;
-        let used = metadata.modified().at("look at", &entry.path())?;
-        debs.push((used, metadata.len(), entry.path()));
+    for entry in entries(cache)? {
+        // Another build may be pruning too.
+        if let Ok(metadata) = entry.metadata() {
+            let used = metadata.modified().at("look at", &entry.path())?;
+            debs.push((used, metadata.len(), entry.path()));
+        }
     }
     debs.sort_by(|a, b| b.cmp(a));
     let mut total = 0;
     for (_, length, path) in debs {
         total += length;
         if total > limit {
-            fs::remove_file(&path).at("remove", &path)?;
+            remove_file(&path)?;
         }
     }
     Ok(())

@@ -3,7 +3,8 @@ root="$1"
 # Keep the downloads, and note which were used: pruning goes by time.
 for deb in "$root"/var/cache/apt/archives/*.deb; do
     [ -e "$deb" ] || continue
-    ln -f "$deb" "$ICEBOX_DEB_CACHE/" 2>/dev/null || cp "$deb" "$ICEBOX_DEB_CACHE/"
+    touch "$deb"
+    ln -f "$deb" "$ICEBOX_DEB_CACHE/" 2>/dev/null || true
 done
 # Nothing of the build machine stays.
 rm -rf "$root/etc/apt/sources.list" "$root/etc/apt/sources.list.d"

@@ -15,9 +15,9 @@ for list in "$root"/etc/apt/sources.list.d/*.sources; do
         my $to = /^Suites:.*-security/m ? $ENV{ICEBOX_SECURITY_MIRROR} : $ENV{ICEBOX_MIRROR};
         s{^URIs:.*$}{URIs: $to}m if $to' "$list"
 done
-# Link what an earlier build downloaded; apt checks the size and takes what is missing.
+# Link what an earlier build downloaded; apt checks the size and takes what is missing. Another build may be pruning.
 mkdir -p "$root/var/cache/apt/archives"
 for deb in "$ICEBOX_DEB_CACHE"/*.deb; do
     [ -e "$deb" ] || continue
-    ln "$deb" "$root/var/cache/apt/archives/" 2>/dev/null || cp "$deb" "$root/var/cache/apt/archives/"
+    ln "$deb" "$root/var/cache/apt/archives/" 2>/dev/null || cp "$deb" "$root/var/cache/apt/archives/" 2>/dev/null || true
 done

@@ -129,8 +129,20 @@ pub(super) fn unpack(
     if members == 0 {
         return Err(bad("it is empty or no tar archive".to_owned()));
     }
+    if is_container_image(root) {
+        return Err(bad(
+            "it is a container image, layers and all; `docker export` or `podman export` makes a root of one".to_owned(),
+        ));
+    }
     // It is ours until here: the crate leaves the top directory alone.
     fs::set_permissions(root, Permissions::from_mode(0o755)).at("set the mode of", root)
+}
+
+/// What `docker save` and its like write, told by the files that only they have at the top.
+fn is_container_image(root: &Path) -> bool {
+    let regular =
+        |name: &str| fs::symlink_metadata(root.join(name)).is_ok_and(|file| file.is_file());
+    regular("oci-layout") || (regular("manifest.json") && regular("repositories"))
 }
 
 /// Makes the directories above a member that the archive does not mention, readable like any system directory.

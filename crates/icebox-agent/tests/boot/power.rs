@@ -1,0 +1,90 @@
+//! Guests that turn themselves off, and images that are not like others.
+
+use std::{fs, path::Path, process::Command};
+
+use icebox_agent_api::{Token, client::Command as GuestCommand};
+
+use crate::guest::{CALL, Guest, Options, TOKEN, init, text};
+
+/// A small image with a static shell and nothing else: no user, no library, no directory but those of the shell.
+fn bare_image(directory: &Path) -> std::path::PathBuf {
+    let tree = directory.join("tree");
+    fs::create_dir_all(tree.join("bin")).unwrap();
+    fs::copy("/bin/busybox", tree.join("bin/busybox")).unwrap();
+    std::os::unix::fs::symlink("busybox", tree.join("bin/sh")).unwrap();
+    let image = directory.join("bare.ext4");
+    let status = Command::new("mke2fs")
+        .args(["-q", "-t", "ext4", "-d"])
+        .args([&tree, &image])
+        .arg("32M")
+        .status()
+        .unwrap();
+    assert!(status.success());
+    image
+}
+
+fn assert_clean(image: &Path) {
+    let check = Command::new("e2fsck")
+        .arg("-fn")
+        .arg(image)
+        .output()
+        .unwrap();
+    assert!(
+        check.status.success(),
+        "{}",
+        String::from_utf8_lossy(&check.stdout)
+    );
+    let header = Command::new("dumpe2fs")
+        .arg("-h")
+        .arg(image)
+        .output()
+        .unwrap();
+    let header = String::from_utf8_lossy(&header.stdout).into_owned();
+    assert!(header.contains("state:         clean\n"), "{header}");
+    assert!(!header.contains("needs_recovery"), "{header}");
+}
+
+#[tokio::test]
+async fn an_image_with_nothing_in_it_boots_and_powers_off_in_order() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = bare_image(directory.path());
+    let mut guest = Guest::start(&Options {
+        disk: Some(image.clone()),
+        ..Options::default()
+    });
+    let client = guest.booted().await;
+    let mut init = init("bare", 1);
+    init.default_user = None;
+    client.init(&init, CALL).await.unwrap();
+    let client = client.with_token(&Token::new(TOKEN));
+    assert_eq!(text(&client, "/bin/busybox id -u; pwd").await, "0\n/");
+    text(
+        &client,
+        "echo kept > /file; for i in 1 2 3; do /bin/busybox sleep 1000 & done",
+    )
+    .await;
+    // As busybox does it: a signal to process 1. The connection may break before the answer.
+    client
+        .run(GuestCommand::new("/bin/busybox").args(["poweroff"]))
+        .await
+        .ok();
+    assert!(guest.is_off().await.success());
+    assert_clean(&image);
+}
+
+#[tokio::test]
+async fn a_forced_power_off_and_a_reboot_end_the_machine() {
+    for how in ["poweroff", "reboot"] {
+        let directory = tempfile::tempdir().unwrap();
+        let mut guest = Guest::start(&Options {
+            disk: Some(bare_image(directory.path())),
+            ..Options::default()
+        });
+        let client = guest.booted().await;
+        client
+            .run(GuestCommand::new("/bin/busybox").args([how, "-f"]))
+            .await
+            .ok();
+        assert!(guest.is_off().await.success(), "{how}");
+    }
+}
