@@ -14,13 +14,16 @@ use std::{
 
 use rustix::{
     fs::Mode,
-    process::{Gid, Uid},
+    process::{Gid, Resource, Uid},
 };
 
 use crate::sys;
 
 /// Name of the role.
 pub(crate) const ROLE: &str = "launch";
+
+/// What every distribution has.
+const SOFT_MAX_FILES: u64 = 1024;
 
 /// How a launch is asked for. Everything else (environment, streams) is inherited.
 pub(crate) struct Launch<'a> {
@@ -167,6 +170,7 @@ fn become_program(args: &[OsString]) -> LaunchError {
         // The server is protected from the out-of-memory killer; what it starts is what should go instead. Where
         // that is not allowed, neither was the protection.
         fs::write("/proc/self/oom_score_adj", "0").ok();
+        limit_files();
         become_user(uid, gid, groups).map_err(at(Step::User))?;
         rustix::process::umask(Mode::from_raw_mode(0o022));
         std::env::set_current_dir(cwd).map_err(at(Step::Directory))
@@ -175,6 +179,14 @@ fn become_program(args: &[OsString]) -> LaunchError {
         Err(error) => error,
         Ok(()) => at(Step::Program)(Command::new(program).args(args).exec()),
     }
+}
+
+/// Programs that go through all descriptors, or use select(2), expect few; those that need many raise the limit.
+fn limit_files() {
+    let mut limit = rustix::process::getrlimit(Resource::Nofile);
+    limit.current = Some(SOFT_MAX_FILES.min(limit.maximum.unwrap_or(u64::MAX)));
+    // Lowering is always allowed.
+    rustix::process::setrlimit(Resource::Nofile, limit).ok();
 }
 
 /// This process has one thread, so the calls that change one thread's credentials change the process's.

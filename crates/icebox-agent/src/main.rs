@@ -26,6 +26,9 @@ mod users;
 
 use std::{error::Error, ffi::OsString, fmt::Write as _, process::ExitCode};
 
+/// This program, wherever it was started from and whether or not its file still has a name.
+const THIS_PROGRAM: &str = "/proc/self/exe";
+
 fn main() -> ExitCode {
     let mut args = std::env::args_os().skip(1);
     let role = args.next().unwrap_or_default();

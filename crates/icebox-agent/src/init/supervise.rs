@@ -10,6 +10,7 @@ use std::{
     convert::Infallible,
     error::Error,
     fs, io,
+    os::unix::process::CommandExt as _,
     path::Path,
     process::{Child, Command},
     time::{Duration, Instant},
@@ -19,7 +20,7 @@ use icebox_agent_api::cmdline;
 use rustix::{
     io::Errno,
     mount::{MountFlags, MountPropagationFlags},
-    process::WaitOptions,
+    process::{Resource, Rlimit, WaitOptions},
     system::RebootCommand,
 };
 use tokio::{
@@ -31,10 +32,13 @@ use super::{
     KernelParameters, network,
     power::{self, After},
 };
-use crate::server;
+use crate::{THIS_PROGRAM, server};
 
-/// A server that fails at once, again and again, must not keep the processor busy.
+/// Between two starts of the server: one that fails again and again must not keep the processor busy.
 const RESTART_DELAY: Duration = Duration::from_secs(1);
+
+/// The kernel's own limit, 4096, is too low for servers; this is what systemd gives.
+const MAX_FILES: u64 = 512 << 10;
 
 /// `SIGPWR` on Linux, which tokio has no name for.
 const SIGPWR: i32 = 30;
@@ -104,6 +108,14 @@ fn set_up(parameters: &KernelParameters) -> Result<(), Box<dyn Error>> {
             result => best_effort(&format!("make {link}"), result),
         }
     }
+    let files = Rlimit {
+        current: Some(MAX_FILES),
+        maximum: Some(MAX_FILES),
+    };
+    best_effort(
+        "raise the limit of open files",
+        rustix::process::setrlimit(Resource::Nofile, files),
+    );
     // The out-of-memory killer takes what the user runs, not what the host needs to reach the guest.
     best_effort(
         "protect the agent from the out-of-memory killer",
@@ -144,24 +156,28 @@ async fn supervise() -> Result<Infallible, Box<dyn Error>> {
         signal(SignalKind::from_raw(SIGPWR))?,
     ];
     let mut reboot = signal(SignalKind::interrupt())?;
-    loop {
-        let started = Instant::now();
-        let server = start_server()?;
-        let after = loop {
-            let [term, usr1, usr2, pwr] = &mut power_off;
-            tokio::select! {
-                _ = children.recv() => if reap(&server) { break None },
-                _ = any_of(term, usr1, usr2, pwr) => break Some(After::Off),
-                _ = reboot.recv() => break Some(After::Reboot),
+    let mut server: Option<Child> = None;
+    let mut next_start = Instant::now();
+    let after = loop {
+        let [term, usr1, usr2, pwr] = &mut power_off;
+        tokio::select! {
+            () = sleep_until(next_start.into()), if server.is_none() => {
+                next_start = Instant::now() + RESTART_DELAY;
+                match start_server() {
+                    Ok(child) => server = Some(child),
+                    // Perhaps the guest is out of processes or memory for now.
+                    Err(error) => eprintln!("icebox: failed to start the server: {error}"),
+                }
             }
-        };
-        if let Some(after) = after {
-            power::off(after, &mut children).await;
-            return Err(io::Error::other("the machine is still on").into());
+            _ = children.recv() => if reap(server.as_ref()) {
+                server = None;
+            },
+            () = any_of(term, usr1, usr2, pwr) => break After::Off,
+            _ = reboot.recv() => break After::Reboot,
         }
-        eprintln!("icebox: the server ended; starting it again");
-        sleep_until((started + RESTART_DELAY).into()).await;
-    }
+    };
+    power::off(after, &mut children).await;
+    Err(io::Error::other("the machine is still on").into())
 }
 
 async fn any_of(a: &mut Signal, b: &mut Signal, c: &mut Signal, d: &mut Signal) {
@@ -175,19 +191,21 @@ async fn any_of(a: &mut Signal, b: &mut Signal, c: &mut Signal, d: &mut Signal) 
 
 /// Starts the server. The handle is only used for its pid: [`reap`] waits for every child alike.
 fn start_server() -> io::Result<Child> {
-    Command::new(std::env::current_exe()?)
+    Command::new(THIS_PROGRAM)
+        .arg0("icebox-agent")
         .arg(server::ROLE)
         .env_clear()
         .spawn()
 }
 
 /// Waits for every child that has ended. Whether the server was among them.
-fn reap(server: &Child) -> bool {
+fn reap(server: Option<&Child>) -> bool {
     let mut ended = false;
     loop {
         match rustix::process::wait(WaitOptions::NOHANG) {
             Ok(Some((pid, status))) => {
-                if u32::try_from(pid.as_raw_nonzero().get()) == Ok(server.id()) {
+                let pid = u32::try_from(pid.as_raw_nonzero().get()).ok();
+                if pid.is_some() && pid == server.map(Child::id) {
                     eprintln!("icebox: the server ended: {status:?}");
                     ended = true;
                 }

@@ -43,6 +43,7 @@ use tokio::{
 };
 
 use crate::{
+    THIS_PROGRAM,
     cgroup::{Cgroups, Tree},
     launch::{Launch, LaunchError},
     sys,
@@ -225,9 +226,9 @@ impl Process {
             program: OsStr::new(&spec.config.cmd),
             args: &spec.config.args,
         };
-        let program = std::env::current_exe().map_err(host("find this program"))?;
-        let mut command = Command::new(program);
+        let mut command = Command::new(THIS_PROGRAM);
         command
+            .arg0("icebox-agent")
             .args(launch.to_args(status_end.as_raw_fd()))
             .env_clear()
             .envs(&spec.env);

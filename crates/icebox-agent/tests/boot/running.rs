@@ -9,7 +9,7 @@ use bytes::Bytes;
 use connectrpc::ErrorCode;
 use icebox_agent_api::{
     Token,
-    client::{AgentClient, Command, Event},
+    client::{AgentClient, Command, Event, TerminalSize},
     control::{Origin, Prepare, StepOutcome},
     exit::Exit,
 };
@@ -63,6 +63,20 @@ async fn inv_37_a_guest_becomes_the_sandbox_it_is_told_to_be() {
         "600"
     );
     assert_eq!(text(&root, "cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline | tr '\\0' '\\n' | grep -c 'sandbox-toke[n]' || true").await, "0");
+
+    let mut command = Command::new("/bin/bash").args([
+        "-c",
+        "tty; stty size; ulimit -Sn; ulimit -Hn; cat /proc/self/oom_score_adj",
+    ]);
+    command.terminal = Some(TerminalSize {
+        columns: 90,
+        rows: 20,
+    });
+    let terminal = client.run(command).await.unwrap();
+    assert_eq!(
+        String::from_utf8(terminal.stdout).unwrap(),
+        "/dev/pts/0\r\n20 90\r\n1024\r\n524288\r\n0\r\n"
+    );
 
     // As a fork: another name, another id, another token, and the old one is worth nothing.
     let mut fork = init("guest-2", 2);

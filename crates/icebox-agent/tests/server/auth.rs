@@ -164,3 +164,53 @@ async fn metrics_are_those_of_the_machine() {
     let metrics = server.client().metrics(TIMEOUT).await.unwrap();
     assert!(metrics.cpu_count > 0 && metrics.mem_total > metrics.mem_used && metrics.ts > 0);
 }
+
+#[tokio::test]
+async fn a_proxy_on_a_socket_is_told_which_sandbox_is_meant() {
+    use icebox_agent_api::{SANDBOX_ID_HEADER, SANDBOX_PORT_HEADER};
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional};
+
+    let server = Server::start();
+    let socket = server.directory.path().join("proxy");
+    let listener = tokio::net::UnixListener::bind(&socket).unwrap();
+    let address = server.address;
+    let proxy = tokio::spawn(async move {
+        // One request to look at, and the connection to pass on.
+        let (mut client, _) = listener.accept().await.unwrap();
+        let mut head = Vec::new();
+        while !head.windows(4).any(|end| end == b"\r\n\r\n") {
+            client.read_buf(&mut head).await.unwrap();
+        }
+        let mut agent = tokio::net::TcpStream::connect(address).await.unwrap();
+        agent.write_all(&head).await.unwrap();
+        copy_bidirectional(&mut client, &mut agent).await.ok();
+        String::from_utf8_lossy(&head).into_owned()
+    });
+    let client = AgentClient::unix(&socket)
+        .with_header(SANDBOX_ID_HEADER.parse().unwrap(), "i1".parse().unwrap())
+        .with_header(
+            SANDBOX_PORT_HEADER.parse().unwrap(),
+            "49983".parse().unwrap(),
+        )
+        .with_token(&Token::new(BOOT_TOKEN));
+    let output = client
+        .run(Command::new("echo").args(["through"]))
+        .await
+        .unwrap();
+    assert_eq!(output.stdout, b"through\n");
+    let head = proxy.await.unwrap();
+    for line in [
+        "POST /process.Process/Start HTTP/1.1",
+        "host: localhost",
+        "e2b-sandbox-id: i1",
+        "e2b-sandbox-port: 49983",
+    ] {
+        assert!(head.lines().any(|found| found == line), "{line} in {head}");
+    }
+    assert!(
+        AgentClient::unix(socket.with_extension("none"))
+            .health(TIMEOUT)
+            .await
+            .is_err()
+    );
+}
