@@ -7,7 +7,9 @@ mod sys;
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{
+    DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
+};
 use std::path::Path;
 
 use icebox_engine::host::{Ensured, ErrorKind, HostError, Removed};
@@ -196,20 +198,41 @@ pub(crate) fn create_whole(
 
 /// Makes every file and directory under `directory` durable, itself included, deepest first.
 pub(crate) fn sync_tree(directory: &Path) -> Result<(), HostError> {
+    sync_tree_after(directory, &|_, _| Ok(()))
+}
+
+/// [`sync_tree`], and files become readable by their owner and writable by nobody: whatever made them, a descriptor that
+/// was opened to read cannot be reopened to write.
+pub(crate) fn seal_tree(directory: &Path) -> Result<(), HostError> {
+    sync_tree_after(directory, &set_read_only)
+}
+
+fn sync_tree_after(
+    directory: &Path,
+    prepare: &dyn Fn(&File, &Path) -> Result<(), HostError>,
+) -> Result<(), HostError> {
     for entry in entries(directory)? {
         let path = entry.path();
         let kind = entry
             .file_type()
             .map_err(|error| failed("look at", &path, error))?;
         if kind.is_dir() {
-            sync_tree(&path)?;
+            sync_tree_after(&path, prepare)?;
         } else if kind.is_file() {
-            open_file(&path)?
-                .sync_all()
+            let file = open_file(&path)?;
+            prepare(&file, &path)?;
+            file.sync_all()
                 .map_err(|error| failed("flush", &path, error))?;
         }
     }
     sync_directory(directory)
+}
+
+/// Says of a file that it will not change any more. Root is not held by it; other users are, also through a descriptor
+/// in `/proc/self/fd` (INV-25).
+pub(crate) fn set_read_only(file: &File, path: &Path) -> Result<(), HostError> {
+    file.set_permissions(fs::Permissions::from_mode(0o400))
+        .map_err(|error| failed("set the permissions of", path, error))
 }
 
 /// The entries of a directory; none if it does not exist.

@@ -9,8 +9,8 @@
 //! So an object either exists, whole, or does not exist, whatever crashes in between. What lies in `staging/` and
 //! `trash/` is not an object; names that are not ours are left alone everywhere.
 //!
-//! Directories are made 0700 and files 0600: a VMM's uid reaches nothing in here by name, only through descriptors that
-//! the launcher opened for it.
+//! Directories are made 0700 and files 0600, and what is published becomes 0400: a VMM's uid reaches nothing in here by
+//! name, only through descriptors that the launcher opened for it, and cannot make more of those than they are.
 //!
 //! All work happens on threads that may block. Operations on one sandbox (or one other object) happen in the order in
 //! which they were asked for, also when a caller stops waiting for an earlier one; operations on different ones overlap,
@@ -491,7 +491,7 @@ fn publish(layout: &Layout, object: &Object, manifest: &[u8]) -> Result<(), Host
         (true, false) => {}
     }
     fs::replace_file(&staging, MANIFEST, manifest)?;
-    fs::sync_tree(&staging)?;
+    fs::seal_tree(&staging)?;
     fs::rename_to_new(&staging, &target)?;
     sync_both()
 }

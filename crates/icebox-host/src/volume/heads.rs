@@ -118,7 +118,7 @@ impl Heads {
         match (fs::exists(&path)?, fs::exists(&disk)?) {
             (true, false) => {
                 let file = fs::open_file(&path)?;
-                set_read_only(&file, &path)?;
+                fs::set_read_only(&file, &path)?;
                 file.sync_all()
                     .map_err(|error| failed("flush", &path, error))?;
                 fs::rename_to_new(&path, &disk)?;
@@ -193,14 +193,6 @@ impl Heads {
         heads.dedup();
         Ok(heads)
     }
-}
-
-/// Says of a layer's data that it will not change any more. For people and for accidents: what keeps a VMM from writing
-/// to it is that the launcher opens it read-only and that its uid cannot reach it by name (INV-25).
-pub(super) fn set_read_only(file: &File, path: &Path) -> Result<(), HostError> {
-    use std::os::unix::fs::PermissionsExt as _;
-    file.set_permissions(std::fs::Permissions::from_mode(0o400))
-        .map_err(|error| failed("set the permissions of", path, error))
 }
 
 /// Refuses a base whose image is not there.

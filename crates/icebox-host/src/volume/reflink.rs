@@ -171,7 +171,7 @@ fn freeze(heads: &Heads, from: &HeadId, to: &HeadId, staging: &Path) -> Result<(
             let source = fs::open_file(&old)?;
             let file = fs::create_file(&unfinished)?;
             let made = clone(&source, &old, &file, &unfinished)
-                .and_then(|()| heads::set_read_only(&file, &unfinished))
+                .and_then(|()| fs::set_read_only(&file, &unfinished))
                 .and_then(|()| {
                     file.sync_all()
                         .map_err(|error| failed("flush", &unfinished, error))

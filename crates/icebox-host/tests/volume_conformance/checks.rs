@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
+use std::process::{Command, Stdio};
 
 use icebox_engine::host::{Chain, Ensured, ErrorKind, LiveFreeze, Removed, Store as _};
 use icebox_engine::id::{Digest, HeadId, LayerId, SandboxId};
@@ -203,6 +204,38 @@ pub(crate) async fn inv_25_what_is_below_never_changes(ground: &Ground) {
     }
     assert_eq!(ground.immutable().await, before);
     ground.assert_content(&parent).await;
+}
+
+/// What the uid of a VMM's box can do with a descriptor that the launcher opened to read.
+pub(crate) async fn inv_25_another_uid_cannot_change_what_is_below(ground: &Ground) {
+    const ATTEMPTS: [&str; 6] = [
+        "echo x >&0",
+        "echo x >> /proc/self/fd/0",
+        "truncate -s 0 /proc/self/fd/0",
+        "fallocate -p -o 0 -l 4096 /proc/self/fd/0",
+        "chmod 666 /proc/self/fd/0",
+        "cat \"$0\"",
+    ];
+    let mut disk = ground.disk().await;
+    ground.write(&mut disk, 0, MIB, 1).await;
+    ground.freeze(&mut disk).await;
+    let before = ground.immutable().await;
+    for (path, _) in &before {
+        for attempt in ATTEMPTS {
+            let status = Command::new("setpriv")
+                .args(["--reuid=10001", "--regid=10001", "--clear-groups", "--"])
+                .args(["sh", "-c", attempt])
+                .arg(path)
+                .stdin(fs::File::open(path).unwrap())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .status()
+                .unwrap();
+            assert!(!status.success(), "{attempt} on {}", path.display());
+        }
+    }
+    assert_eq!(ground.immutable().await, before);
+    ground.assert_content(&disk).await;
 }
 
 pub(crate) async fn inv_26_the_driver_proves_itself_and_leaves_nothing(ground: &Ground) {

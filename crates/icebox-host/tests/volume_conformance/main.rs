@@ -19,6 +19,7 @@ macro_rules! conformance {
                 inv_09_a_freeze_is_finished_from_wherever_it_stopped,
                 inv_24_heads_go_in_any_order,
                 inv_25_what_is_below_never_changes,
+                inv_25_another_uid_cannot_change_what_is_below,
                 inv_26_the_driver_proves_itself_and_leaves_nothing,
                 inv_27_sizes_are_what_is_allocated,
                 inv_28_a_full_file_system_is_a_typed_error_without_remains,
