@@ -16,14 +16,17 @@ use std::process::ExitCode;
 use clap::Parser as _;
 
 use cli::Cli;
+use icebox_host::launcher::{LAUNCHER_ARGUMENT, launcher_main};
 
 fn main() -> ExitCode {
-    // What the daemon starts itself as is no part of the command line that users meet.
-    if std::env::args_os()
-        .nth(1)
-        .is_some_and(|first| first == worker::ARGUMENT)
-    {
+    // What the daemon starts itself as is no part of the command line that users meet: a worker, or a launcher, which
+    // becomes a VMM and does nothing else before that.
+    let role = std::env::args_os().nth(1);
+    if role.as_ref().is_some_and(|role| role == worker::ARGUMENT) {
         return worker::run();
+    }
+    if role.is_some_and(|role| role == LAUNCHER_ARGUMENT) {
+        launcher_main();
     }
     let cli = Cli::parse();
     let output = output::Output::new(cli.json);

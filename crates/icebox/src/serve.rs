@@ -81,7 +81,7 @@ async fn serve(config: Config, args: &Args, output: Output) -> Ended {
     let ground = if args.sim {
         sim::ground(args.sim_guests)
     } else {
-        real::ground()?
+        real::ground(&config, &layout).await?
     };
     let engine = Engine::open(ground.host, engine_config())
         .await

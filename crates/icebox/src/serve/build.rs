@@ -44,7 +44,6 @@ pub(super) struct Build {
     source: BuildSource,
     size: Option<Bytes>,
     geometry: Geometry,
-    kernel: Digest,
     start: Option<Start>,
 }
 
@@ -63,7 +62,7 @@ impl Build {
     /// Checks `new`.
     ///
     /// # Errors
-    /// The name is taken or not a name, the sizes are none, or there is no kernel: all before the long work begins.
+    /// The name is taken or not a name, or the sizes are none: all before the long work begins.
     pub(super) async fn new(
         engine: Engine,
         workshop: Arc<dyn Workshop>,
@@ -78,12 +77,6 @@ impl Build {
             )
             .hint("choose another name, or remove the template first"));
         }
-        let kernel = engine
-            .host()
-            .kernels
-            .default_kernel()
-            .await
-            .map_err(|error| translate::host_error(&error))?;
         Ok(Self {
             engine,
             workshop,
@@ -91,7 +84,6 @@ impl Build {
             source: new.source,
             size: translate::disk_size(new.disk_size_mb)?,
             geometry: translate::geometry(new.cpu_count, new.memory_mb, default)?,
-            kernel,
             start: new.start_cmd.map(|command| Start {
                 command,
                 ready: new.ready_cmd,
@@ -114,6 +106,7 @@ impl Build {
     }
 
     async fn build(&self, events: &Events) -> Result<v1::Template, ApiError> {
+        let kernel = unless_gone(events, self.workshop.kernel(events)).await?;
         let image = unless_gone(
             events,
             self.workshop.image(self.source.clone(), self.size, events),
@@ -121,10 +114,10 @@ impl Build {
         .await?;
         stage(events, "storing the image").await;
         let Some(start) = &self.start else {
-            return self.import(image.path(), self.name.clone()).await;
+            return self.import(image.path(), self.name.clone(), kernel).await;
         };
         let passing = passing_name()?;
-        let image = self.import(image.path(), passing.clone()).await?;
+        let image = self.import(image.path(), passing.clone(), kernel).await?;
         let passing = Passing {
             image,
             sandbox: passing,
@@ -134,11 +127,16 @@ impl Build {
         template
     }
 
-    async fn import(&self, image: &std::path::Path, name: Name) -> Result<v1::Template, ApiError> {
+    async fn import(
+        &self,
+        image: &std::path::Path,
+        name: Name,
+        kernel: Digest,
+    ) -> Result<v1::Template, ApiError> {
         let request = ImageRequest {
             name,
             geometry: self.geometry,
-            kernel: self.kernel.clone(),
+            kernel,
             env: std::collections::BTreeMap::new(),
             source: describe(&self.source),
         };

@@ -12,7 +12,7 @@ use async_trait::async_trait;
 use icebox_api::types::{BuildEvent, BuildSource, Kernel, KernelEvent, KernelSource, Report};
 use icebox_api::{ApiError, ErrorCode};
 use icebox_engine::host::{Egress, Host, HostError, Network, Removed, SlotNetwork};
-use icebox_engine::id::Slot;
+use icebox_engine::id::{Digest, Slot};
 use icebox_engine::unit::Bytes;
 use icebox_sim::{FreezeBy, World};
 use tokio::sync::mpsc;
@@ -90,6 +90,11 @@ struct SimWorkshop {
 
 #[async_trait]
 impl Workshop for SimWorkshop {
+    async fn kernel(&self, _events: &mpsc::Sender<BuildEvent>) -> Result<Digest, ApiError> {
+        let default = self.host.kernels.default_kernel().await;
+        default.map_err(|error| super::host_error(&error))
+    }
+
     async fn image(
         &self,
         _source: BuildSource,
