@@ -105,11 +105,12 @@ fn mount_root(parameters: &KernelParameters) -> Result<(), BootError> {
     wait_for(Path::new(device)).map_err(failed(format!("find the root device {device}")))?;
     let operation = || format!("mount the root filesystem {device} ({kind})");
     fs::create_dir_all(NEW_ROOT).map_err(failed(operation()))?;
+    // A read that writes a time would cost every fork blocks of its own.
     rustix::mount::mount(
         device,
         NEW_ROOT,
         kind,
-        MountFlags::empty(),
+        MountFlags::NOATIME,
         None::<&std::ffi::CStr>,
     )
     .map_err(failed(operation()))

@@ -4,6 +4,7 @@
 //! says why in one line on the console and powers the machine off: whoever started it learns of it at once.
 
 mod boot;
+mod initctl;
 mod network;
 mod parameters;
 mod power;

@@ -1,10 +1,11 @@
 //! Process 1 in the real root: sets the guest up, then reaps orphans, keeps the server running and powers off.
 //!
-//! | signal | from | does |
+//! | what | from | does |
 //! |---|---|---|
 //! | `SIGCHLD` | the kernel | reaps; starts the server again if that is what ended |
-//! | `SIGTERM`, `SIGUSR2`, `SIGPWR`, `SIGUSR1` | `poweroff` and `halt` of busybox, whoever may | powers off in order |
-//! | `SIGINT` | ctrl-alt-del, and `reboot` of some | reboots in order, which ends the machine as well |
+//! | `SIGTERM`, `SIGUSR1`, `SIGUSR2`, `SIGPWR` | `poweroff` and `halt` of busybox, whoever may | powers off in order |
+//! | `SIGINT` | ctrl-alt-del | reboots in order, which ends the machine as well |
+//! | `/run/initctl` | `poweroff`, `reboot`, `shutdown` of sysvinit and systemd | either of the two |
 
 use std::{
     convert::Infallible,
@@ -29,7 +30,9 @@ use tokio::{
 };
 
 use super::{
-    KernelParameters, network,
+    KernelParameters,
+    initctl::Requests,
+    network,
     power::{self, After},
 };
 use crate::{THIS_PROGRAM, server};
@@ -156,6 +159,7 @@ async fn supervise() -> Result<Infallible, Box<dyn Error>> {
         signal(SignalKind::from_raw(SIGPWR))?,
     ];
     let mut reboot = signal(SignalKind::interrupt())?;
+    let mut requests = Requests::open();
     let mut server: Option<Child> = None;
     let mut next_start = Instant::now();
     let after = loop {
@@ -174,6 +178,7 @@ async fn supervise() -> Result<Infallible, Box<dyn Error>> {
             },
             () = any_of(term, usr1, usr2, pwr) => break After::Off,
             _ = reboot.recv() => break After::Reboot,
+            after = requests.next() => break after,
         }
     };
     power::off(after, &mut children).await;

@@ -88,3 +88,22 @@ async fn a_forced_power_off_and_a_reboot_end_the_machine() {
         assert!(guest.is_off().await.success(), "{how}");
     }
 }
+
+#[tokio::test]
+async fn a_request_over_initctl_powers_off_in_order() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = bare_image(directory.path());
+    let mut guest = Guest::start(&Options {
+        disk: Some(image.clone()),
+        ..Options::default()
+    });
+    let client = guest.booted().await;
+    // The start of what `poweroff` of sysvinit and systemd writes: magic, "change run level", '0'.
+    let request = r"printf '\151\031\011\003\001\000\000\000\060\000\000\000' > /run/initctl; exec /bin/busybox sleep 1000";
+    client
+        .run(GuestCommand::new("/bin/sh").args(["-c", request]))
+        .await
+        .unwrap_err();
+    assert!(guest.is_off().await.success());
+    assert_clean(&image);
+}
