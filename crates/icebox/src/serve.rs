@@ -26,6 +26,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use icebox_api::server::{Edge, router};
+use icebox_api::types::Report;
 use icebox_engine::host::Host;
 use icebox_engine::layout::Layout;
 use icebox_engine::unit::Geometry;
@@ -42,12 +43,21 @@ use config::Config;
 use daemon::Icebox;
 use workshop::Workshop;
 
-pub(crate) use config::Args;
+pub(crate) use config::{Args, Settings};
 pub(crate) use translate::host_error;
 
 /// How long verbs under way may take to end when the daemon is told to. One that takes longer is finished, or undone,
 /// by the next daemon.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Looks at this machine, for when no daemon does.
+///
+/// # Errors
+/// The settings are not understood.
+pub(crate) async fn survey(settings: &Settings, socket: Option<&Path>) -> Result<Report, Failure> {
+    let config = Config::of_machine(settings, socket)?;
+    Ok(real::survey(&config).await)
+}
 
 /// What the daemon runs on: this machine, or a simulation.
 struct Ground {

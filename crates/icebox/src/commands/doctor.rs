@@ -2,17 +2,55 @@
 
 use std::process::ExitCode;
 
-use icebox_api::types::{CheckResult, Report};
+use icebox_api::client::ClientError;
+use icebox_api::types::{Check, CheckResult, Report};
 
 use super::{Context, Ended};
 use crate::output::Table;
+use crate::serve::{self, Settings};
 
 /// Say what works on this host, what does not, why, and what to do about it.
+///
+/// Asks the daemon, and looks at this machine itself if none serves.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Args {}
+pub(crate) struct Args {
+    #[command(flatten)]
+    settings: Settings,
+}
 
-pub(crate) async fn run(context: &Context, _: &Args) -> Ended {
-    let report = context.client.doctor().await?;
+pub(crate) async fn run(context: &Context, args: &Args) -> Ended {
+    let socket = context.client.socket();
+    let (mut report, daemon) = match context.client.version().await {
+        Ok(version) => {
+            let detail = format!(
+                "{}, pid {}, on {}",
+                version.version,
+                version.pid,
+                socket.display()
+            );
+            (
+                context.client.doctor().await?,
+                (CheckResult::Works, detail, None),
+            )
+        }
+        Err(ClientError::Connect { source, .. }) => {
+            let detail = format!("none on {}: {source}", socket.display());
+            let hint = "start it with `icebox serve`".to_owned();
+            let report = serve::survey(&args.settings, Some(socket)).await?;
+            (report, (CheckResult::Absent, detail, Some(hint)))
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let (result, detail, hint) = daemon;
+    report.checks.insert(
+        0,
+        Check {
+            name: "daemon".to_owned(),
+            result,
+            detail,
+            hint,
+        },
+    );
     if context.output.is_json() {
         context.output.document(&report)?;
     } else {

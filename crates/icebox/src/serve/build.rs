@@ -63,7 +63,7 @@ impl Build {
     ///
     /// # Errors
     /// The name is taken or not a name, or the sizes are none: all before the long work begins.
-    pub(super) async fn new(
+    pub(super) fn new(
         engine: Engine,
         workshop: Arc<dyn Workshop>,
         new: NewBuild,

@@ -8,17 +8,40 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use icebox_host::vmm::qemu::AcceleratorChoice;
+
 use super::log::Format;
 use crate::failure::Failure;
 
 /// Read if it exists and no other is named.
 const DEFAULT_FILE: &str = "/etc/icebox/icebox.toml";
 
-/// Serve sandboxes: the daemon that every other command talks to.
-///
-/// Runs in the foreground until SIGTERM or SIGINT; sandboxes keep running. Prints what it does on stderr.
-#[derive(Debug, clap::Args)]
-pub(crate) struct Args {
+/// Which accelerator a user wants.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Accelerator {
+    /// KVM if it really runs guests here, else TCG.
+    #[default]
+    Auto,
+    /// KVM or nothing.
+    Kvm,
+    /// TCG.
+    Tcg,
+}
+
+impl From<Accelerator> for AcceleratorChoice {
+    fn from(wanted: Accelerator) -> Self {
+        match wanted {
+            Accelerator::Auto => Self::Auto,
+            Accelerator::Kvm => Self::Kvm,
+            Accelerator::Tcg => Self::Tcg,
+        }
+    }
+}
+
+/// Where things are: what every command needs that looks at this machine itself.
+#[derive(Debug, Default, clap::Args)]
+pub(crate) struct Settings {
     /// The settings file [default: /etc/icebox/icebox.toml, if it exists].
     #[arg(
         long,
@@ -46,6 +69,24 @@ pub(crate) struct Args {
     )]
     run_dir: Option<PathBuf>,
 
+    /// The guest agent, a static binary [default: icebox-agent beside this program].
+    #[arg(
+        long,
+        env = "ICEBOX_AGENT",
+        value_name = "FILE",
+        hide_env_values = true
+    )]
+    agent: Option<PathBuf>,
+}
+
+/// Serve sandboxes: the daemon that every other command talks to.
+///
+/// Runs in the foreground until SIGTERM or SIGINT; sandboxes keep running. Prints what it does on stderr.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    settings: Settings,
+
     /// Serve HTTP on this TCP address too. REST then needs the API key: the one in ICEBOX_API_KEY, or one that is made
     /// and shown once.
     #[arg(
@@ -55,15 +96,6 @@ pub(crate) struct Args {
         hide_env_values = true
     )]
     listen: Option<SocketAddr>,
-
-    /// The guest agent, a static binary [default: icebox-agent beside this program].
-    #[arg(
-        long,
-        env = "ICEBOX_AGENT",
-        value_name = "FILE",
-        hide_env_values = true
-    )]
-    agent: Option<PathBuf>,
 
     /// What to log: error, warn, info, debug, trace, or a filter by module [default: info].
     #[arg(
@@ -103,6 +135,8 @@ struct File {
     domain: Option<String>,
     agent: Option<PathBuf>,
     qemu: Option<PathBuf>,
+    accelerator: Option<Accelerator>,
+    volume_driver: Option<String>,
     #[serde(default)]
     log: LogSection,
     #[serde(default)]
@@ -143,6 +177,8 @@ pub(crate) struct Config {
     pub(crate) domain: Option<String>,
     pub(crate) agent: Option<PathBuf>,
     pub(crate) qemu: Option<PathBuf>,
+    pub(crate) accelerator: Accelerator,
+    pub(crate) volume_driver: Option<String>,
     pub(crate) log_filter: String,
     pub(crate) log_format: Format,
     pub(crate) network_prefix: String,
@@ -158,7 +194,16 @@ impl Config {
     /// # Errors
     /// The file cannot be read or understood, with the line and what was expected there.
     pub(crate) fn load(args: &Args, socket: Option<&Path>) -> Result<Self, Failure> {
-        let file = match &args.config {
+        let mut config = Self::of_machine(&args.settings, socket)?;
+        config.listen = args.listen.or(config.listen);
+        config.log_filter = args.log.clone().unwrap_or(config.log_filter);
+        config.log_format = args.log_format.unwrap_or(config.log_format);
+        Ok(config)
+    }
+
+    /// As [`load`](Self::load), for commands that serve nothing.
+    pub(crate) fn of_machine(settings: &Settings, socket: Option<&Path>) -> Result<Self, Failure> {
+        let file = match &settings.config {
             Some(path) => read(path)?,
             None if Path::new(DEFAULT_FILE).exists() => read(Path::new(DEFAULT_FILE))?,
             None => File::default(),
@@ -168,9 +213,10 @@ impl Config {
                 Failure::because(format!("cannot use path {}", path.display()), &error)
             })
         };
-        let data_dir = args.data_dir.clone().or(file.data_dir);
+        let data_dir = settings.data_dir.clone().or(file.data_dir);
         let run_dir = absolute(
-            args.run_dir
+            settings
+                .run_dir
                 .clone()
                 .or(file.run_dir)
                 .unwrap_or_else(|| "/run/icebox".into()),
@@ -183,16 +229,19 @@ impl Config {
             data_dir: absolute(data_dir.unwrap_or_else(|| "/var/lib/icebox".into()))?,
             socket: absolute(socket)?,
             run_dir,
-            listen: args.listen.or(file.listen),
+            listen: file.listen,
             domain: file.domain,
-            agent: args.agent.clone().or(file.agent),
-            qemu: file.qemu,
-            log_filter: args
-                .log
+            agent: settings
+                .agent
                 .clone()
-                .or(file.log.filter)
-                .unwrap_or_else(|| "info".to_owned()),
-            log_format: args.log_format.or(file.log.format).unwrap_or_default(),
+                .or(file.agent)
+                .map(absolute)
+                .transpose()?,
+            qemu: file.qemu,
+            accelerator: file.accelerator.unwrap_or_default(),
+            volume_driver: file.volume_driver,
+            log_filter: file.log.filter.unwrap_or_else(|| "info".to_owned()),
+            log_format: file.log.format.unwrap_or_default(),
             network_prefix: file
                 .network
                 .prefix
@@ -228,11 +277,11 @@ mod tests {
 
     fn args(config: Option<PathBuf>) -> Args {
         Args {
-            config,
-            data_dir: None,
-            run_dir: None,
+            settings: Settings {
+                config,
+                ..Settings::default()
+            },
             listen: None,
-            agent: None,
             log: None,
             log_format: None,
             sim: false,
@@ -261,7 +310,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().expect("a file");
         std::fs::write(file.path(), "data_dir = \"/a\"\nrun_dir = \"/b\"\n").expect("write");
         let mut args = args(Some(file.path().to_owned()));
-        args.data_dir = Some("/c".into());
+        args.settings.data_dir = Some("/c".into());
         let config = Config::load(&args, None).expect("valid");
         assert_eq!(config.data_dir, Path::new("/c"));
         assert_eq!(config.socket, Path::new("/b/icebox.sock"));
@@ -295,6 +344,7 @@ mod tests {
             config.qemu.take().as_deref(),
             Some(Path::new("/usr/bin/qemu-system-x86_64"))
         );
+        assert_eq!(config.volume_driver.take().as_deref(), Some("qcow2"));
         assert_eq!(config, load("").expect("nothing is valid"));
     }
 }

@@ -262,8 +262,7 @@ impl Daemon for Icebox {
             Arc::clone(&self.workshop),
             new,
             self.geometry,
-        )
-        .await?;
+        )?;
         let (events, stream) = tokio::sync::mpsc::channel(16);
         tokio::spawn(build.run(events));
         Ok(ReceiverStream::new(stream).boxed())

@@ -1,129 +1,203 @@
-//! This machine as the ground that sandboxes run on.
+//! This machine as the ground that sandboxes run on: every part found, tried and put together once, at start.
 //!
 //! ```text
-//!   store (lock) -> boxes -> network -> volume drivers that work -> QEMU and its accelerator -> kernels, guests
+//!   store (lock) -> kernels -> network -> boxes -> QEMU and its accelerator -> volume drivers that work
 //! ```
 //! The store comes first: its lock is what makes this daemon the only one that touches the rest.
 
 mod job;
+mod workshop;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use async_trait::async_trait;
-use icebox_api::types::{
-    BuildEvent, BuildSource, Check, Kernel, KernelEvent, KernelSource, Report,
-};
-use icebox_api::{ApiError, ErrorCode};
-use icebox_engine::host::{Host, HostError, Kernels, Network, VolumeDriver};
-use icebox_engine::id::Digest;
-use icebox_engine::layout::{Layout, Object};
-use icebox_engine::unit::Bytes;
+use icebox_api::types::{Check, Report};
+use icebox_engine::host::{ErrorKind, Host, HostError, Kernels as _, Network as _, VolumeDriver};
+use icebox_engine::layout::Layout;
 use icebox_host::boxes::{DEFAULT_FIRST_UID, HostBoxes};
 use icebox_host::cgroup::Cgroups;
 use icebox_host::guest::AgentGuests;
-use icebox_host::guest_image::{KernelStore, Places, kernel, sweep};
+use icebox_host::guest_image::{self, KernelStore, Places};
 use icebox_host::instance::Instance;
 use icebox_host::launcher::Launcher;
 use icebox_host::network::{NetworkConfig, NetworkSlots};
 use icebox_host::store::FileStore;
-use icebox_host::vmm::qemu::{AcceleratorChoice, Qemu, QemuConfig};
+use icebox_host::vmm::qemu::{Qemu, QemuConfig};
 use icebox_host::volume::{Qcow2, Reflink};
-use tokio::sync::mpsc;
 
 use super::config::Config;
-use super::workshop::{RootImage, Workshop};
-use super::{Ground, doctor, host_error};
+use super::{Ground, doctor};
 use crate::failure::Failure;
-use crate::worker::Work;
+use workshop::RealWorkshop;
 
+/// The agent's file name, beside this program or where packages put it.
+const AGENT: &str = "icebox-agent";
 /// Where packages put the agent.
-const INSTALLED_AGENT: &str = "/usr/lib/icebox/icebox-agent";
+const AGENT_DIRECTORY: &str = "/usr/lib/icebox";
 
-/// Brings up everything that sandboxes need here.
+/// Puts this machine together.
+///
+/// # Errors
+/// What sandboxes cannot do without is missing: named, with a hint. Nothing has been changed by then but what belongs
+/// to the data directory.
 pub(super) async fn ground(config: &Config, layout: &Layout) -> Result<Ground, Failure> {
-    if !rustix::process::geteuid().is_root() {
-        return Err(Failure::new(
-            "icebox serve needs to be root: for namespaces, taps, cgroups and other uids",
-        )
-        .hint("run it with sudo, or try the interfaces out with --sim"));
-    }
-    let store = FileStore::open(layout.clone()).map_err(failed("cannot use the data directory"))?;
-    let data = layout
-        .data()
-        .canonicalize()
-        .map_err(|error| Failure::because("cannot find the data directory again", &error))?;
-    let places = Places::under(&data);
-    sweep(&places).map_err(|error| {
-        failed("cannot clean up what earlier builds left")(HostError::from(error))
-    })?;
-
-    let instance = Instance::of_data_directory(&data);
-    let boxes = Arc::new(HostBoxes::new(
-        layout.clone(),
-        Cgroups::detect(&instance),
-        DEFAULT_FIRST_UID,
-    ));
-    let network = network(config, instance).await?;
-    let drivers = drivers(layout);
-    let mut volumes = Vec::new();
-    for driver in &drivers {
-        match driver.probe().await {
-            Ok(()) => volumes.push(Arc::clone(driver)),
-            Err(error) => tracing::info!(driver = driver.name(), %error, "not usable here"),
-        }
-    }
-    let kernels = Arc::new(KernelStore::new(places.clone(), agent(config)?, None));
-    let probe_kernel = probe_kernel(&kernels).await;
-    let qemu = QemuConfig {
-        program: config.qemu.clone(),
-        accelerator: AcceleratorChoice::Auto,
-        probe_kernel,
-        launcher: Launcher::this_program(),
-    };
-    let qemu = Qemu::find(qemu, layout.clone(), Arc::clone(&boxes))
+    require_root().map_err(|error| failed(&error))?;
+    let agent = find_agent(config).map_err(|error| failed(&error))?;
+    let store = blocking({
+        let layout = layout.clone();
+        move || FileStore::open(layout)
+    })
+    .await
+    .map_err(|error| failed(&error))?;
+    let places = Places::under(layout.data());
+    let swept = places.clone();
+    let swept = blocking(move || guest_image::sweep(&swept).map_err(HostError::from))
         .await
-        .map_err(failed("cannot run guests here"))?;
+        .map_err(|error| failed(&error))?;
+    if swept > 0 {
+        tracing::info!(swept, "removed what interrupted builds had left");
+    }
+    let kernels = KernelStore::new(places.clone(), agent, None);
+    let instance = instance(layout);
+    let network = NetworkSlots::open(network(config, instance.clone())?)
+        .await
+        .map_err(|error| failed(&error))?;
+    let boxes = boxes(layout, &instance);
+    let qemu = find_qemu(config, layout, Arc::clone(&boxes), &kernels)
+        .await
+        .map_err(|error| failed(&error))?;
+    let (volumes, findings) = volumes(config, layout).await?;
     let host = Host {
         store: Arc::new(store),
         volumes,
         vmms: vec![Arc::new(qemu)],
-        network,
+        network: Arc::new(network),
         boxes,
-        kernels,
+        kernels: Arc::new(kernels),
         guest: Arc::new(AgentGuests),
     };
     let workshop = Arc::new(RealWorkshop {
         host: host.clone(),
-        drivers,
         places,
-        data,
+        data: layout.data().to_owned(),
+        findings,
     });
     Ok(Ground { host, workshop })
 }
 
-fn failed(what: &'static str) -> impl FnOnce(HostError) -> Failure {
-    move |error| {
-        let hint = error.hint_text().map(ToOwned::to_owned);
-        let failure = Failure::because(what, &error);
-        match hint {
-            Some(hint) => failure.hint(hint),
-            None => failure,
+/// Looks at everything that [`ground`] needs, and goes on where that would stop: for a machine without a daemon.
+pub(super) async fn survey(config: &Config) -> Report {
+    let layout = Layout::new(&config.data_dir, &config.run_dir);
+    let mut checks = vec![doctor::probed("root", require_root(), "yes")];
+    let agent = find_agent(config);
+    checks.push(match &agent {
+        Ok(path) => doctor::works("agent", path.display().to_string()),
+        Err(error) => doctor::fails("agent", error),
+    });
+    let kernels = KernelStore::new(
+        Places::under(layout.data()),
+        agent.unwrap_or_default(),
+        None,
+    );
+    checks.push(match kernels.default_kernel().await {
+        Ok(kernel) => doctor::works("kernel", kernel.short()),
+        // The first build gets one.
+        Err(error) if error.kind() == ErrorKind::NotFound => doctor::absent("kernel", &error),
+        Err(error) => doctor::fails("kernel", &error),
+    });
+    let instance = instance(&layout);
+    let boxes = boxes(&layout, &instance);
+    checks.push(doctor::limits(boxes.as_ref()));
+    match find_qemu(config, &layout, boxes, &kernels).await {
+        Ok(qemu) => checks.extend(doctor::vmm(&qemu)),
+        Err(error) => checks.push(doctor::fails("qemu", &error)),
+    }
+    let network = async {
+        let config = network(config, instance).map_err(|failure| {
+            HostError::new(ErrorKind::Invalid, failure.body().message.clone())
+        })?;
+        let slots = NetworkSlots::open(config).await?;
+        let probed = slots.probe().await;
+        slots.close().await?;
+        probed
+    };
+    checks.push(doctor::network(network.await));
+    if layout.data().is_dir() {
+        for driver in all_volumes(&layout) {
+            checks.push(doctor::volume(driver.as_ref()).await);
         }
+        checks.push(doctor::space(layout.data()));
+    } else {
+        checks.push(doctor::works(
+            "data directory",
+            format!("{} will be made", layout.data().display()),
+        ));
+    }
+    Report { checks }
+}
+
+fn failed(error: &HostError) -> Failure {
+    let failure = Failure::of(error);
+    match error.hint_text() {
+        Some(hint) => failure.hint(hint),
+        None => failure,
     }
 }
 
-/// All drivers, in order of preference.
-fn drivers(layout: &Layout) -> Vec<Arc<dyn VolumeDriver>> {
-    vec![
-        Arc::new(Reflink::new(layout.clone())),
-        Arc::new(Qcow2::new(layout.clone())),
-    ]
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, HostError> + Send + 'static,
+) -> Result<T, HostError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|panic| {
+            Err(HostError::new(ErrorKind::Other, "a blocking call panicked").caused_by(panic))
+        })
 }
 
-async fn network(config: &Config, instance: Instance) -> Result<Arc<dyn Network>, Failure> {
-    let mut settings = NetworkConfig::new(instance);
-    settings.prefix = config.network_prefix.parse().map_err(|error| {
+fn require_root() -> Result<(), HostError> {
+    if rustix::process::geteuid().is_root() {
+        return Ok(());
+    }
+    Err(
+        HostError::new(ErrorKind::Unsupported, "the daemon is not running as root").hint(
+            "run it with sudo: boxes need namespaces, taps and control groups; or try the interfaces out with --sim",
+        ),
+    )
+}
+
+fn find_agent(config: &Config) -> Result<PathBuf, HostError> {
+    let beside = std::env::current_exe()
+        .ok()
+        .and_then(|program| Some(program.parent()?.join(AGENT)));
+    let places: Vec<PathBuf> = match &config.agent {
+        Some(named) => vec![named.clone()],
+        None => beside
+            .into_iter()
+            .chain([Path::new(AGENT_DIRECTORY).join(AGENT)])
+            .collect(),
+    };
+    if let Some(found) = places.iter().find(|place| place.is_file()) {
+        return Ok(found.clone());
+    }
+    let looked: Vec<String> = places
+        .iter()
+        .map(|place| place.display().to_string())
+        .collect();
+    Err(HostError::new(
+        ErrorKind::NotFound,
+        format!("the guest agent is not at {}", looked.join(" or ")),
+    )
+    .hint("build it with `make build`, or say where it is with --agent or ICEBOX_AGENT"))
+}
+
+/// Tells this installation's objects on the host from those of others.
+fn instance(layout: &Layout) -> Instance {
+    let data = layout.data();
+    Instance::of_data_directory(&data.canonicalize().unwrap_or_else(|_| data.to_owned()))
+}
+
+fn network(config: &Config, instance: Instance) -> Result<NetworkConfig, Failure> {
+    let prefix = config.network_prefix.parse().map_err(|error| {
         Failure::because(
             format!(
                 "network.prefix {:?} is no IPv4 network",
@@ -131,169 +205,89 @@ async fn network(config: &Config, instance: Instance) -> Result<Arc<dyn Network>
             ),
             &error,
         )
-        .hint("write it like 10.213.0.0/16")
+        .hint("write it as 10.213.0.0/16")
     })?;
-    settings.pool_size = config.network_pool;
-    let slots = NetworkSlots::open(settings).await;
-    Ok(Arc::new(
-        slots.map_err(failed("cannot set up sandboxes' networks"))?,
-    ))
+    Ok(NetworkConfig {
+        prefix,
+        pool_size: config.network_pool,
+        ..NetworkConfig::new(instance)
+    })
 }
 
-/// The agent that goes into guests: the one asked for, or beside this program, or where packages put it.
-fn agent(config: &Config) -> Result<PathBuf, Failure> {
-    if let Some(path) = &config.agent {
-        return if path.is_file() {
-            Ok(path.clone())
-        } else {
-            Err(
-                Failure::new(format!("there is no guest agent at {}", path.display())).hint(
-                    "`--agent`, ICEBOX_AGENT or `agent` in the settings file say where it is",
-                ),
-            )
-        };
+fn boxes(layout: &Layout, instance: &Instance) -> Arc<HostBoxes> {
+    let cgroups = Cgroups::detect(instance);
+    Arc::new(HostBoxes::new(layout.clone(), cgroups, DEFAULT_FIRST_UID))
+}
+
+async fn find_qemu(
+    config: &Config,
+    layout: &Layout,
+    boxes: Arc<HostBoxes>,
+    kernels: &KernelStore,
+) -> Result<Qemu, HostError> {
+    // A real kernel shows what a stub does not: some hosts' KVM runs the first instructions and fails later.
+    let imported = match kernels.default_kernel().await {
+        Ok(kernel) => kernels.boot_files(&kernel).await.ok(),
+        Err(_) => None,
+    };
+    let probe_kernel = imported.map(|files| files.kernel).or_else(host_kernel);
+    let config = QemuConfig {
+        program: config.qemu.clone(),
+        accelerator: config.accelerator.clone().into(),
+        probe_kernel,
+        launcher: Launcher::this_program(),
+    };
+    Qemu::find(config, layout.clone(), boxes).await
+}
+
+/// The kernel that this machine booted, where distributions leave it.
+fn host_kernel() -> Option<PathBuf> {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").ok()?;
+    let path = Path::new("/boot").join(format!("vmlinuz-{}", release.trim()));
+    path.is_file().then_some(path)
+}
+
+/// Every volume driver there is, the default first.
+fn all_volumes(layout: &Layout) -> Vec<Arc<dyn VolumeDriver>> {
+    vec![
+        Arc::new(Reflink::new(layout.clone())),
+        Arc::new(Qcow2::new(layout.clone())),
+    ]
+}
+
+/// The volume drivers that work here, the one that the settings name first; and what is to be said of the others.
+async fn volumes(
+    config: &Config,
+    layout: &Layout,
+) -> Result<(Vec<Arc<dyn VolumeDriver>>, Vec<Check>), Failure> {
+    let mut working = Vec::new();
+    let mut findings = Vec::new();
+    let mut all = all_volumes(layout);
+    if let Some(wanted) = &config.volume_driver {
+        let names: Vec<_> = all.iter().map(|driver| driver.name()).collect();
+        if !names.contains(&wanted.as_str()) {
+            return Err(
+                Failure::new(format!("there is no volume driver {wanted:?}"))
+                    .hint(format!("there are {}", names.join(", "))),
+            );
+        }
+        all.sort_by_key(|driver| driver.name() != wanted);
     }
-    let beside = std::env::current_exe()
-        .ok()
-        .map(|program| program.with_file_name("icebox-agent"));
-    let candidates = beside.into_iter().chain([PathBuf::from(INSTALLED_AGENT)]);
-    candidates
-        .into_iter()
-        .find(|path| path.is_file())
-        .ok_or_else(|| {
-            Failure::new(format!(
-                "the guest agent is neither beside this program nor at {INSTALLED_AGENT}"
-            ))
-            .hint("build it with `make build`, or say where it is with --agent")
-        })
-}
-
-/// A kernel to find out with whether KVM really runs guests.
-async fn probe_kernel(kernels: &KernelStore) -> Option<PathBuf> {
-    let digest = kernels.default_kernel().await.ok()?;
-    let files = kernels.boot_files(&digest).await.ok()?;
-    Some(files.kernel)
-}
-
-struct RealWorkshop {
-    host: Host,
-    /// Also those that do not work here.
-    drivers: Vec<Arc<dyn VolumeDriver>>,
-    places: Places,
-    data: PathBuf,
-}
-
-impl RealWorkshop {
-    async fn describe(&self, kernel: &kernel::Kernel, default: Option<&Digest>) -> Kernel {
-        let digest = kernel.digest();
-        let object = Object::Kernel(digest.clone());
-        let allocated = self.host.store.allocated(&object).await.unwrap_or_default();
-        let origin = match &kernel.info().source {
-            kernel::KernelSource::Package { name, version } => format!("package {name} {version}"),
-            kernel::KernelSource::Imported => "imported from a file".to_owned(),
-        };
-        Kernel {
-            digest: digest.to_string(),
-            version: kernel.info().release.clone(),
-            origin,
-            allocated_bytes: allocated.0,
-            default: default == Some(digest),
+    for driver in all {
+        match driver.probe().await {
+            Ok(()) => working.push(driver),
+            // What was asked for and does not work is no reason to take something else (INV-26).
+            Err(error) if config.volume_driver.as_deref() == Some(driver.name()) => {
+                return Err(failed(&error));
+            }
+            Err(error) => {
+                let name = format!("volume driver {}", driver.name());
+                findings.push(doctor::absent(&name, &error));
+            }
         }
     }
-
-    async fn fetch<E>(
-        &self,
-        source: KernelSource,
-        events: &mpsc::Sender<E>,
-        event: fn(job::Step) -> E,
-    ) -> Result<Kernel, ApiError> {
-        let digest = job::run(&self.places, Work::Kernel(source), events, event).await?;
-        let digest: Digest = digest
-            .and_then(|digest| digest.parse().ok())
-            .ok_or_else(|| ApiError::new(ErrorCode::Internal, "the worker named no kernel"))?;
-        let opened = kernel::Kernel::open(&self.places, &digest)
-            .map_err(|error| host_error(&HostError::from(error)))?;
-        let default = self.host.kernels.default_kernel().await.ok();
-        Ok(self.describe(&opened, default.as_ref()).await)
+    if working.is_empty() {
+        return Err(Failure::new("no volume driver works here").hint("`icebox doctor` says why"));
     }
-}
-
-#[async_trait]
-impl Workshop for RealWorkshop {
-    async fn kernel(&self, events: &mpsc::Sender<BuildEvent>) -> Result<Digest, ApiError> {
-        if kernel::list(&self.places).is_ok_and(|kernels| kernels.is_empty()) {
-            let event = |step: job::Step| step.into_build_event("kernel: ");
-            self.fetch(KernelSource::Debian, events, event).await?;
-        }
-        let default = self.host.kernels.default_kernel().await;
-        default.map_err(|error| host_error(&error))
-    }
-
-    async fn image(
-        &self,
-        source: BuildSource,
-        size: Option<Bytes>,
-        events: &mpsc::Sender<BuildEvent>,
-    ) -> Result<RootImage, ApiError> {
-        let directory = job::directory(&self.places)?;
-        let out = directory.path().join("image");
-        let work = Work::Image {
-            source,
-            size: size.map(|size| size.0),
-            out: out.clone(),
-        };
-        let event = |step: job::Step| step.into_build_event("");
-        job::run_in(&self.places, directory.path(), work, events, event).await?;
-        Ok(RootImage::new(directory, out))
-    }
-
-    async fn kernels(&self) -> Result<Vec<Kernel>, ApiError> {
-        let found =
-            kernel::list(&self.places).map_err(|error| host_error(&HostError::from(error)))?;
-        let default = self.host.kernels.default_kernel().await.ok();
-        let mut kernels = Vec::new();
-        for kernel in &found {
-            kernels.push(self.describe(kernel, default.as_ref()).await);
-        }
-        Ok(kernels)
-    }
-
-    async fn import_kernel(
-        &self,
-        source: KernelSource,
-        events: &mpsc::Sender<KernelEvent>,
-    ) -> Result<Kernel, ApiError> {
-        self.fetch(source, events, job::Step::into_kernel_event)
-            .await
-    }
-
-    async fn doctor(&self) -> Report {
-        let mut checks = doctor::host(&self.host, &self.data).await;
-        let working: Vec<&str> = self
-            .host
-            .volumes
-            .iter()
-            .map(|driver| driver.name())
-            .collect();
-        for driver in self
-            .drivers
-            .iter()
-            .filter(|driver| !working.contains(&driver.name()))
-        {
-            checks.push(absent(driver).await);
-        }
-        Report { checks }
-    }
-}
-
-/// A driver that did not work when the daemon started, and why.
-async fn absent(driver: &Arc<dyn VolumeDriver>) -> Check {
-    let name = format!("volume driver {}", driver.name());
-    match driver.probe().await {
-        Ok(()) => doctor::works(&name, "works now: restart the daemon to use it"),
-        Err(error) => Check {
-            result: icebox_api::types::CheckResult::Absent,
-            ..doctor::fails(&name, &error)
-        },
-    }
+    Ok((working, findings))
 }
