@@ -155,11 +155,12 @@ impl AgentClient {
         Process::begin(OPERATION, client, terminal, Events::Started(stream)).await
     }
 
-    /// Follows a process that already runs. What it wrote before is not repeated.
+    /// Follows a process that already runs. What it wrote before is not repeated. `terminal` says whether it has one,
+    /// which decides how it takes input.
     ///
     /// # Errors
     /// `NotFound` when it does not run and did not end within the last half minute.
-    pub async fn attach(&self, pid: u32) -> Result<Process, AgentError> {
+    pub async fn attach(&self, pid: u32, terminal: bool) -> Result<Process, AgentError> {
         const OPERATION: &str = "attach to a process in the sandbox";
         let client = self.processes();
         let request = ConnectRequest {
@@ -167,7 +168,7 @@ impl AgentClient {
             ..ConnectRequest::default()
         };
         let stream = client.connect(request).await.map_err(rpc(OPERATION))?;
-        Process::begin(OPERATION, client, false, Events::Connected(stream)).await
+        Process::begin(OPERATION, client, terminal, Events::Connected(stream)).await
     }
 
     /// Runs a process to its end and collects what it writes, which has to fit in memory.

@@ -199,7 +199,7 @@ with open('/tmp/result', 'w') as result:
     assert_eq!(report.connections_closed, 2);
     process.next().await.unwrap_err();
 
-    let mut process = client.attach(pid).await.unwrap();
+    let mut process = client.attach(pid, false).await.unwrap();
     assert_eq!(process.next().await.unwrap(), Event::Exited(Exit::Code(0)));
     assert_eq!(
         text(&client, "cat /tmp/result").await,

@@ -352,15 +352,37 @@ async fn a_client_that_goes_away_takes_nothing_with_it() {
     );
     drop(process);
     // It may have ended already: its end is kept.
-    let mut process = client.attach(pid).await.unwrap();
+    let mut process = client.attach(pid, false).await.unwrap();
     let exit = loop {
         if let Event::Exited(exit) = process.next().await.unwrap() {
             break exit;
         }
     };
     assert_eq!(exit, Exit::Code(4));
-    let unknown = client.attach(u32::MAX).await.err().unwrap();
+    let unknown = client.attach(u32::MAX, false).await.err().unwrap();
     assert_eq!(unknown.code(), Some(ErrorCode::NotFound));
+}
+
+#[tokio::test]
+async fn a_terminal_can_be_left_and_taken_up_again() {
+    let server = Server::start();
+    let client = server.client();
+    let mut command = sh("stty -echo; echo ready; read -r line; echo \"<$line>\"");
+    command.terminal = Some(TerminalSize {
+        columns: 80,
+        rows: 24,
+    });
+    let mut process = client.start(command).await.unwrap();
+    let ready = Event::Terminal(Bytes::from_static(b"ready\r\n"));
+    assert_eq!(process.next().await.unwrap(), ready);
+    let pid = process.pid();
+    drop(process);
+    let mut process = client.attach(pid, true).await.unwrap();
+    let mut input = process.input();
+    input.send(Bytes::from_static(b"back\n")).await.unwrap();
+    let answer = Event::Terminal(Bytes::from_static(b"<back>\r\n"));
+    assert_eq!(process.next().await.unwrap(), answer);
+    assert_eq!(process.next().await.unwrap(), Event::Exited(Exit::Code(0)));
 }
 
 #[tokio::test]
