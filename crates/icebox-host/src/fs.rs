@@ -201,7 +201,7 @@ pub(crate) fn sync_tree(directory: &Path) -> Result<(), HostError> {
     sync_tree_after(directory, &|_, _| Ok(()))
 }
 
-/// [`sync_tree`], and files become readable by their owner and writable by nobody: whatever made them, a descriptor that
+/// [`sync_tree`], and files become writable by nobody, readable by whom they were: whatever made them, a descriptor that
 /// was opened to read cannot be reopened to write.
 pub(crate) fn seal_tree(directory: &Path) -> Result<(), HostError> {
     sync_tree_after(directory, &set_read_only)
@@ -231,7 +231,10 @@ fn sync_tree_after(
 /// Says of a file that it will not change any more. Root is not held by it; other users are, also through a descriptor
 /// in `/proc/self/fd` (INV-25).
 pub(crate) fn set_read_only(file: &File, path: &Path) -> Result<(), HostError> {
-    file.set_permissions(fs::Permissions::from_mode(0o400))
+    // Who may read it stays as it is: a box's own uid maps a memory.
+    file.metadata()
+        .map(|metadata| fs::Permissions::from_mode(metadata.permissions().mode() & 0o444))
+        .and_then(|readable| file.set_permissions(readable))
         .map_err(|error| failed("set the permissions of", path, error))
 }
 
