@@ -182,7 +182,8 @@ impl ProcessMemory {
 /// An error of a file in `/proc/<pid>`: that it is not there means that the process is not.
 fn io_error(operation: String, source: io::Error) -> ProcessMemoryError {
     match source.kind() {
-        io::ErrorKind::NotFound => ProcessMemoryError::Gone,
+        // The memory of a process that has ended is empty.
+        io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof => ProcessMemoryError::Gone,
         _ if source.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error()) => {
             ProcessMemoryError::Gone
         }

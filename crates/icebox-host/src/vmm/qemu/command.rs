@@ -223,7 +223,6 @@ impl Command {
         self.option("-m", format!("{}M", geometry.mem_mib));
         // A save is of devices only: without a configuration section, that is what an incoming stream begins with.
         self.args(["-global", "migration.send-configuration=off"]);
-        self.args(["-global", "migration.x-events=on"]);
     }
 
     fn console(&mut self, runtime: &Path) {

@@ -16,8 +16,8 @@ use icebox_engine::host::{
 };
 use icebox_engine::id::SandboxId;
 use icebox_engine::layout::Layout;
-use icebox_engine::unit::Bytes;
-use qapi::qmp::{self, MigrationStatus, RunState};
+use icebox_engine::unit::{Bytes, PAGE_SIZE};
+use qapi::qmp::{self, MigrationCapability, MigrationStatus, RunState};
 use rustix::fs::{MemfdFlags, memfd_create};
 use tokio::net::unix::pipe;
 use tokio::sync::watch;
@@ -36,6 +36,8 @@ use crate::vmm::memory::{
 const STATE_DEADLINE: Duration = Duration::from_secs(30);
 /// Largest device state that is accepted from a QEMU. Real ones are 12 KiB.
 const STATE_BYTES_MAX: u64 = 64 << 20;
+/// Largest guest memory that is believed: how much a QEMU says it has decides how long a save looks for it.
+const MEMORY_BYTES_MAX: u64 = 1 << 40;
 /// A switch of heads drains the guest's requests in flight first.
 const SWITCH_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -122,6 +124,14 @@ impl QemuMachine {
         }
         let mut incoming = self.qmp.incoming();
         let load = async {
+            let announce = qmp::MigrationCapabilityStatus {
+                capability: MigrationCapability::events,
+                state: true,
+            };
+            let command = qmp::migrate_set_capabilities {
+                capabilities: vec![announce],
+            };
+            self.qmp.execute(command, QUICK).await?;
             self.qmp
                 .execute(
                     qmp::migrate_incoming {
@@ -252,6 +262,12 @@ impl QemuMachine {
                 format!("find guest memory: unexpected answer {answer:?}"),
             )
         })?;
+        if size > MEMORY_BYTES_MAX || size % PAGE_SIZE as u64 != 0 {
+            return Err(self.error(
+                ErrorKind::Invalid,
+                format!("guest memory of {size} bytes is not credible"),
+            ));
+        }
         Ok(GuestRam {
             address,
             bytes: size,
