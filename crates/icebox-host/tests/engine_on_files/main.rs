@@ -5,11 +5,13 @@
 //! to its memory and to the first block of its disk, so that a capture that is not one instant, a lost head or a wrong
 //! chain shows.
 //!
-//! Data lies in memory (`/dev/shm`), for `reflink` on an XFS there: durability is the subject of other tests, and a flush
-//! to nowhere is quick. Needs root and, for `reflink`, `mkfs.xfs` and a loop device.
+//! Data lies in memory (`/dev/shm`) if there is room, for `reflink` on an XFS there: durability is the subject of other
+//! tests, and a flush to nowhere is quick. Needs root and, for `reflink`, `mkfs.xfs` and a loop device.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod guest;
+#[path = "../support/mounts.rs"]
+mod mounts;
 mod place;
 mod scene;
 

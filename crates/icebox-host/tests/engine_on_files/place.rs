@@ -8,15 +8,20 @@ use std::sync::Arc;
 
 use icebox_engine::host::{Host, VolumeDriver};
 use icebox_engine::layout::Layout;
+use icebox_engine::unit::Bytes;
 use icebox_host::store::FileStore;
 use icebox_host::volume::{Qcow2, Reflink};
 use icebox_sim::{FreezeBy, World};
 use tempfile::TempDir;
 
 use crate::guest::Guests;
+use crate::mounts::can_mount;
 
 /// Set in the process that runs inside the private mount namespace; names a directory on XFS.
 const INSIDE: &str = "ICEBOX_TEST_XFS";
+
+/// The least that mkfs.xfs takes, and a little.
+const XFS_SIZE: u64 = 320 << 20;
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Driver {
@@ -36,8 +41,8 @@ pub(crate) struct Place {
 impl Place {
     pub(crate) fn new(driver: Driver) -> Self {
         let parent = match driver {
-            Driver::Qcow2 => "/dev/shm".into(),
-            Driver::Reflink => std::env::var(INSIDE).unwrap(),
+            Driver::Qcow2 => memory(),
+            Driver::Reflink => std::env::var(INSIDE).unwrap().into(),
         };
         let directory = tempfile::tempdir_in(parent).unwrap();
         let layout = Layout::new(directory.path().join("data"), directory.path().join("run"));
@@ -105,6 +110,15 @@ impl Place {
     }
 }
 
+/// A directory in memory, or the usual one where memory is scarce (containers have 64 MiB there).
+fn memory() -> PathBuf {
+    let shm = Path::new("/dev/shm");
+    match icebox_host::fs::space(shm) {
+        Ok(space) if space.available >= Bytes(XFS_SIZE) => shm.to_owned(),
+        _ => std::env::temp_dir(),
+    }
+}
+
 fn walk(directory: &Path, each: &mut dyn FnMut(&Path)) {
     for entry in fs::read_dir(directory).unwrap() {
         let path = entry.unwrap().path();
@@ -125,16 +139,16 @@ pub(crate) fn in_private_mounts(test: &str, work: impl FnOnce()) {
     if std::env::var_os(INSIDE).is_some() {
         return work();
     }
-    let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+    if !can_mount("xfs", test) {
+        return;
+    }
+    let directory = tempfile::tempdir_in(memory()).unwrap();
     let (image, mount) = (
         directory.path().join("image"),
         directory.path().join("mount"),
     );
     fs::create_dir(&mount).unwrap();
-    fs::File::create(&image)
-        .unwrap()
-        .set_len(320 << 20)
-        .unwrap();
+    fs::File::create(&image).unwrap().set_len(XFS_SIZE).unwrap();
     tool(Command::new("mkfs.xfs").arg("-q").arg(&image));
     // The shell stays, so that the file system is unmounted before the loop device is looked for.
     tool(

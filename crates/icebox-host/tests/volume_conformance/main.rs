@@ -8,6 +8,8 @@
 mod checks;
 mod ground;
 mod live;
+#[path = "../support/mounts.rs"]
+mod mounts;
 mod power;
 
 /// Makes a test of every check, on each of the places.

@@ -1,0 +1,50 @@
+//! Whether this machine can mount a file system out of a file, and what to say if not.
+
+use std::fs;
+use std::io::Write as _;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+/// Whether `test` can mount a file system of this `kind` here. If not, the reason goes to standard error and to the list
+/// of skipped tests that `cargo xtask check` prints (the file that `ICEBOX_SKIPPED` names).
+pub(crate) fn can_mount(kind: &str, test: &str) -> bool {
+    assert!(
+        rustix::process::geteuid().is_root(),
+        "mounting a file system needs root"
+    );
+    let why = if !Path::new("/dev/loop-control").exists() {
+        "there are no loop devices here (/dev/loop-control)".to_owned()
+    } else if !kernel_knows(kind) {
+        format!("this kernel has no {kind}")
+    } else {
+        return true;
+    };
+    eprintln!("skipped: {why}");
+    if let Some(list) = std::env::var_os("ICEBOX_SKIPPED") {
+        let mut list = fs::OpenOptions::new()
+            .append(true)
+            .create(true)
+            .open(list)
+            .unwrap();
+        writeln!(list, "{test}: {why}").unwrap();
+    }
+    false
+}
+
+fn kernel_knows(kind: &str) -> bool {
+    let listed = || {
+        fs::read_to_string("/proc/filesystems")
+            .unwrap()
+            .lines()
+            .any(|line| line.split_whitespace().last() == Some(kind))
+    };
+    // As mounting one would; where there is no modprobe, or no module, nothing changes.
+    let load = || {
+        Command::new("modprobe")
+            .args(["--quiet", kind])
+            .stderr(Stdio::null())
+            .status()
+            .is_ok()
+    };
+    listed() || load() && listed()
+}
