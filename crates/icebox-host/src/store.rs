@@ -9,8 +9,9 @@
 //! So an object either exists, whole, or does not exist, whatever crashes in between. What lies in `staging/` and
 //! `trash/` is not an object; names that are not ours are left alone everywhere.
 //!
-//! Directories are made 0700 and files 0600, and what is published becomes 0400: a VMM's uid reaches nothing in here by
-//! name, only through descriptors that the launcher opened for it, and cannot make more of those than they are.
+//! Directories are made 0700 and files 0600, and what is published becomes writable by nobody: a VMM's uid
+//! reaches nothing in here by name, only through descriptors and mounts that the launcher made for it, and cannot make
+//! more of those than they are.
 //!
 //! All work happens on threads that may block. Operations on one sandbox (or one other object) happen in the order in
 //! which they were asked for, also when a caller stops waiting for an earlier one; operations on different ones overlap,

@@ -114,7 +114,11 @@ async fn inv_08_inv_29_a_guest_comes_back_as_it_was_any_number_of_times() {
     guest.sh("kill $(cut -d' ' -f1 /root/state)").await;
     let idle = guest.pause(machine).await;
     println!("at the end: {idle:?}, first {full}");
-    assert!(idle.allocated.0 * 10 <= full, "{} of {full} bytes", idle.allocated.0);
+    assert!(
+        idle.allocated.0 * 10 <= full,
+        "{} of {full} bytes",
+        idle.allocated.0
+    );
     let raw = guest.flatten("disk.raw").await;
     let checked = output("e2fsck", &["-fy", raw.to_str().unwrap()]);
     assert!(
