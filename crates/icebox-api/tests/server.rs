@@ -28,6 +28,8 @@ struct Script {
     pauses_done: Mutex<u32>,
     paused: Notify,
     running: watch::Sender<bool>,
+    /// Where the sandbox's ports are.
+    address: Ipv4Addr,
 }
 
 impl Script {
@@ -38,7 +40,17 @@ impl Script {
             pauses_done: Mutex::new(0),
             paused: Notify::new(),
             running: watch::channel(true).0,
+            address: Ipv4Addr::LOCALHOST,
         })
+    }
+
+    /// With ports at an address of their own, so that the agent's well-known one is free.
+    fn at(address: Ipv4Addr) -> Arc<Self> {
+        let mut script = Self::new();
+        Arc::get_mut(&mut script)
+            .expect("nobody else has it")
+            .address = address;
+        script
     }
 
     fn sandbox(&self) -> SandboxDetail {
@@ -64,7 +76,7 @@ impl Script {
                 envd_version: icebox_api::ENVD_VERSION.to_owned(),
                 address: Some(Ipv4Addr::LOCALHOST),
             },
-            envd_access_token: None,
+            envd_access_token: Some("the-token".to_owned()),
             domain: None,
             allow_internet_access: false,
             volume_driver: "qcow2".to_owned(),
@@ -167,7 +179,7 @@ impl Daemon for Script {
         let mut running = self.running.subscribe();
         Ok(Route {
             sandbox_id: ID.to_owned(),
-            address: Ipv4Addr::LOCALHOST,
+            address: self.address,
             token: "the-token".to_owned(),
             pass: Pass::new(
                 async move {
@@ -279,7 +291,14 @@ fn status(answer: &str) -> &str {
 
 /// A port inside the sandbox: answers every connection's first request head with `answer`, and reports the head.
 async fn guest_port(answer: &'static str) -> (u16, tokio::sync::mpsc::UnboundedReceiver<String>) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("bind");
+    guest_port_at("127.0.0.1:0", answer).await
+}
+
+async fn guest_port_at(
+    address: &str,
+    answer: &'static str,
+) -> (u16, tokio::sync::mpsc::UnboundedReceiver<String>) {
+    let listener = TcpListener::bind(address).await.expect("bind");
     let port = listener.local_addr().expect("an address").port();
     let (heads, seen) = tokio::sync::mpsc::unbounded_channel();
     tokio::spawn(async move {
@@ -451,6 +470,48 @@ async fn the_proxy_carries_requests_to_a_port_by_header_and_by_host() {
             !head.contains("the-token"),
             "from outside no token is added"
         );
+    }
+}
+
+#[tokio::test]
+async fn the_agents_token_is_added_for_who_has_the_socket_and_for_nobody_else() {
+    let [.., high, low] = std::process::id().to_be_bytes();
+    let address = Ipv4Addr::new(127, 99, high, low);
+    let script = Script::at(address);
+    let served = Served::new(&script).await;
+    let (_, mut heads) = guest_port_at(
+        &format!("{address}:49983"),
+        "HTTP/1.1 204 No Content\r\n\r\n",
+    )
+    .await;
+    let request =
+        format!("GET /metrics HTTP/1.1\nhost: h\ne2b-sandbox-id: {ID}\ne2b-sandbox-port: 49983");
+    served.ask_admin(&request).await;
+    let head = heads.recv().await.expect("the agent was asked");
+    assert!(head.contains("x-access-token: the-token\r\n"), "{head}");
+    served.ask(&request).await;
+    let head = heads.recv().await.expect("the agent was asked");
+    assert!(!head.contains("the-token"), "{head}");
+    served
+        .ask(&format!("{request}\nx-access-token: mine"))
+        .await;
+    let head = heads.recv().await.expect("the agent was asked");
+    assert!(head.contains("x-access-token: mine\r\n"), "{head}");
+}
+
+#[tokio::test]
+async fn inv_43_tokens_are_told_where_the_contract_has_them_and_not_on_the_socket() {
+    let script = Script::new();
+    let served = Served::new(&script).await;
+    for (request, told) in [
+        (format!("GET /sandboxes/{ID} HTTP/1.1\nhost: h"), true),
+        ("POST /sandboxes HTTP/1.1\nhost: h".to_owned(), true),
+        ("GET /v2/sandboxes HTTP/1.1\nhost: h".to_owned(), false),
+    ] {
+        let answer = served.ask(&format!("{request}\nx-api-key: {KEY}")).await;
+        assert_eq!(answer.contains("the-token"), told, "{answer}");
+        let answer = served.ask_admin(&request).await;
+        assert!(!answer.contains("the-token"), "{answer}");
     }
 }
 

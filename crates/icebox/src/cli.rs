@@ -6,7 +6,7 @@ use clap::{Parser, Subcommand};
 
 use crate::commands::{
     completions, copy, create, destroy, doctor, events, exec, flatten, fork, gc, inspect, kernel,
-    list, logs, pause, resume, shell, snapshot, start, stop, template,
+    list, logs, pause, resume, shell, snapshot, start, stats, stop, template,
 };
 use crate::serve;
 
@@ -73,6 +73,7 @@ pub(crate) enum ClientCommand {
     Rm(destroy::Args),
     Cp(copy::Args),
     Logs(logs::Args),
+    Stats(stats::Args),
     Events(events::Args),
     #[command(subcommand)]
     Template(template::Command),

@@ -19,6 +19,7 @@ pub(crate) mod resume;
 pub(crate) mod shell;
 pub(crate) mod snapshot;
 pub(crate) mod start;
+pub(crate) mod stats;
 pub(crate) mod stop;
 pub(crate) mod template;
 
@@ -83,6 +84,7 @@ async fn client(context: &Context, command: ClientCommand) -> Ended {
         ClientCommand::Rm(args) => destroy::run(context, &args).await,
         ClientCommand::Cp(args) => copy::run(context, args).await,
         ClientCommand::Logs(args) => logs::run(context, &args).await,
+        ClientCommand::Stats(args) => stats::run(context, &args).await,
         ClientCommand::Events(args) => events::run(context, &args).await,
         ClientCommand::Template(command) => template::run(context, command).await,
         ClientCommand::Kernel(command) => kernel::run(context, command).await,

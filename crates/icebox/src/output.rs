@@ -100,14 +100,16 @@ impl Progress {
         self.bar.enable_steady_tick(Duration::from_millis(100));
     }
 
-    /// How far the stage is.
-    pub(crate) fn advance(&self, done: u64, total: Option<u64>) {
+    /// How far the stage is, in bytes or in things.
+    pub(crate) fn advance(&self, done: u64, total: Option<u64>, bytes: bool) {
         if let Some(total) = total.filter(|total| self.bar.length() != Some(*total)) {
             self.bar.set_length(total);
-            let style = ProgressStyle::with_template(
-                "{msg} {wide_bar} {binary_bytes}/{binary_total_bytes}",
-            );
-            // The template is constant; a default bar would do as well.
+            let style = ProgressStyle::with_template(if bytes {
+                "{msg} {wide_bar} {binary_bytes}/{binary_total_bytes}"
+            } else {
+                "{msg} {wide_bar} {pos}/{len}"
+            });
+            // The templates are constant; a default bar would do as well.
             self.bar
                 .set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
         }

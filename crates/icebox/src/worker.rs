@@ -58,7 +58,11 @@ pub(crate) enum Said {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Step {
     Stage(String),
-    Progress { done: u64, total: Option<u64> },
+    Progress {
+        done: u64,
+        total: Option<u64>,
+        bytes: bool,
+    },
 }
 
 /// Does the job on its input.
@@ -146,7 +150,11 @@ impl Progress for Lines {
         }
         *last = Some((stage, done));
         if done > 0 || total.is_some() {
-            say(&Said::Step(Step::Progress { done, total }));
+            say(&Said::Step(Step::Progress {
+                done,
+                total,
+                bytes: stage.counts_bytes(),
+            }));
         }
     }
 }

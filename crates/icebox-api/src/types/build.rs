@@ -71,6 +71,9 @@ pub enum BuildEvent {
         /// Of how many, if known.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         total: Option<u64>,
+        /// Whether the units are bytes.
+        #[serde(default)]
+        bytes: bool,
     },
     /// Something worth telling.
     Message {

@@ -60,6 +60,9 @@ pub enum KernelEvent {
         /// Of how many, if known.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         total: Option<u64>,
+        /// Whether the units are bytes.
+        #[serde(default)]
+        bytes: bool,
     },
     /// The last line: it is there.
     Done {

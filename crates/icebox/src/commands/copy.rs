@@ -196,7 +196,7 @@ async fn send_file(
                 let copied = *counted.borrow();
                 return Ok(copied);
             }
-            Ok(()) = counted.changed() => progress.advance(*counted.borrow_and_update(), total),
+            Ok(()) = counted.changed() => progress.advance(*counted.borrow_and_update(), total, true),
         }
     }
 }
@@ -239,7 +239,7 @@ async fn send_tree(
                         // tar has ended: its own message says why.
                         return copied;
                     }
-                    progress.advance(copied, None);
+                    progress.advance(copied, None, true);
                 }
             }
         }
@@ -343,7 +343,7 @@ async fn receive(
     while let Some(chunk) = content.chunk().await.map_err(|error| Failure::of(&error))? {
         to.write_all(&chunk).await?;
         copied += chunk.len() as u64;
-        progress.advance(copied, total);
+        progress.advance(copied, total, true);
     }
     to.flush().await?;
     Ok(copied)
@@ -374,7 +374,7 @@ async fn receive_tree(
         match process.next().await.map_err(|error| Failure::of(&error))? {
             Event::Stdout(bytes) | Event::Terminal(bytes) => {
                 copied += bytes.len() as u64;
-                progress.advance(copied, None);
+                progress.advance(copied, None, true);
                 if chunks.send(Ok(bytes)).await.is_err() {
                     // The unpacking has failed: its own error says why.
                     break 0;

@@ -106,12 +106,12 @@ impl Build {
     }
 
     async fn build(&self, events: &Events) -> Result<v1::Template, ApiError> {
-        let kernel = unless_gone(events, self.workshop.kernel(events)).await?;
         let image = unless_gone(
             events,
             self.workshop.image(self.source.clone(), self.size, events),
         )
         .await?;
+        let kernel = unless_gone(events, self.workshop.kernel(events)).await?;
         stage(events, "storing the image").await;
         let Some(start) = &self.start else {
             return self.import(image.path(), self.name.clone(), kernel).await;

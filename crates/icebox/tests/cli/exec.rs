@@ -65,6 +65,23 @@ fn inv_39_ten_megabytes_arrive_whole() {
 }
 
 #[test]
+fn what_running_sandboxes_use() {
+    let daemon = Daemon::start().with_guest();
+    let stats = daemon.get(&["--json", "stats"]);
+    let stats: serde_json::Value = serde_json::from_str(&stats).unwrap();
+    assert_eq!(stats["sandbox"], "web");
+    assert!(stats["metrics"]["mem_total"].as_u64().unwrap() > 0);
+    let table = daemon.get(&["stats", "web"]);
+    assert!(
+        table.starts_with("NAME") && table.contains("\nweb "),
+        "{table}"
+    );
+    daemon.get(&["pause", "web"]);
+    assert_eq!(daemon.run(&["stats", "web"]).status.code(), Some(1));
+    assert!(!daemon.get(&["stats"]).contains("web"), "only what runs");
+}
+
+#[test]
 fn stdin_is_passed_on_to_its_end() {
     let daemon = Daemon::start().with_guest();
     let mut child = daemon

@@ -6,7 +6,8 @@ use std::net::{Ipv4Addr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::JoinHandle;
 
 /// A command of ours, with nothing of the caller's environment that could change what it does.
 pub(crate) fn icebox() -> Command {
@@ -32,6 +33,8 @@ pub(crate) struct Daemon {
     process: Child,
     agents: Vec<Child>,
     guests: Ipv4Addr,
+    /// Keeps the rest of the log; ends with the daemon.
+    logger: Option<JoinHandle<()>>,
 }
 
 impl Daemon {
@@ -53,6 +56,7 @@ impl Daemon {
             process,
             agents: Vec::new(),
             guests,
+            logger: None,
         };
         daemon.wait_until_ready();
         daemon
@@ -69,12 +73,11 @@ impl Daemon {
             if line.contains(" is ready on ") {
                 std::fs::write(self.path("early.log"), &seen).unwrap();
                 let mut rest = std::fs::File::create(self.path("late.log")).unwrap();
-                // Ends with the daemon.
-                std::thread::spawn(move || {
+                self.logger = Some(std::thread::spawn(move || {
                     for line in lines.map_while(Result::ok) {
                         writeln!(rest, "{line}").unwrap();
                     }
-                });
+                }));
                 return;
             }
         }
@@ -100,6 +103,7 @@ impl Daemon {
     pub(crate) fn stop(mut self) -> (ExitStatus, String) {
         signal(self.process.id(), "TERM");
         let status = self.process.wait().unwrap();
+        self.logger.take().unwrap().join().unwrap();
         let log = std::fs::read_to_string(self.path("late.log")).unwrap();
         (status, log)
     }
@@ -303,11 +307,11 @@ fn agent() -> &'static Path {
 /// An address in 127.0.0.0/8 that no other test of this machine uses, with free ones after it. All are equally long,
 /// so that tables look the same at every run.
 fn loopback() -> Ipv4Addr {
-    static NEXT: AtomicU8 = AtomicU8::new(0);
-    let pid = std::process::id();
-    let octet = |n: u32| 100 + u8::try_from(n % 150).unwrap();
+    static NEXT: AtomicU32 = AtomicU32::new(0);
     let test = NEXT.fetch_add(1, Ordering::Relaxed);
-    Ipv4Addr::new(127, octet(pid / 150), octet(pid), 101 + 8 * (test % 18))
+    let number = std::process::id().wrapping_mul(64).wrapping_add(test);
+    let octet = |n: u32| 100 + u8::try_from(n % 150).unwrap();
+    Ipv4Addr::new(127, octet(number / 150), octet(number), 101)
 }
 
 /// Runs commands one after another and writes down what a user would see.

@@ -37,7 +37,7 @@ pub(crate) async fn run(context: &Context, args: Args) -> Ended {
         }
         match event {
             KernelEvent::Stage { name } => progress.stage(&name),
-            KernelEvent::Progress { done, total } => progress.advance(done, total),
+            KernelEvent::Progress { done, total, bytes } => progress.advance(done, total, bytes),
             KernelEvent::Done { kernel } => {
                 drop(progress);
                 if !context.output.is_json() {

@@ -119,7 +119,7 @@ pub(crate) async fn run(context: &Context, args: Args) -> Ended {
         }
         match event {
             BuildEvent::Stage { name } => progress.stage(&name),
-            BuildEvent::Progress { done, total } => progress.advance(done, total),
+            BuildEvent::Progress { done, total, bytes } => progress.advance(done, total, bytes),
             BuildEvent::Message { text } => progress.message(&text),
             BuildEvent::Done { template } => {
                 drop(progress);

@@ -8,14 +8,16 @@ use icebox_api::types::{BuildEvent, KernelEvent};
 use icebox_api::{ApiError, ErrorCode};
 use icebox_host::guest_image::Places;
 use tempfile::TempDir;
-use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::io::{
+    AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, AsyncWriteExt as _, BufReader,
+};
 use tokio::process::Command;
 use tokio::sync::mpsc;
 
 use crate::worker::{ARGUMENT, Job, Said, Step as Told, Work};
 
 /// How much of a worker's last words an error repeats.
-const LAST_WORDS: u64 = 4096;
+const LAST_WORDS: usize = 4096;
 
 /// How far a job is.
 pub(super) struct Step(Told);
@@ -26,14 +28,14 @@ impl Step {
             Told::Stage(name) => BuildEvent::Stage {
                 name: format!("{prefix}{name}"),
             },
-            Told::Progress { done, total } => BuildEvent::Progress { done, total },
+            Told::Progress { done, total, bytes } => BuildEvent::Progress { done, total, bytes },
         }
     }
 
     pub(super) fn into_kernel_event(self) -> KernelEvent {
         match self.0 {
             Told::Stage(name) => KernelEvent::Stage { name },
-            Told::Progress { done, total } => KernelEvent::Progress { done, total },
+            Told::Progress { done, total, bytes } => KernelEvent::Progress { done, total, bytes },
         }
     }
 }
@@ -94,8 +96,6 @@ pub(super) async fn run_in<E>(
         .await
         .map_err(|error| internal("cannot give a worker its job", &error))?;
 
-    let mut last_words = String::new();
-    let mut errors = errors.take(LAST_WORDS);
     let listening = async {
         let mut lines = BufReader::new(output).lines();
         let mut end = None;
@@ -109,8 +109,7 @@ pub(super) async fn run_in<E>(
         }
         end
     };
-    let (end, read) = tokio::join!(listening, errors.read_to_string(&mut last_words));
-    read.map_err(|error| internal("cannot read a worker's last words", &error))?;
+    let (end, last_words) = tokio::join!(listening, keep_end(errors));
     // Held until here: the worker ends itself when its input does.
     drop(input);
     let status = worker
@@ -129,6 +128,17 @@ pub(super) async fn run_in<E>(
             ),
         )),
     }
+}
+
+/// Reads to the end, so that the writer never waits, and keeps the last [`LAST_WORDS`] bytes.
+async fn keep_end(mut stream: impl AsyncRead + Unpin) -> String {
+    let mut kept = Vec::new();
+    let mut buffer = [0; LAST_WORDS];
+    while let Ok(read @ 1..) = stream.read(&mut buffer).await {
+        kept.extend_from_slice(&buffer[..read]);
+        kept.drain(..kept.len().saturating_sub(LAST_WORDS));
+    }
+    String::from_utf8_lossy(&kept).into_owned()
 }
 
 fn internal(what: &str, error: &dyn std::error::Error) -> ApiError {
