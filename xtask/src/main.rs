@@ -1,7 +1,8 @@
-//! The project's own chores: `cargo xtask check`, `cargo xtask agent`.
+//! The project's own chores: `cargo xtask check`, `cargo xtask agent`, `cargo xtask bench`.
 //!
-//! No dependencies, so that it builds in a moment and works before anything else does.
+//! One small dependency, so that it builds in a moment and works before anything else does.
 
+mod bench;
 mod check;
 mod run;
 
@@ -12,6 +13,7 @@ usage: cargo xtask <chore>
 
   check     format, lints, and every test this machine can run; what it cannot is named at the end
   agent     build the guest agent, static
+  bench     measure, beside what QEMU alone takes; --quick, --json FILE and more
 ";
 
 fn main() -> ExitCode {
@@ -21,6 +23,7 @@ fn main() -> ExitCode {
     let done = match (chore.as_deref(), rest.as_slice()) {
         (Some("check"), []) => check::check(),
         (Some("agent"), []) => run::build_agent(),
+        (Some("bench"), options) => bench::bench(options),
         _ => {
             eprint!("{USAGE}");
             return ExitCode::from(2);

@@ -1,0 +1,223 @@
+//! A daemon of the benchmark's own, and requests to it: HTTP over its socket, as any client would.
+//!
+//! By hand rather than through the command line, so that no start of a process is part of a measurement, and so that
+//! the first command in a guest is the very request that `bench/floor.py` sends.
+
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::run::Failure;
+
+/// Building a template fetches packages.
+const REQUEST: Duration = Duration::from_secs(900);
+const READY: Duration = Duration::from_secs(60);
+/// The agent's port in every guest.
+const AGENT_PORT: u16 = 49983;
+
+pub(super) struct Daemon {
+    process: Child,
+    socket: PathBuf,
+    pub(super) data: PathBuf,
+    pub(super) run: PathBuf,
+}
+
+impl Daemon {
+    /// Starts `icebox serve` and waits until it answers.
+    pub(super) fn start(icebox: &Path, data: PathBuf, run: PathBuf) -> Result<Self, Failure> {
+        let log = data.with_extension("log");
+        let io = |error| Failure(format!("start {}: {error}", icebox.display()));
+        std::fs::create_dir_all(&data).map_err(io)?;
+        let process = Command::new(icebox)
+            .arg("serve")
+            .arg("--data-dir")
+            .arg(&data)
+            .arg("--run-dir")
+            .arg(&run)
+            .env_remove("ICEBOX_SOCKET")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(&log).map_err(io)?)
+            .spawn()
+            .map_err(io)?;
+        let mut this = Self {
+            process,
+            socket: run.join("icebox.sock"),
+            data,
+            run,
+        };
+        let begun = Instant::now();
+        while this.request("GET", "/health", &Value::Null).is_err() {
+            let ended = this.process.try_wait().map_err(io)?;
+            if ended.is_some() || begun.elapsed() > READY {
+                return Err(Failure(format!(
+                    "the daemon does not serve; see {}",
+                    log.display()
+                )));
+            }
+            super::idle(Duration::from_millis(10));
+        }
+        Ok(this)
+    }
+
+    pub(super) fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// Asks it to end, and waits.
+    pub(super) fn stop(mut self) -> Result<(), Failure> {
+        let failed = |error: std::io::Error| Failure(format!("stop the daemon: {error}"));
+        let pid = self.process.id().to_string();
+        Command::new("kill").arg(pid).status().map_err(failed)?;
+        let status = self.process.wait().map_err(failed)?;
+        if status.success() {
+            Ok(())
+        } else {
+            Err(Failure(format!("the daemon ended badly: {status}")))
+        }
+    }
+
+    /// One request and its whole answer. `Null` stands for no body.
+    pub(super) fn request(&self, method: &str, path: &str, body: &Value) -> Result<Value, Failure> {
+        let text = if body.is_null() {
+            String::new()
+        } else {
+            body.to_string()
+        };
+        let answer = self.send(method, path, "application/json", "", text.as_bytes())?;
+        // Streams of events are lines; their last one says how it ended.
+        let last = answer
+            .rsplit(|byte| *byte == b'\n')
+            .find(|line| !line.is_empty());
+        match last {
+            None => Ok(Value::Null),
+            Some(_) if path.starts_with("/events") => Ok(answer
+                .split(|byte| *byte == b'\n')
+                .filter_map(|line| serde_json::from_slice::<Value>(line).ok())
+                .collect()),
+            Some(line) => serde_json::from_slice(line)
+                .map_err(|error| Failure(format!("{method} {path}: {error}"))),
+        }
+    }
+
+    pub(super) fn post(&self, path: &str, body: &Value) -> Result<Value, Failure> {
+        self.request("POST", path, body)
+    }
+
+    /// Runs `true` in a sandbox, by the agent's own protocol.
+    pub(super) fn exec_true(&self, sandbox: &str) -> Result<(), Failure> {
+        let message =
+            json!({"process": {"cmd": "/bin/true", "args": [], "envs": {}}, "stdin": false})
+                .to_string();
+        // Connect, "Enveloped messages": a byte of flags, the length, the message.
+        let mut body = vec![0];
+        body.extend(
+            u32::try_from(message.len())
+                .unwrap_or_default()
+                .to_be_bytes(),
+        );
+        body.extend(message.as_bytes());
+        let headers = format!(
+            "Connect-Protocol-Version: 1\r\nAuthorization: Basic cm9vdDo=\r\n\
+             E2b-Sandbox-Id: {sandbox}\r\nE2b-Sandbox-Port: {AGENT_PORT}\r\n"
+        );
+        let answer = self.send(
+            "POST",
+            "/process.Process/Start",
+            "application/connect+json",
+            &headers,
+            &body,
+        )?;
+        let text = String::from_utf8_lossy(&answer);
+        if text.contains("\"exited\":true") && !text.contains("\"error\"") {
+            Ok(())
+        } else {
+            Err(Failure(format!(
+                "`true` did not run in sandbox {sandbox}: {text}"
+            )))
+        }
+    }
+
+    fn send(
+        &self,
+        method: &str,
+        path: &str,
+        kind: &str,
+        headers: &str,
+        body: &[u8],
+    ) -> Result<Vec<u8>, Failure> {
+        let failed = |error: std::io::Error| Failure(format!("{method} {path}: {error}"));
+        let mut stream = UnixStream::connect(&self.socket).map_err(failed)?;
+        stream.set_read_timeout(Some(REQUEST)).map_err(failed)?;
+        let mut request = format!(
+            "{method} {path} HTTP/1.1\r\nHost: icebox\r\nConnection: close\r\nPrefer: return=representation\r\n\
+             Content-Type: {kind}\r\nContent-Length: {}\r\n{headers}\r\n",
+            body.len()
+        )
+        .into_bytes();
+        request.extend(body);
+        stream.write_all(&request).map_err(failed)?;
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).map_err(failed)?;
+        parse(&answer).map_err(|why| Failure(format!("{method} {path}: {why}")))
+    }
+}
+
+/// The body of a successful answer.
+fn parse(answer: &[u8]) -> Result<Vec<u8>, String> {
+    let end = find(answer, b"\r\n\r\n").ok_or("the answer has no end of its head")?;
+    let head = String::from_utf8_lossy(&answer[..end]).to_ascii_lowercase();
+    let mut rest = &answer[end + 4..];
+    let mut body = Vec::new();
+    if head.contains("transfer-encoding: chunked") {
+        loop {
+            let line = find(rest, b"\r\n").ok_or("the answer was cut off")?;
+            let size = std::str::from_utf8(&rest[..line])
+                .ok()
+                .and_then(|text| usize::from_str_radix(text.trim(), 16).ok())
+                .ok_or("the answer has a bad chunk")?;
+            if size == 0 {
+                break;
+            }
+            let chunk = rest.get(line + 2..line + 2 + size);
+            body.extend(chunk.ok_or("the answer was cut off")?);
+            rest = rest
+                .get(line + 4 + size..)
+                .ok_or("the answer was cut off")?;
+        }
+    } else {
+        body.extend(rest);
+    }
+    match head.split(' ').nth(1) {
+        Some(status) if status.starts_with('2') => Ok(body),
+        _ => Err(String::from_utf8_lossy(&body).into_owned()),
+    }
+}
+
+fn find(bytes: &[u8], what: &[u8]) -> Option<usize> {
+    bytes.windows(what.len()).position(|window| window == what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse;
+
+    #[test]
+    fn answers_are_understood() {
+        let plain = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}";
+        assert_eq!(parse(plain), Ok(b"{}".to_vec()));
+        let chunked =
+            b"HTTP/1.1 201 Created\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nA\r\n0123456789\r\n0\r\n\r\n";
+        assert_eq!(parse(chunked), Ok(b"abc0123456789".to_vec()));
+        assert_eq!(
+            parse(b"HTTP/1.1 404 Not Found\r\n\r\nno such"),
+            Err("no such".into())
+        );
+        assert!(parse(&chunked[..60]).is_err());
+    }
+}
