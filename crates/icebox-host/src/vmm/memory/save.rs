@@ -82,12 +82,16 @@ pub(crate) fn save(
     let changed = process.changed_pages(ram)?;
     let small = (changed.len() as u64) <= ram.bytes / PAGE / DIFF_PART_MAX;
     let (pages, zero, allocated) = match old_base {
-        Some(_) if small => {
+        Some(old) if small => {
             let path = directory.join(MEMORY_DIFF);
             let file = create(&path)?;
             let failed = |source| failed("write", &path, source);
             let mut writer = DiffWriter::new(&file, ram.bytes);
+            let mut base = OldBase::open(old)?;
             read_pages(process, ram, &changed, |number, page| {
+                if base.has(number, page)? {
+                    return Ok(());
+                }
                 writer.push(number, page).map_err(failed)
             })?;
             let zero = writer.finish().map_err(failed)?;
@@ -164,6 +168,34 @@ fn read_pages(
         }
     }
     Ok(())
+}
+
+/// The memory that a guest was restored from. A guest has a copy of each page that it ever wrote to, and many of those
+/// hold again what they held before: locks, counters, what an earlier diff brought and is gone.
+struct OldBase<'a> {
+    path: &'a Path,
+    file: File,
+    page: Vec<u8>,
+}
+
+impl<'a> OldBase<'a> {
+    fn open(path: &'a Path) -> Result<Self, SaveError> {
+        let file = File::open(path).map_err(|source| failed("open", path, source))?;
+        Ok(Self {
+            path,
+            file,
+            page: vec![0; PAGE_SIZE],
+        })
+    }
+
+    /// Whether this page is the same there: a restore brings it back without help. Blocks; in the page cache as a rule,
+    /// since the guest's copy was made from it.
+    fn has(&mut self, number: u64, page: &[u8]) -> Result<bool, SaveError> {
+        self.file
+            .read_exact_at(&mut self.page, number * PAGE)
+            .map_err(|source| failed("read", self.path, source))?;
+        Ok(self.page == page)
+    }
 }
 
 /// Writes pages into a base: neighbours together, zero pages as holes.
@@ -276,6 +308,22 @@ mod tests {
             [7, 7, 0, 8, 7, 7, 0, 0, 0, 9]
         );
         assert_eq!(file.metadata().unwrap().len(), 600 * PAGE);
+    }
+
+    #[test]
+    fn inv_29_only_pages_that_the_old_base_has_just_so_are_left_out() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        io::Write::write_all(&mut file, &[7; PAGE_SIZE]).unwrap();
+        file.as_file().set_len(3 * PAGE).unwrap();
+        let mut base = OldBase::open(file.path()).unwrap();
+        let mut almost = [7; PAGE_SIZE];
+        almost[PAGE_SIZE - 1] = 8;
+        assert!(base.has(0, &[7; PAGE_SIZE]).unwrap());
+        assert!(!base.has(0, &almost).unwrap());
+        assert!(!base.has(0, &ZERO_PAGE).unwrap(), "zeroed since");
+        assert!(base.has(2, &ZERO_PAGE).unwrap(), "a hole");
+        assert!(!base.has(2, &almost).unwrap());
+        assert!(base.has(3, &almost).is_err(), "beyond the end");
     }
 
     #[test]
