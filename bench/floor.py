@@ -267,15 +267,14 @@ def main():
     machine = None
     try:
         tap = make_network()
-        disk = os.path.join(args.directory, "head.qcow2")
         size = str(os.stat(args.image).st_size)
-        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", disk, size], check=True)
-
         result = {"accelerator": args.accelerator, "memoryMib": args.memory_mib, "boot": {"firstExecMs": []},
                   "restores": []}
-        for _ in range(args.boots):
+        for number in range(args.boots):
             if machine:
                 machine.end()
+            disk = os.path.join(args.directory, f"head-{number}.qcow2")
+            subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", disk, size], check=True)
             begin = time.perf_counter()
             machine = Machine(args, tap, disk)
             result["boot"]["firstExecMs"].append(first_exec(begin))

@@ -16,6 +16,8 @@ use crate::run::Failure;
 
 /// Building a template fetches packages.
 const REQUEST: Duration = Duration::from_secs(900);
+/// Not the default, so that another daemon may run meanwhile.
+const PREFIX: &str = "10.217.0.0/16";
 const READY: Duration = Duration::from_secs(60);
 /// The agent's port in every guest.
 const AGENT_PORT: u16 = 49983;
@@ -33,8 +35,12 @@ impl Daemon {
         let log = data.with_extension("log");
         let io = |error| Failure(format!("start {}: {error}", icebox.display()));
         std::fs::create_dir_all(&data).map_err(io)?;
+        let config = data.with_extension("toml");
+        std::fs::write(&config, format!("[network]\nprefix = \"{PREFIX}\"\n")).map_err(io)?;
         let process = Command::new(icebox)
             .arg("serve")
+            .arg("--config")
+            .arg(&config)
             .arg("--data-dir")
             .arg(&data)
             .arg("--run-dir")
