@@ -1,4 +1,4 @@
-//! The project's own chores: `cargo xtask check`, `cargo xtask agent`, `cargo xtask bench`.
+//! The project's own chores: `cargo xtask check`, `cargo xtask agent`, `cargo xtask bench`, `cargo xtask soak`.
 //!
 //! One small dependency, so that it builds in a moment and works before anything else does.
 
@@ -14,6 +14,7 @@ usage: cargo xtask <chore>
   check     format, lints, and every test this machine can run; what it cannot is named at the end
   agent     build the guest agent, static
   bench     measure, beside what QEMU alone takes; --quick, --json FILE and more
+  soak      boot guests, several at a time, and check each one's devices; -n BOOTS -j AT_ONCE
 ";
 
 fn main() -> ExitCode {
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
         (Some("check"), []) => check::check(),
         (Some("agent"), []) => run::build_agent(),
         (Some("bench"), options) => bench::bench(options),
+        (Some("soak"), options) => bench::soak(options),
         _ => {
             eprint!("{USAGE}");
             return ExitCode::from(2);

@@ -17,7 +17,7 @@ use crate::run::Failure;
 /// Building a template fetches packages.
 const REQUEST: Duration = Duration::from_secs(900);
 /// Not the default, so that another daemon may run meanwhile.
-const PREFIX: &str = "10.217.0.0/16";
+const PREFIX: &str = "10.238.0.0/16";
 const READY: Duration = Duration::from_secs(60);
 /// The agent's port in every guest.
 const AGENT_PORT: u16 = 49983;
@@ -115,11 +115,15 @@ impl Daemon {
         self.request("POST", path, body)
     }
 
-    /// Runs `true` in a sandbox, by the agent's own protocol.
+    /// Runs `true` in a sandbox.
     pub(super) fn exec_true(&self, sandbox: &str) -> Result<(), Failure> {
-        let message =
-            json!({"process": {"cmd": "/bin/true", "args": [], "envs": {}}, "stdin": false})
-                .to_string();
+        self.exec(sandbox, "/bin/true", &[])
+    }
+
+    /// Runs a command in a sandbox, by the agent's own protocol. An error unless it succeeds.
+    pub(super) fn exec(&self, sandbox: &str, program: &str, args: &[&str]) -> Result<(), Failure> {
+        let process = json!({"cmd": program, "args": args, "envs": {}});
+        let message = json!({"process": process, "stdin": false}).to_string();
         // Connect, "Enveloped messages": a byte of flags, the length, the message.
         let mut body = vec![0];
         body.extend(
@@ -140,11 +144,13 @@ impl Daemon {
             &body,
         )?;
         let text = String::from_utf8_lossy(&answer);
-        if text.contains("\"exited\":true") && !text.contains("\"error\"") {
+        // JSON of protocol buffers leaves out an exit code of 0.
+        let failed = text.contains("\"error\"") || text.contains("\"exitCode\"");
+        if text.contains("\"exited\":true") && !failed {
             Ok(())
         } else {
             Err(Failure(format!(
-                "`true` did not run in sandbox {sandbox}: {text}"
+                "{program} did not succeed in sandbox {sandbox}: {text}"
             )))
         }
     }

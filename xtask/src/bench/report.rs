@@ -12,6 +12,12 @@ impl Series {
         self.0.sort_by(f64::total_cmp);
     }
 
+    pub(super) fn extend(&mut self, other: &Self) {
+        for value in &other.0 {
+            self.push(*value);
+        }
+    }
+
     pub(super) fn median(&self) -> f64 {
         self.quantile(1, 2)
     }
