@@ -81,9 +81,16 @@ pub(super) fn set_up(parameters: &KernelParameters) -> Result<(), NetworkError> 
         .parse()
         .map_err(|_| invalid())
         .map_err(failed("read the gateway"))?;
+    quiet_ipv6();
     add_address(&netlink, eth0, ip, prefix).map_err(failed("give eth0 its address"))?;
     link_up(&netlink, eth0).map_err(failed("bring eth0 up"))?;
     add_default_route(&netlink, eth0, gateway).map_err(failed("set the default route"))
+}
+
+/// The link carries IPv4 only. IPv6 would still ask for routers, and so wake a guest that is at rest.
+fn quiet_ipv6() {
+    // A kernel without IPv6 has no such file.
+    fs::write("/proc/sys/net/ipv6/conf/eth0/disable_ipv6", "1").ok();
 }
 
 fn parse_address(text: &str) -> Option<(Ipv4Addr, u8)> {
