@@ -218,12 +218,22 @@ impl Sandbox {
             }
             .into());
         }
-        let step = verb.from(self.phase())?;
-        if step != Step::AlreadyThere {
-            self.settle().await?;
-            self.unwind().await?;
+        if self.rests_nowhere() {
+            // Its holds are given back: there is nothing left that a verb could work on.
+            return Err(Refusal::Broken {
+                verb,
+                why: "its removal has not ended".into(),
+            }
+            .into());
         }
-        Ok(step)
+        let step = verb.from(self.phase())?;
+        if step == Step::AlreadyThere {
+            return Ok(step);
+        }
+        self.settle().await?;
+        self.unwind().await?;
+        // What was finished may have moved it: a disk that is set aside leaves it paused.
+        Ok(verb.from(self.phase())?)
     }
 
     /// Commits a change of the record, and shows it to everybody.
@@ -370,14 +380,16 @@ impl Sandbox {
                 .remove_head(&self.head_id(*number))
                 .await
                 .map(drop),
-            Hold::Disk => {
-                let (head, _) = self.head().map_err(driver_gone)?;
-                self.volumes()
+            Hold::Disk => match self.head() {
+                Ok((head, _)) => self
+                    .volumes()
                     .map_err(driver_gone)?
                     .detach(&head)
                     .await
-                    .map(drop)
-            }
+                    .map(drop),
+                // Only a head can have been attached.
+                Err(_no_head) => Ok(()),
+            },
             Hold::Network => host.network.release(self.record().slot).await.map(drop),
             Hold::Box => host.boxes.release(self.id()).await.map(drop),
             Hold::Vmm { process } => self

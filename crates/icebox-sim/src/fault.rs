@@ -59,6 +59,7 @@ pub struct Injector(Arc<Inner>);
 #[derive(Default)]
 struct Inner {
     armed: Mutex<Option<Fault>>,
+    broken: Mutex<Option<&'static str>>,
     steps: AtomicUsize,
     trace: Mutex<Vec<&'static str>>,
     reached: Notify,
@@ -80,6 +81,11 @@ impl Injector {
             .unwrap_or_else(PoisonError::into_inner)
             .clear();
         self.0.steps.store(0, Ordering::SeqCst);
+    }
+
+    /// Makes every step of this name fail before its effect, until it is called with `None`.
+    pub fn break_step(&self, step: Option<&'static str>) {
+        *self.0.broken.lock().unwrap_or_else(PoisonError::into_inner) = step;
     }
 
     /// The names of the steps since it was armed, in order.
@@ -110,6 +116,13 @@ impl Injector {
             .push(step);
         let armed = *self.0.armed.lock().unwrap_or_else(PoisonError::into_inner);
         let here = armed.filter(|fault| fault.at == number);
+        let broken = *self.0.broken.lock().unwrap_or_else(PoisonError::into_inner);
+        if broken == Some(step) {
+            return Err(HostError::new(
+                ErrorKind::Other,
+                format!("{step} is broken"),
+            ));
+        }
         self.spring(here, When::Before, step).await?;
         let result = effect.await;
         if result.is_ok() {

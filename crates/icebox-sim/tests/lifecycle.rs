@@ -9,6 +9,7 @@ use icebox_engine::id::{GenerationNo, HeadId, LayerId, SandboxId, Slot};
 use icebox_engine::layout::Object;
 use icebox_engine::manifest::v1::{TemplateContent, Under};
 use icebox_engine::{Config, Engine, Error, Outcome, Phase};
+use icebox_sim::fault::{Injector, inject};
 use icebox_sim::{FreezeBy, World};
 use support::{IMAGE, create, from, import_image, leave_nothing, life, named, open, run};
 use tokio::time::Instant;
@@ -21,6 +22,19 @@ fn story(tell: impl AsyncFn(&World, &Engine)) {
             let engine = open(world.host(freeze)).await;
             import_image(&world, &engine).await;
             tell(&world, &engine).await;
+            leave_nothing(&world, &engine).await;
+        });
+    }
+}
+
+/// A story on a host of which steps can be broken.
+fn story_of_faults(tell: impl AsyncFn(&Injector, &Engine)) {
+    for freeze in [FreezeBy::Vmm, FreezeBy::Host] {
+        life(async || {
+            let (world, injector) = (World::new(), Injector::new());
+            let engine = open(inject(world.host(freeze), &injector)).await;
+            import_image(&world, &engine).await;
+            tell(&injector, &engine).await;
             leave_nothing(&world, &engine).await;
         });
     }
@@ -634,6 +648,47 @@ fn inv_51_going_back_keeps_the_newest_disk_as_a_branch() {
             engine.resume("a", Some(GenerationNo(9))).await,
             Err(Error::NoGeneration { .. } | Error::Refused(_))
         ));
+    });
+}
+
+#[test]
+fn inv_51_a_setting_aside_that_stays_pending_is_finished_by_the_next_verb() {
+    story_of_faults(async |injector, engine| {
+        create(engine, "a").await;
+        engine.pause("a").await.unwrap();
+        engine.stop("a").await.unwrap();
+        injector.break_step(Some("volume.seal"));
+        engine.resume("a", Some(GenerationNo(1))).await.unwrap_err();
+        assert_eq!(rests(engine, "a"), Phase::Stopped);
+        injector.break_step(None);
+        let error = engine.start("a").await.unwrap_err();
+        assert!(
+            matches!(error, Error::Refused(_)),
+            "there is no newest disk to boot any more: {error:?}"
+        );
+        let view = engine.inspect("a").unwrap();
+        assert_eq!(view.record.broken, None);
+        assert_eq!(view.phase(), Phase::Paused);
+        assert_eq!(view.record.branches.len(), 1);
+        engine.resume("a", None).await.unwrap();
+    });
+}
+
+#[test]
+fn a_removal_that_did_not_end_admits_only_another() {
+    story_of_faults(async |injector, engine| {
+        create(engine, "a").await;
+        injector.break_step(Some("store.trash"));
+        engine.destroy("a").await.unwrap_err();
+        injector.break_step(None);
+        for error in [
+            engine.start("a").await.map(drop),
+            engine.stop("a").await.map(drop),
+            engine.flatten("a", n("flat")).await.map(drop),
+        ] {
+            assert!(matches!(error, Err(Error::Refused(_))), "{error:?}");
+        }
+        engine.destroy("a").await.unwrap();
     });
 }
 
