@@ -11,5 +11,6 @@ pub mod instance;
 pub mod launcher;
 pub mod network;
 pub mod store;
+mod turns;
 pub mod vmm;
 pub mod volume;

@@ -20,10 +20,8 @@
 //! Deliberately not here: what manifests say. To the store they are bytes.
 
 use std::fs::{File, TryLockError};
-use std::hash::{BuildHasher as _, BuildHasherDefault, DefaultHasher};
 use std::io::{Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use async_trait::async_trait;
 use icebox_engine::host::{Ensured, ErrorKind, HostError, Removed, Store, StoredDocument};
@@ -31,10 +29,10 @@ use icebox_engine::id::{Digest, GenerationNo, SandboxId};
 use icebox_engine::layout::{Layout, MANIFEST, Object, parse_number};
 use icebox_engine::unit::Bytes;
 use serde::{Deserialize, Serialize};
-use tokio::sync::Mutex;
 
 use crate::blocking::blocking;
 use crate::fs::{self, Space, failed};
+use crate::turns::Turns;
 
 /// The version of the layout that this program reads and writes.
 pub const FORMAT: u32 = 1;
@@ -44,8 +42,6 @@ const MANIFEST_MAX: u64 = 16 << 20;
 const FORMAT_MAX: u64 = 4096;
 /// What must be free for new work, on all but small file systems.
 const RESERVE: Bytes = Bytes::mib(1024);
-/// How many queues operations are spread over. Two objects in one queue only wait for each other.
-const QUEUES: usize = 256;
 /// Directories of the layout that exist in every store.
 const AREAS: [&str; 8] = [
     "kernels",
@@ -77,7 +73,7 @@ struct FormatHeader {
 pub struct FileStore {
     layout: Layout,
     reserve: Option<Bytes>,
-    queues: Box<[Arc<Mutex<()>>]>,
+    turns: Turns,
     /// Holds the flock. Closed on exec, so a VMM that outlives the daemon does not keep the tree locked.
     _lock: File,
 }
@@ -121,7 +117,7 @@ impl FileStore {
         Ok(Self {
             layout,
             reserve: None,
-            queues: (0..QUEUES).map(|_| Arc::default()).collect(),
+            turns: Turns::new(),
             _lock: lock,
         })
     }
@@ -145,16 +141,8 @@ impl FileStore {
             Object::Generation(sandbox, _) => &Object::Sandbox(sandbox.clone()),
             other => other,
         };
-        let hash = BuildHasherDefault::<DefaultHasher>::default().hash_one(owner);
-        let queue = usize::try_from(hash % QUEUES as u64).unwrap_or(0);
-        let turn = Arc::clone(&self.queues[queue]).lock_owned().await;
         let layout = self.layout.clone();
-        // Cancel-safe: the turn ends when the work does, not when the caller goes away.
-        blocking(move || {
-            let _turn = turn;
-            work(&layout)
-        })
-        .await
+        self.turns.run(owner, move || work(&layout)).await
     }
 
     /// Runs `work` in no particular order.

@@ -53,6 +53,9 @@ pub enum LiveFreeze<'a> {
 }
 
 /// A way to store disks copy-on-write.
+///
+/// What is asked of one sandbox's heads happens in the order in which it is asked, also when the caller stops waiting
+/// for an earlier call: the engine asks how far a freeze came after it has given up on it, and acts on the answer.
 #[async_trait]
 pub trait VolumeDriver: Send + Sync {
     /// The driver's name in manifests, options and messages: `qcow2`, `reflink`, `dm-snapshot`, `zfs`.

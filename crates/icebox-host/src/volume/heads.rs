@@ -10,6 +10,7 @@ use icebox_engine::unit::Bytes;
 
 use crate::blocking::blocking;
 use crate::fs::{self, failed};
+use crate::turns::Turns;
 
 /// The heads of one driver. Every method that is not `async` blocks.
 #[derive(Clone, Debug)]
@@ -17,11 +18,17 @@ pub(super) struct Heads {
     layout: Layout,
     /// The extension of the driver's heads.
     format: &'static str,
+    /// By sandbox: one head becomes a layer and another comes after it.
+    turns: Turns,
 }
 
 impl Heads {
     pub(super) fn new(layout: Layout, format: &'static str) -> Self {
-        Self { layout, format }
+        Self {
+            layout,
+            format,
+            turns: Turns::new(),
+        }
     }
 
     /// Runs `work` on a thread that may block.
@@ -31,6 +38,16 @@ impl Heads {
     ) -> Result<T, HostError> {
         let heads = self.clone();
         blocking(move || work(&heads)).await
+    }
+
+    /// Runs `work` on a thread that may block, after everything that was asked of this sandbox's heads before.
+    pub(super) async fn in_turn<T: Send + 'static>(
+        &self,
+        sandbox: &SandboxId,
+        work: impl FnOnce(&Self) -> Result<T, HostError> + Send + 'static,
+    ) -> Result<T, HostError> {
+        let heads = self.clone();
+        self.turns.run(sandbox, move || work(&heads)).await
     }
 
     /// A base needs nothing beside its image, which the engine imports before it asks for heads.

@@ -74,9 +74,10 @@ impl VolumeDriver for Qcow2 {
     }
 
     async fn ensure_head(&self, head: &HeadId, chain: &Chain) -> Result<Ensured, HostError> {
+        let sandbox = head.sandbox.clone();
         let (head, chain) = (head.clone(), chain.clone());
         self.heads
-            .run(move |heads| {
+            .in_turn(&sandbox, move |heads| {
                 require_chain(heads.layout(), &chain)?;
                 heads.ensure(&head, |file, path| {
                     format::write_empty(file, chain.size.0).map_err(|error| error.at(path))
@@ -86,14 +87,18 @@ impl VolumeDriver for Qcow2 {
     }
 
     async fn remove_head(&self, head: &HeadId) -> Result<Removed, HostError> {
+        let sandbox = head.sandbox.clone();
         let head = head.clone();
-        self.heads.run(move |heads| heads.remove(&head)).await
+        self.heads
+            .in_turn(&sandbox, move |heads| heads.remove(&head))
+            .await
     }
 
     async fn attach(&self, head: &HeadId, chain: &Chain) -> Result<BlockDevice, HostError> {
+        let sandbox = head.sandbox.clone();
         let (head, chain) = (head.clone(), chain.clone());
         self.heads
-            .run(move |heads| {
+            .in_turn(&sandbox, move |heads| {
                 let layout = heads.layout();
                 let base = require_chain(layout, &chain)?;
                 let path = heads.path(&head);
@@ -117,14 +122,18 @@ impl VolumeDriver for Qcow2 {
     }
 
     async fn flush(&self, head: &HeadId) -> Result<(), HostError> {
+        let sandbox = head.sandbox.clone();
         let head = head.clone();
-        self.heads.run(move |heads| heads.flush(&head)).await
+        self.heads
+            .in_turn(&sandbox, move |heads| heads.flush(&head))
+            .await
     }
 
     async fn seal(&self, head: &HeadId, staging: &Path) -> Result<(), HostError> {
+        let sandbox = head.sandbox.clone();
         let (head, staging) = (head.clone(), staging.to_owned());
         self.heads
-            .run(move |heads| heads.seal(&head, &staging))
+            .in_turn(&sandbox, move |heads| heads.seal(&head, &staging))
             .await
     }
 

@@ -71,9 +71,10 @@ impl VolumeDriver for Reflink {
     }
 
     async fn ensure_head(&self, head: &HeadId, chain: &Chain) -> Result<Ensured, HostError> {
+        let sandbox = head.sandbox.clone();
         let (head, chain) = (head.clone(), chain.clone());
         self.heads
-            .run(move |heads| {
+            .in_turn(&sandbox, move |heads| {
                 let (source, source_path) = open_top(heads.layout(), &chain)?;
                 heads.ensure(&head, |file, path| {
                     clone(&source, &source_path, file, path)?;
@@ -85,14 +86,18 @@ impl VolumeDriver for Reflink {
     }
 
     async fn remove_head(&self, head: &HeadId) -> Result<Removed, HostError> {
+        let sandbox = head.sandbox.clone();
         let head = head.clone();
-        self.heads.run(move |heads| heads.remove(&head)).await
+        self.heads
+            .in_turn(&sandbox, move |heads| heads.remove(&head))
+            .await
     }
 
     async fn attach(&self, head: &HeadId, chain: &Chain) -> Result<BlockDevice, HostError> {
+        let sandbox = head.sandbox.clone();
         let (head, size) = (head.clone(), chain.size);
         self.heads
-            .run(move |heads| {
+            .in_turn(&sandbox, move |heads| {
                 let path = heads.path(&head);
                 let found = fs::length(&path)?;
                 heads::require_size(&path, found, size)?;
@@ -106,14 +111,18 @@ impl VolumeDriver for Reflink {
     }
 
     async fn flush(&self, head: &HeadId) -> Result<(), HostError> {
+        let sandbox = head.sandbox.clone();
         let head = head.clone();
-        self.heads.run(move |heads| heads.flush(&head)).await
+        self.heads
+            .in_turn(&sandbox, move |heads| heads.flush(&head))
+            .await
     }
 
     async fn seal(&self, head: &HeadId, staging: &Path) -> Result<(), HostError> {
+        let sandbox = head.sandbox.clone();
         let (head, staging) = (head.clone(), staging.to_owned());
         self.heads
-            .run(move |heads| heads.seal(&head, &staging))
+            .in_turn(&sandbox, move |heads| heads.seal(&head, &staging))
             .await
     }
 
@@ -147,16 +156,20 @@ impl VolumeDriver for Reflink {
 #[async_trait]
 impl FreezeByHost for Reflink {
     async fn freeze(&self, from: &HeadId, to: &HeadId, staging: &Path) -> Result<(), HostError> {
+        let sandbox = from.sandbox.clone();
         let (from, to, staging) = (from.clone(), to.clone(), staging.to_owned());
         self.heads
-            .run(move |heads| freeze(heads, &from, &to, &staging))
+            .in_turn(&sandbox, move |heads| freeze(heads, &from, &to, &staging))
             .await
     }
 
     async fn is_frozen(&self, from: &HeadId, to: &HeadId) -> Result<bool, HostError> {
+        let sandbox = from.sandbox.clone();
         let (from, to) = (from.clone(), to.clone());
         self.heads
-            .run(move |heads| Ok(!fs::exists(&heads.path(&from))? && fs::exists(&heads.path(&to))?))
+            .in_turn(&sandbox, move |heads| {
+                Ok(!fs::exists(&heads.path(&from))? && fs::exists(&heads.path(&to))?)
+            })
             .await
     }
 }
