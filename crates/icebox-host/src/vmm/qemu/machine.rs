@@ -38,6 +38,9 @@ const STATE_DEADLINE: Duration = Duration::from_secs(30);
 const STATE_BYTES_MAX: u64 = 64 << 20;
 /// Largest guest memory that is believed: how much a QEMU says it has decides how long a save looks for it.
 const MEMORY_BYTES_MAX: u64 = 1 << 40;
+/// To stop the vCPUs, QEMU first finishes the guest's requests in flight and flushes its disk, which takes as long as
+/// the host has dirty pages of it; to let them run, it may have to finish that first.
+const FLIP_DEADLINE: Duration = Duration::from_secs(30);
 /// A switch of heads drains the guest's requests in flight first.
 const SWITCH_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -418,14 +421,20 @@ impl Machine for QemuMachine {
 
     async fn pause_vcpus(&self) -> Result<(), HostError> {
         self.or_its_end("pause vCPUs", async {
-            self.qmp.execute(qmp::stop {}, QUICK).await.map(drop)
+            self.qmp
+                .execute(qmp::stop {}, FLIP_DEADLINE)
+                .await
+                .map(drop)
         })
         .await
     }
 
     async fn resume_vcpus(&self) -> Result<(), HostError> {
         self.or_its_end("resume vCPUs", async {
-            self.qmp.execute(qmp::cont {}, QUICK).await.map(drop)
+            self.qmp
+                .execute(qmp::cont {}, FLIP_DEADLINE)
+                .await
+                .map(drop)
         })
         .await
     }
