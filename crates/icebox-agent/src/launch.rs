@@ -162,6 +162,7 @@ fn become_program(args: &[OsString]) -> LaunchError {
             let procs = std::path::Path::new(cgroup).join("cgroup.procs");
             fs::write(procs, "0").map_err(at(Step::Cgroup))?;
         }
+        sys::reset_signals().map_err(at(Step::Session))?;
         rustix::process::setsid().map_err(|errno| at(Step::Session)(errno.into()))?;
         if !terminal.is_empty() {
             rustix::process::ioctl_tiocsctty(io::stdin())

@@ -29,6 +29,27 @@ pub(crate) fn take_inherited(number: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
+/// Lets every signal do to this process, and to what it becomes, what it does by default: dispositions to ignore and
+/// blocked signals outlive an exec, and a program must not depend on how the agent was started.
+pub(crate) fn reset_signals() -> io::Result<()> {
+    for signal in 1..=libc::SIGRTMAX() {
+        // SAFETY: the default disposition runs no code of ours. That SIGKILL, SIGSTOP and the C library's own signals
+        // refuse is as it should be.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+    let mut none = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: the pointer is valid for writes of a signal set; sigemptyset(3) cannot fail then.
+    unsafe { libc::sigemptyset(none.as_mut_ptr()) };
+    // SAFETY: the set was initialised above, and the old one is not asked for.
+    let status =
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, none.as_ptr(), std::ptr::null_mut()) };
+    if status == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::from_raw_os_error(status))
+    }
+}
+
 /// Lets the runtime wait for `fd` to be ready.
 pub(crate) fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an `OwnedFd` is one open descriptor, the same for as long as it lives, and `AsyncFd` keeps it.
