@@ -19,6 +19,7 @@ use axum::extract::{Request, State};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{delete, get, post};
+use http::StatusCode;
 use tokio_util::task::TaskTracker;
 
 use crate::key::KeyHash;
@@ -128,7 +129,7 @@ async fn no_such_method(request: Request) -> ApiError {
             request.method()
         ),
     )
-    .status(http::StatusCode::METHOD_NOT_ALLOWED)
+    .status(StatusCode::METHOD_NOT_ALLOWED)
 }
 
 impl Context {
@@ -139,6 +140,19 @@ impl Context {
             sandbox.envd_access_token = None;
         }
         sandbox
+    }
+
+    /// Refuses what only the host's own administrator may ask for: the daemon reads the host's files as root.
+    fn only_for_admin(&self, what: &str) -> Result<(), ApiError> {
+        match self.edge {
+            Edge::Admin => Ok(()),
+            Edge::Public { .. } => Err(ApiError::new(
+                ErrorCode::Unauthorized,
+                format!("{what} is not possible with a key"),
+            )
+            .status(StatusCode::FORBIDDEN)
+            .hint("ask for it on the host, through the daemon's socket")),
+        }
     }
 
     /// Runs a verb to its end, whether or not the client waits for it (INV-20): a handler is dropped with its

@@ -380,6 +380,24 @@ async fn tcp_needs_the_key_and_the_socket_none() {
 }
 
 #[tokio::test]
+async fn the_key_does_not_read_files_of_the_host() {
+    let script = Script::new();
+    let served = Served::new(&script).await;
+    for (path, body) in [
+        ("/builds", r#"{"name":"x","source":{"directory":"/root"}}"#),
+        ("/builds", r#"{"name":"x","source":{"image":"/dev/sda"}}"#),
+        ("/kernels", r#"{"source":{"file":{"path":"/etc/shadow"}}}"#),
+    ] {
+        let length = body.len();
+        let request = format!(
+            "POST {path} HTTP/1.1\nhost: h\nx-api-key: {KEY}\nconnection: close\ncontent-type: application/json\ncontent-length: {length}\n\n{body}"
+        );
+        let answer = served.ask(&request).await;
+        assert_eq!(status(&answer), "403", "{path} {body}: {answer}");
+    }
+}
+
+#[tokio::test]
 async fn inv_20_a_verb_goes_on_when_its_client_has_gone() {
     let script = Script::new();
     let served = Served::new(&script).await;

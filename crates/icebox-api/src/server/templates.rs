@@ -7,7 +7,7 @@ use http::StatusCode;
 use super::Context;
 use super::extract::{self, Json};
 use crate::ApiError;
-use crate::types::{NewBuild, Template};
+use crate::types::{BuildSource, NewBuild, Template};
 
 pub(super) async fn list(
     State(context): State<Context>,
@@ -37,5 +37,8 @@ pub(super) async fn build(
     State(context): State<Context>,
     Json(new): Json<NewBuild>,
 ) -> Result<Response, ApiError> {
+    if !matches!(new.source, BuildSource::Debian { .. }) {
+        context.only_for_admin("a build from a path of the host")?;
+    }
     context.daemon.build(new).await.map(extract::lines)
 }
