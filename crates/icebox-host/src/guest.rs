@@ -153,22 +153,31 @@ impl Guest for AgentGuests {
     }
 
     async fn prepare(&self, at: GuestAddress, token: &Secret) -> Result<(), HostError> {
-        quiesce(at, token, true).await
+        quiesce(at, token, Trim::Yes).await
     }
 
     async fn sync(&self, at: GuestAddress, token: &Secret) -> Result<(), HostError> {
-        quiesce(at, token, false).await
+        quiesce(at, token, Trim::No).await
     }
 }
 
-/// Syncs the guest; for a capture, also makes what is captured small.
-async fn quiesce(at: GuestAddress, token: &Secret, small: bool) -> Result<(), HostError> {
-    let timeout_ms = u32::try_from(PREPARE.as_millis()).unwrap_or(u32::MAX);
+/// Whether the guest tells its disk which blocks are free.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Trim {
+    Yes,
+    No,
+}
+
+/// Has the guest write out what it has cached.
+///
+/// The caches themselves stay. Dropping them makes no capture smaller, since freed pages keep their content, and every
+/// guest that is restored from it would read its programs from disk again, into pages of its own.
+async fn quiesce(at: GuestAddress, token: &Secret, trim: Trim) -> Result<(), HostError> {
     let prepare = Prepare {
         sync: true,
-        drop_caches: small,
-        trim: small,
-        timeout_ms,
+        drop_caches: false,
+        trim: trim == Trim::Yes,
+        timeout_ms: u32::try_from(PREPARE.as_millis()).unwrap_or(u32::MAX),
     };
     let report = client(at, token)
         .prepare(&prepare, PREPARE)
