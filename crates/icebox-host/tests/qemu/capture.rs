@@ -133,6 +133,67 @@ async fn inv_08_inv_29_a_guest_comes_back_as_it_was_any_number_of_times() {
     lab.close().await;
 }
 
+/// Holds old memory, and when told to a lot of new; says whether all of it is what it was.
+const HOARDER: &str = r#"
+import os, time, zlib
+MIB = 1 << 20
+held = {"old": bytearray(os.urandom(MIB)) * 16}
+sums = {}
+while True:
+    if os.path.exists("/root/more"):
+        held["new"] = bytearray(80 * MIB)
+        for at in range(0, 80 * MIB, MIB): held["new"][at:at + MIB] = os.urandom(MIB)
+        held["old"][:8 * MIB] = bytes(8 * MIB)
+        sums.clear()
+        os.unlink("/root/more")
+    for name, block in held.items():
+        now = zlib.crc32(block)
+        if sums.setdefault(name, now) != now: print("CORRUPT", name, flush=True)
+    with open("/root/checked.new", "w") as f: f.write(f"{len(held)}\n")
+    os.rename("/root/checked.new", "/root/checked")
+    time.sleep(0.1)
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_change_becomes_a_new_base() {
+    let lab = Lab::open().await;
+    let mut guest = lab.guest().await;
+    let machine = guest.boot().await;
+    guest.spawn("hoarder.py", HOARDER).await;
+    guest
+        .sh("until [ -e /root/checked ]; do sleep 0.1; done")
+        .await;
+    guest.pause(machine).await;
+    let first = guest.memory.clone().unwrap().base;
+
+    let machine = guest.restore().await;
+    guest
+        .sh("touch /root/more; until [ \"$(cat /root/checked)\" = 2 ]; do sleep 0.1; done")
+        .await;
+    let saved = guest.pause(machine).await;
+    println!("{saved:?}");
+    assert_eq!(
+        saved.pages,
+        SavedPages::Full,
+        "80 of 256 MiB are more than a quarter"
+    );
+    assert!(saved.zero_pages >= 2000, "what was zeroed is not stored");
+    assert_ne!(guest.memory.clone().unwrap().base, first);
+
+    // The new base stands alone.
+    std::fs::remove_file(first).unwrap();
+    let machine = guest.restore().await;
+    guest
+        .sh("rm /root/checked; until [ -e /root/checked ]; do sleep 0.1; done")
+        .await;
+    guest
+        .sh("rm /root/checked; until [ -e /root/checked ]; do sleep 0.1; done")
+        .await;
+    assert_eq!(guest.sh("cat /root/hoarder.py.log").await, "");
+    drop(machine);
+    lab.close().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn inv_44_what_does_not_belong_together_is_refused() {
     let lab = Lab::open().await;

@@ -63,9 +63,15 @@ async fn inv_21_a_wedged_vmm_keeps_nobody_waiting() {
         began.elapsed()
     );
     // Others wait for the same connection, and each has its own deadline.
-    let (first, second) = tokio::join!(machine.pause_vcpus(), machine.probe());
+    let began = Instant::now();
+    let (first, second) = tokio::join!(machine.probe(), machine.probe());
     assert_eq!(first.unwrap_err().kind(), ErrorKind::Timeout);
     assert_eq!(second.unwrap_err().kind(), ErrorKind::Timeout);
+    assert!(
+        began.elapsed() < Duration::from_secs(4),
+        "{:?}",
+        began.elapsed()
+    );
 
     let began = Instant::now();
     assert_eq!(
@@ -91,12 +97,11 @@ async fn a_vmm_that_was_wedged_for_a_while_answers_again() {
     let machine = guest.boot().await;
     let pid = machine.process().pid.to_string();
     output("kill", &["-STOP", &pid]);
-    assert_eq!(
-        machine.pause_vcpus().await.unwrap_err().kind(),
-        ErrorKind::Timeout
-    );
+    // The caller gives up in the middle of a command.
+    let given_up = tokio::time::timeout(Duration::from_millis(500), machine.pause_vcpus()).await;
+    assert!(given_up.is_err());
     output("kill", &["-CONT", &pid]);
-    // The command that timed out may still be carried out; what counts is that state can be asked and changed.
+    // It is carried out all the same; what counts is that state can be asked and changed.
     machine.resume_vcpus().await.unwrap();
     assert_eq!(machine.probe().await.unwrap(), VcpuState::Running);
     assert_eq!(guest.sh("echo alive").await, "alive");

@@ -35,6 +35,8 @@ pub(crate) const GEOMETRY: Geometry = Geometry {
 };
 /// A boot under emulation on a busy machine.
 const READY_DEADLINE: Duration = Duration::from_secs(120);
+/// Anything that a test runs in a guest, on a machine that is busy with other guests.
+const COMMAND_DEADLINE: Duration = Duration::from_secs(120);
 /// Slots, and so uids, of one lab.
 const SLOTS: u32 = 64;
 const DISK_SIZE: Bytes = Bytes::mib(1024);
@@ -396,7 +398,8 @@ impl Guest<'_> {
 
     /// Runs a shell command in the guest, and gives what it prints.
     pub(crate) async fn sh(&self, script: &str) -> String {
-        let command = Command::new("/bin/sh").args(["-c", script]);
+        let mut command = Command::new("/bin/sh").args(["-c", script]);
+        command.timeout = Some(COMMAND_DEADLINE);
         let output = self.agent().run(command).await.unwrap();
         assert_eq!(
             output.exit.shell_code(),
