@@ -24,6 +24,7 @@ use icebox_host::network::{NetworkConfig, NetworkSlots};
 use icebox_host::store::FileStore;
 use icebox_host::vmm::qemu::{Qemu, QemuConfig};
 use icebox_host::volume::{Qcow2, Reflink};
+use ipnet::Ipv4Net;
 
 use super::config::Config;
 use super::{Ground, doctor};
@@ -197,7 +198,7 @@ fn instance(layout: &Layout) -> Instance {
 }
 
 fn network(config: &Config, instance: Instance) -> Result<NetworkConfig, Failure> {
-    let prefix = config.network_prefix.parse().map_err(|error| {
+    let prefix: Ipv4Net = config.network_prefix.parse().map_err(|error| {
         Failure::because(
             format!(
                 "network.prefix {:?} is no IPv4 network",
@@ -207,6 +208,17 @@ fn network(config: &Config, instance: Instance) -> Result<NetworkConfig, Failure
         )
         .hint("write it as 10.213.0.0/16")
     })?;
+    let first = prefix.network();
+    if first.is_loopback()
+        || first.is_link_local()
+        || first.is_multicast()
+        || first.is_unspecified()
+    {
+        return Err(Failure::new(format!(
+            "network.prefix {prefix} cannot be the addresses of sandboxes"
+        ))
+        .hint("use a private network, as 10.213.0.0/16"));
+    }
     Ok(NetworkConfig {
         prefix,
         pool_size: config.network_pool,
