@@ -285,16 +285,14 @@ pub(crate) fn signal(pid: u32, name: &str) {
     assert!(sent.success());
 }
 
-/// The agent's program, built if nobody has yet: it belongs to another package.
+/// The agent's program, built here if it is not as its source is: it belongs to another package.
 fn agent() -> &'static Path {
     static AGENT: OnceLock<PathBuf> = OnceLock::new();
     AGENT.get_or_init(|| {
         let beside = Path::new(env!("CARGO_BIN_EXE_icebox")).with_file_name("icebox-agent");
         let mut build = Command::new(env!("CARGO"));
         build.args(["build", "--quiet", "--package", "icebox-agent"]);
-        if !beside.exists() {
-            assert!(build.status().unwrap().success());
-        }
+        assert!(build.status().unwrap().success());
         assert!(
             beside.exists(),
             "the agent is built beside {}",
