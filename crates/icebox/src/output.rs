@@ -45,6 +45,19 @@ impl Output {
         out.flush()
     }
 
+    /// Something that must be told in either form: a line for people on stderr, or a document on stdout.
+    pub(crate) fn announce(
+        self,
+        text: impl AsRef<str>,
+        document: &impl Serialize,
+    ) -> io::Result<()> {
+        if self.json {
+            return self.document(document);
+        }
+        self.say(text);
+        Ok(())
+    }
+
     /// A line for people, on stderr; not with `--json`.
     pub(crate) fn say(self, text: impl AsRef<str>) {
         if !self.json {

@@ -20,6 +20,7 @@ mod sim;
 mod translate;
 mod workshop;
 
+use std::io;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -34,6 +35,7 @@ use icebox_engine::{Engine, Error};
 use sd_notify::NotifyState;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinSet;
 use tokio_util::task::TaskTracker;
 
 use crate::commands::Ended;
@@ -111,19 +113,24 @@ async fn serve(config: Config, args: &Args, output: Output) -> Ended {
     let mut terminate = signals(SignalKind::terminate())?;
     let mut interrupt = signals(SignalKind::interrupt())?;
     let (admin, verbs) = router(daemon.clone(), Edge::Admin);
-    tokio::spawn(async move { axum::serve(unix, admin).await });
+    // Aborted when the daemon leaves: nothing new begins while verbs under way end.
+    let mut accepting = JoinSet::new();
+    accepting.spawn(async move { axum::serve(unix, admin).await });
     let mut trackers = vec![verbs];
     let mut places = config.socket.display().to_string();
+    let mut url = None;
     if let Some(tcp) = tcp {
         if let Ok(address) = tcp.local_addr() {
-            places.push_str(&format!(" and http://{address}"));
+            let address = format!("http://{address}");
+            places.push_str(&format!(" and {address}"));
+            url = Some(address);
         }
-        trackers.push(public(tcp, daemon, &config, output)?);
+        trackers.push(public(tcp, daemon, &config, output, &mut accepting)?);
     }
-    output.say(format!(
-        "icebox {} is ready on {places}",
-        env!("CARGO_PKG_VERSION")
-    ));
+    output.announce(
+        format!("icebox {} is ready on {places}", env!("CARGO_PKG_VERSION")),
+        &serde_json::json!({ "ready": { "socket": config.socket, "url": url } }),
+    )?;
     notify(NotifyState::Ready);
 
     tokio::select! {
@@ -133,6 +140,7 @@ async fn serve(config: Config, args: &Args, output: Output) -> Ended {
     tracing::info!("leaving; running sandboxes go on");
     notify(NotifyState::Stopping);
     drop(socket_file);
+    accepting.abort_all();
     let ending = async {
         for verbs in &trackers {
             verbs.close();
@@ -151,14 +159,20 @@ fn public(
     daemon: Arc<Icebox>,
     config: &Config,
     output: Output,
+    accepting: &mut JoinSet<io::Result<()>>,
 ) -> Result<TaskTracker, Failure> {
     let given = std::env::var(key::VARIABLE).ok();
-    let key = key::load(&config.data_dir, given.as_deref())?;
+    // Set by systemd.exec(5) where the output is connected to the journal.
+    let in_journal = std::env::var_os("JOURNAL_STREAM").is_some();
+    let key = key::load(&config.data_dir, given.as_deref(), in_journal)?;
     if let Some(made) = &key.made {
-        output.say(format!(
-            "API key, shown this once: {made}\n(its hash is kept in {}; remove that file to have another made)",
-            config.data_dir.join("api-key").display()
-        ));
+        output.announce(
+            format!(
+                "API key, shown this once: {made}\n(its hash is kept in {}; remove that file to have another made)",
+                config.data_dir.join("api-key").display()
+            ),
+            &serde_json::json!({ "apiKey": made }),
+        )?;
     }
     let (router, verbs) = router(daemon, Edge::Public { key: key.hash });
     let listener = axum::serve::ListenerExt::tap_io(listener, |stream| {
@@ -167,7 +181,7 @@ fn public(
             tracing::debug!(%error, "TCP_NODELAY");
         }
     });
-    tokio::spawn(async move { axum::serve(listener, router).await });
+    accepting.spawn(async move { axum::serve(listener, router).await });
     Ok(verbs)
 }
 

@@ -23,8 +23,9 @@ pub(super) struct Key {
 /// The key from the environment; else the one whose hash is in `data/api-key`; else a new one.
 ///
 /// # Errors
-/// The given key is too weak, or the file is damaged or cannot be written.
-pub(super) fn load(data: &Path, given: Option<&str>) -> Result<Key, Failure> {
+/// The given key is too weak, or the file is damaged or cannot be written; or a key would have to be made and this
+/// process's output goes `in_journal`.
+pub(super) fn load(data: &Path, given: Option<&str>, in_journal: bool) -> Result<Key, Failure> {
     let path = data.join("api-key");
     if let Some(given) = given {
         if given.len() < KEY_MIN || !given.bytes().all(|byte| byte.is_ascii_graphic()) {
@@ -44,6 +45,13 @@ pub(super) fn load(data: &Path, given: Option<&str>) -> Result<Key, Failure> {
             })?;
             Ok(Key { hash, made: None })
         }
+        // What is shown there is kept, for many to read.
+        Err(error) if error.kind() == io::ErrorKind::NotFound && in_journal => Err(Failure::new(
+            "there is no API key yet, and one that is made now would be shown to the system's log",
+        )
+        .hint(format!(
+            "set {VARIABLE} for the service, or run `icebox serve --listen` once in a terminal"
+        ))),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let made = key::generate();
             let hash = KeyHash::of(&made);
@@ -92,7 +100,11 @@ mod tests {
     #[test]
     fn inv_43_a_key_is_shown_once_and_kept_as_a_private_hash() {
         let data = tempfile::tempdir().expect("a directory");
-        let first = load(data.path(), None).expect("a new key");
+        assert!(
+            load(data.path(), None, true).is_err(),
+            "not into the system's log"
+        );
+        let first = load(data.path(), None, false).expect("a new key");
         let made = first.made.expect("made just now");
         let file = data.path().join("api-key");
         let mode = std::fs::metadata(&file)
@@ -102,7 +114,7 @@ mod tests {
         assert_eq!(mode & 0o777, 0o600);
         let kept = std::fs::read_to_string(&file).expect("the file");
         assert!(!kept.contains(&made[4..]));
-        let again = load(data.path(), None).expect("the same key");
+        let again = load(data.path(), None, false).expect("the same key");
         assert!(again.made.is_none());
         assert!(again.hash.admits(made.as_bytes()));
     }
@@ -110,10 +122,10 @@ mod tests {
     #[test]
     fn a_given_key_replaces_the_kept_one_and_a_weak_one_does_not() {
         let data = tempfile::tempdir().expect("a directory");
-        assert!(load(data.path(), Some("short")).is_err());
+        assert!(load(data.path(), Some("short"), false).is_err());
         assert!(!data.path().join("api-key").exists());
-        load(data.path(), Some("0123456789abcdef")).expect("long enough");
-        let kept = load(data.path(), None).expect("kept");
+        load(data.path(), Some("0123456789abcdef"), false).expect("long enough");
+        let kept = load(data.path(), None, false).expect("kept");
         assert!(kept.hash.admits(b"0123456789abcdef"));
     }
 }

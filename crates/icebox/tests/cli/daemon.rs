@@ -106,6 +106,43 @@ fn tcp_needs_the_key_that_was_shown_once() {
 }
 
 #[test]
+fn with_json_a_program_learns_the_same() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut child = serve(directory.path())
+        .args(["--json", "--sim", "--listen", "127.0.0.1:0"])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stdout.take().unwrap()));
+    let mut next =
+        || -> serde_json::Value { serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap() };
+    assert!(next()["apiKey"].as_str().unwrap().starts_with("e2b_"));
+    let ready = next();
+    assert!(
+        ready["ready"]["url"]
+            .as_str()
+            .unwrap()
+            .starts_with("http://127.0.0.1:"),
+        "{ready}"
+    );
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn inv_43_no_key_is_made_into_the_systems_log() {
+    let directory = tempfile::tempdir().unwrap();
+    let child = serve(directory.path())
+        .args(["--sim", "--listen", "127.0.0.1:0"])
+        .env("JOURNAL_STREAM", "8:1234")
+        .spawn()
+        .unwrap();
+    let (status, _, stderr) = finish(child);
+    assert_eq!(status.code(), Some(1));
+    assert!(stderr.contains("hint: set ICEBOX_API_KEY"), "{stderr}");
+}
+
+#[test]
 fn a_weak_key_is_refused() {
     let directory = tempfile::tempdir().unwrap();
     let child = serve(directory.path())

@@ -29,7 +29,7 @@ pub(crate) fn root(test: &str) -> bool {
 pub(crate) fn icebox() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_icebox"));
     for (name, _) in std::env::vars_os() {
-        if name.to_string_lossy().starts_with("ICEBOX_") {
+        if name.to_string_lossy().starts_with("ICEBOX_") || name == "JOURNAL_STREAM" {
             command.env_remove(name);
         }
     }
