@@ -342,3 +342,33 @@ fn in_order(batch: icebox_engine::Batch) -> Vec<Event> {
         .chain(batch.events.into_iter().map(translate::event))
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn inv_49_a_subscriber_is_told_what_it_missed() {
+        let event = |seq| icebox_engine::Event {
+            seq,
+            at: jiff::Timestamp::UNIX_EPOCH,
+            sandbox: None,
+            kind: "sandbox.paused".to_owned(),
+            detail: String::new(),
+            steps: Vec::new(),
+        };
+        let told = |missed| {
+            let events = vec![event(8), event(9)];
+            let told = in_order(icebox_engine::Batch { events, missed });
+            told.into_iter()
+                .map(|event| (event.sequence, event.event))
+                .collect::<Vec<_>>()
+        };
+        let paused = |sequence| (sequence, "sandbox.paused".to_owned());
+        assert_eq!(told(0), [paused(8), paused(9)]);
+        assert_eq!(
+            told(3),
+            [(7, "events.missed".to_owned()), paused(8), paused(9)]
+        );
+    }
+}
