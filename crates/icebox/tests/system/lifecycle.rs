@@ -1,0 +1,618 @@
+//! What holds in the life of sandboxes that nothing happens to but their verbs.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::site::{COLD, Site, WARM, kill};
+
+tests![
+    inv_09_inv_10_ten_rounds_of_pause_and_resume_lose_nothing,
+    inv_17_addresses_survive_a_pause_and_are_never_shared,
+    inv_18_a_snapshot_of_a_snapshot_of_a_snapshot_restores,
+    inv_20_a_client_that_goes_away_changes_nothing,
+    inv_22_a_name_that_exists_is_never_overwritten,
+    inv_23_a_paused_sandbox_is_snapshotted_without_being_revived,
+    inv_24_things_go_in_any_order_and_what_others_need_stays,
+    inv_25_bases_and_layers_never_change,
+    inv_27_sizes_are_allocated_bytes,
+    inv_31_inv_51_a_dead_vmm_is_noticed_and_both_disks_are_kept,
+    inv_36_commands_run_the_instant_that_create_returns,
+    inv_37_inv_38_forks_differ_and_share_nothing,
+    inv_39_every_exit_code_and_every_byte_is_right,
+    inv_41_bad_names_are_refused_at_the_edge,
+    inv_50_destroy_comes_through_whatever_is_under_way,
+    inv_05_a_wedged_agent_does_not_block_a_pause,
+    inv_52_the_collector_removes_what_nothing_reaches_and_nothing_else,
+    a_sandbox_boots_stops_and_starts_with_its_disk,
+];
+
+/// Where a test's files are in a guest: on its disk.
+const SUMS: &str = "cd /root && sha256sum data-*";
+
+fn write(site: &Site, sandbox: &str, name: &str) {
+    let script =
+        format!("dd if=/dev/urandom of=/root/data-{name} bs=64k count=16 status=none && sync");
+    site.exec(sandbox, &script);
+}
+
+fn path_of<'a>(value: &'a Value, keys: &[&str]) -> &'a str {
+    keys.iter()
+        .fold(value, |value, key| &value[key])
+        .as_str()
+        .unwrap()
+}
+
+fn inv_09_inv_10_ten_rounds_of_pause_and_resume_lose_nothing(site: &mut Site) {
+    site.create(WARM, "rounds");
+    let mut count = site.count("rounds");
+    for round in 0..10 {
+        write(site, "rounds", &round.to_string());
+        let sums = site.exec("rounds", SUMS);
+        site.get(&["pause", "rounds"]);
+        assert_eq!(site.state("rounds"), "paused");
+        site.get(&["resume", "rounds"]);
+        assert_eq!(site.exec("rounds", SUMS), sums, "after round {round}");
+        let now = site.count("rounds");
+        now.assert_goes_on_from(&count);
+        count = now;
+    }
+    site.exec("rounds", "echo 3 >/proc/sys/vm/drop_caches");
+    let listed = site.exec("rounds", SUMS);
+    assert_eq!(listed.lines().count(), 10);
+    site.get(&["rm", "rounds"]);
+}
+
+fn inv_17_addresses_survive_a_pause_and_are_never_shared(site: &mut Site) {
+    site.create(WARM, "first");
+    let address = site.inspect("first")["address"].clone();
+    assert!(address.is_string(), "{address}");
+    site.get(&["pause", "first"]);
+    site.create(WARM, "second");
+    let other = site.inspect("second")["address"].clone();
+    assert_ne!(other, address);
+    site.get(&["resume", "first"]);
+    assert_eq!(site.inspect("first")["address"], address);
+    site.exec("first", "true");
+    site.get(&["rm", "first", "second"]);
+}
+
+fn inv_18_a_snapshot_of_a_snapshot_of_a_snapshot_restores(site: &mut Site) {
+    let mut template = WARM.to_owned();
+    let mut sums = Vec::new();
+    for depth in 1..=3 {
+        let (sandbox, name) = (format!("depth-{depth}"), format!("snap-{depth}"));
+        site.create(&template, &sandbox);
+        write(site, &sandbox, &depth.to_string());
+        site.get(&["snapshot", &sandbox, "--name", &name]);
+        sums.push((site.count(&sandbox), site.exec(&sandbox, SUMS)));
+        site.get(&["rm", &sandbox]);
+        template = name;
+    }
+    site.create(&template, "deepest");
+    let (first, _) = &sums[0];
+    let (_, last) = &sums[2];
+    let count = site.count("deepest");
+    assert_eq!((count.pid, count.memory), (first.pid, first.memory));
+    assert_eq!(&site.exec("deepest", SUMS), last);
+    site.get(&["rm", "deepest"]);
+    site.get(&["template", "rm", "snap-1", "snap-2", "snap-3"]);
+}
+
+fn inv_20_a_client_that_goes_away_changes_nothing(site: &mut Site) {
+    let mut events = site.events();
+    let mut client = site
+        .command(&["create", WARM, "--name", "alone"])
+        .spawn()
+        .unwrap();
+    // It is asked for as soon as the daemon knows the name.
+    while !site.run(&["inspect", "alone"]).status.success() {
+        assert!(
+            client.try_wait().unwrap().is_none(),
+            "created before it was seen"
+        );
+    }
+    kill(client.id(), Signal::KILL);
+    client.wait().unwrap();
+    events.wait_for("sandbox.created");
+    let count = site.count("alone");
+
+    let mut client = site.command(&["pause", "alone"]).spawn().unwrap();
+    while site.inspect("alone")["verb"].is_null() {
+        assert!(
+            client.try_wait().unwrap().is_none(),
+            "paused before it was seen"
+        );
+    }
+    kill(client.id(), Signal::KILL);
+    client.wait().unwrap();
+    events.wait_for("sandbox.paused");
+    site.get(&["resume", "alone"]);
+    site.count("alone").assert_goes_on_from(&count);
+    site.get(&["rm", "alone"]);
+}
+
+fn inv_22_a_name_that_exists_is_never_overwritten(site: &mut Site) {
+    let id = site.create(WARM, "taken");
+    assert!(
+        site.refused(&["create", WARM, "--name", "taken"])
+            .contains("taken")
+    );
+    let warm = site.get(&["template", "inspect", WARM]);
+    site.refused(&["snapshot", "taken", "--name", WARM]);
+    assert_eq!(
+        site.get(&["template", "inspect", WARM])["templateID"],
+        warm["templateID"]
+    );
+    assert_eq!(site.inspect("taken")["sandboxID"], id.as_str());
+
+    site.create(WARM, "rival");
+    let race = ["taken", "rival"].map(|sandbox| {
+        let mut command = site.command(&["snapshot", sandbox, "--name", "won"]);
+        command
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
+    });
+    let won = race.map(|racer| racer.wait_with_output().unwrap().status.success());
+    assert_ne!(won[0], won[1], "exactly one wins");
+    site.create("won", "winner");
+    site.get(&["rm", "taken", "rival", "winner"]);
+    site.get(&["template", "rm", "won"]);
+}
+
+fn inv_23_a_paused_sandbox_is_snapshotted_without_being_revived(site: &mut Site) {
+    let id = site.create(WARM, "asleep");
+    write(site, "asleep", "x");
+    let (count, sums) = (site.count("asleep"), site.exec("asleep", SUMS));
+    site.get(&["pause", "asleep"]);
+    let before = digests(
+        &site
+            .traces
+            .data
+            .join("sandboxes")
+            .join(&id)
+            .join("generations"),
+    );
+    let layers = digests(&site.traces.data.join("layers"));
+    let memories = digests(&site.traces.data.join("memories"));
+    site.get(&["snapshot", "asleep", "--name", "of-asleep"]);
+    assert_eq!(site.state("asleep"), "paused");
+    assert_eq!(
+        digests(
+            &site
+                .traces
+                .data
+                .join("sandboxes")
+                .join(&id)
+                .join("generations")
+        ),
+        before
+    );
+    for (kept, now) in [(layers, "layers"), (memories, "memories")] {
+        let now = digests(&site.traces.data.join(now));
+        assert!(
+            kept.iter().all(|line| now.contains(line)),
+            "{kept:#?}\n{now:#?}"
+        );
+    }
+    site.create("of-asleep", "copy");
+    assert_eq!(site.exec("copy", SUMS), sums);
+    site.count("copy").assert_goes_on_from(&count);
+    site.get(&["resume", "asleep"]);
+    assert_eq!(site.exec("asleep", SUMS), sums);
+    site.count("asleep").assert_goes_on_from(&count);
+    site.get(&["rm", "asleep", "copy"]);
+    site.get(&["template", "rm", "of-asleep"]);
+}
+
+/// Every file below `directory` but manifests and locks, with its digest.
+fn digests(directory: &Path) -> Vec<String> {
+    let script = "find \"$0\" -type f ! -name 'lock*' -print0 | sort -z | xargs -0r sha256sum";
+    let output = Command::new("sh")
+        .args(["-c", script])
+        .arg(directory)
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout)
+        .unwrap()
+        .lines()
+        .map(str::to_owned)
+        .collect()
+}
+
+fn inv_24_things_go_in_any_order_and_what_others_need_stays(site: &mut Site) {
+    site.create(WARM, "parent");
+    write(site, "parent", "p");
+    let sums = site.exec("parent", SUMS);
+    site.get(&["snapshot", "parent", "--name", "heir"]);
+    let forks = site.get(&["fork", "parent", "-n", "1"]);
+    let fork = path_of(&forks[0], &["sandbox", "sandboxID"]).to_owned();
+    site.get(&["rm", "parent"]);
+    site.create("heir", "child");
+    assert_eq!(site.exec("child", SUMS), sums);
+    assert_eq!(site.exec(&fork, SUMS), sums);
+    // Sandboxes name the templates that they need.
+    let said = site.run(&["template", "rm", "heir"]);
+    if !said.status.success() {
+        let said = String::from_utf8(said.stderr).unwrap();
+        assert!(said.contains("child"), "{said}");
+    }
+    site.get(&["pause", "child"]);
+    site.get(&["gc"]);
+    site.get(&["resume", "child"]);
+    assert_eq!(
+        site.exec(
+            "child",
+            &format!("echo 3 >/proc/sys/vm/drop_caches; {SUMS}")
+        ),
+        sums
+    );
+    site.get(&["rm", "child"]);
+    assert_eq!(site.exec(&fork, SUMS), sums);
+    let templates = site.get(&["template", "ls"]).to_string();
+    if templates.contains("heir") {
+        site.get(&["template", "rm", "heir"]);
+    }
+    site.get(&["gc"]);
+    assert_eq!(
+        site.exec(&fork, &format!("echo 3 >/proc/sys/vm/drop_caches; {SUMS}")),
+        sums
+    );
+    site.get(&["rm", &fork]);
+}
+
+fn inv_25_bases_and_layers_never_change(site: &mut Site) {
+    let immutable = ["bases", "layers", "memories"].map(|kind| site.traces.data.join(kind));
+    let before: Vec<_> = immutable.iter().map(|path| digests(path)).collect();
+    for (template, name) in [(WARM, "writer"), (WARM, "victim")] {
+        site.create(template, name);
+        site.exec(name, "dd if=/dev/urandom of=/root/junk bs=1M count=24 status=none; rm -rf /usr/share/doc; sync");
+    }
+    site.get(&["pause", "writer"]);
+    site.get(&["resume", "writer"]);
+    let mut events = site.events();
+    kill(site.vmm_pid("victim"), Signal::KILL);
+    events.wait_for("sandbox.crashed");
+    site.get(&["rm", "writer", "victim"]);
+    site.get(&["gc"]);
+    let after: Vec<_> = immutable.iter().map(|path| digests(path)).collect();
+    assert_eq!(before, after);
+}
+
+/// Allocated bytes of all files below `path`, each counted once.
+fn allocated(path: &Path) -> u64 {
+    let metadata = fs::symlink_metadata(path).unwrap();
+    if metadata.is_dir() {
+        return fs::read_dir(path)
+            .unwrap()
+            .map(|entry| allocated(&entry.unwrap().path()))
+            .sum();
+    }
+    metadata.blocks() * 512
+}
+
+fn inv_27_sizes_are_allocated_bytes(site: &mut Site) {
+    let cold = site.get(&["template", "inspect", COLD]);
+    let reported = cold["allocatedBytes"].as_u64().unwrap();
+    let base = site
+        .traces
+        .data
+        .join("bases")
+        .join(path_of(&cold, &["base"]));
+    let truth = allocated(&base);
+    let apparent = fs::metadata(base.join("image")).unwrap().len();
+    assert!(
+        reported.abs_diff(truth) <= 64 << 10,
+        "reported {reported}, allocated {truth}"
+    );
+    assert!(
+        reported < apparent,
+        "the image is sparse: {reported} of {apparent}"
+    );
+
+    let id = site.create(WARM, "small");
+    site.get(&["pause", "small"]);
+    let small = site.inspect("small");
+    let generation = &small["generations"][0];
+    let written = generation["allocatedBytes"].as_u64().unwrap();
+    assert!(
+        written > 0 && written < 128 << 20,
+        "a generation of a guest with 256 MiB: {written}"
+    );
+    let own = small["allocatedBytes"].as_u64().unwrap();
+    let directory = site.traces.data.join("sandboxes").join(id);
+    assert!(
+        own < 256 << 20,
+        "{own}; its directory has {}",
+        allocated(&directory)
+    );
+    site.get(&["rm", "small"]);
+}
+
+fn inv_31_inv_51_a_dead_vmm_is_noticed_and_both_disks_are_kept(site: &mut Site) {
+    site.create(WARM, "struck");
+    site.exec("struck", "echo paused >/root/data-when; sync");
+    let count = site.count("struck");
+    site.get(&["pause", "struck"]);
+    site.get(&["resume", "struck"]);
+    site.exec("struck", "echo later >/root/data-when; sync");
+    let vmm = site.vmm_pid("struck");
+    let mut events = site.events();
+    let struck = Instant::now();
+    kill(vmm, Signal::KILL);
+    events.wait_for("sandbox.crashed");
+    assert!(
+        struck.elapsed() < Duration::from_secs(1),
+        "{:?}",
+        struck.elapsed()
+    );
+    // A command waits for the verb under way: the holds are given back by then.
+    let detail = site.inspect("struck");
+    assert_eq!(detail["state"], "stopped");
+    assert!(detail["lastExit"].is_string(), "{detail}");
+
+    site.get(&["start", "struck"]);
+    assert_eq!(site.exec("struck", "cat /root/data-when"), "later");
+    let mut events = site.events();
+    kill(site.vmm_pid("struck"), Signal::KILL);
+    events.wait_for("sandbox.crashed");
+    site.get(&["resume", "struck", "--generation", "1"]);
+    assert_eq!(site.exec("struck", "cat /root/data-when"), "paused");
+    site.count("struck").assert_goes_on_from(&count);
+    let branches = site.inspect("struck")["branches"].clone();
+    assert_eq!(branches.as_array().map(Vec::len), Some(1), "{branches}");
+    site.get(&["rm", "struck"]);
+}
+
+fn inv_36_commands_run_the_instant_that_create_returns(site: &mut Site) {
+    for n in 0..10 {
+        let name = format!("instant-{n}");
+        site.create(WARM, &name);
+        assert_eq!(site.exec(&name, "echo ready"), "ready");
+        site.get(&["rm", &name]);
+    }
+}
+
+fn inv_37_inv_38_forks_differ_and_share_nothing(site: &mut Site) {
+    site.create(WARM, "origin");
+    site.exec("origin", "echo before >/root/data-own; sync");
+    let count = site.count("origin");
+    let forks = site.get(&["fork", "origin", "-n", "2"]);
+    let ids: Vec<_> = (0..2)
+        .map(|n| path_of(&forks[n], &["sandbox", "sandboxID"]).to_owned())
+        .collect();
+    let all = [ids[0].as_str(), ids[1].as_str(), "origin"];
+    for what in [
+        "head -c 16 /dev/urandom | sha256sum",
+        "cat /proc/sys/kernel/random/uuid",
+        "cat /etc/machine-id",
+        "hostname",
+    ] {
+        let said = all.map(|sandbox| site.exec(sandbox, what));
+        assert!(
+            said[0] != said[1] && said[1] != said[2] && said[0] != said[2],
+            "{what}: {said:?}"
+        );
+    }
+    for sandbox in all {
+        let guest: u64 = site.exec(sandbox, "date +%s").parse().unwrap();
+        let host = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap()
+            .as_secs();
+        assert!(
+            host.abs_diff(guest) <= 2,
+            "{sandbox}: {guest} in the guest, {host} on the host"
+        );
+        site.count(sandbox).assert_goes_on_from(&count);
+    }
+    for sandbox in all {
+        assert_eq!(site.exec(sandbox, "cat /root/data-own"), "before");
+        site.exec(sandbox, &format!("echo {sandbox} >/root/data-own; sync"));
+    }
+    site.get(&["rm", "origin", all[0]]);
+    assert_eq!(
+        site.exec(
+            all[1],
+            "echo 3 >/proc/sys/vm/drop_caches; cat /root/data-own"
+        ),
+        all[1]
+    );
+    site.get(&["rm", all[1]]);
+}
+
+fn inv_39_every_exit_code_and_every_byte_is_right(site: &mut Site) {
+    site.create(WARM, "busy");
+    for code in [0, 1, 2, 42, 77, 124, 125, 200, 255] {
+        let output = site.run(&[
+            "exec",
+            "-n",
+            "busy",
+            "--",
+            "sh",
+            "-c",
+            &format!("echo {code}; exit {code}"),
+        ]);
+        assert_eq!(output.status.code(), Some(code));
+        assert_eq!(output.stdout, format!("{code}\n").into_bytes());
+    }
+    let code = |words: &[&str]| {
+        let arguments = [&["exec", "-n", "busy", "--"], words].concat();
+        site.run(&arguments).status.code()
+    };
+    assert_eq!(code(&["/no/such/program"]), Some(127));
+    assert_eq!(code(&["/etc/passwd"]), Some(126));
+    assert_eq!(code(&["sh", "-c", "kill -TERM $$"]), Some(128 + 15));
+    assert_eq!(code(&["sh", "-c", "kill -KILL $$"]), Some(128 + 9));
+    for n in 0..60 {
+        let output = site.run(&[
+            "exec",
+            "-n",
+            "busy",
+            "--",
+            "sh",
+            "-c",
+            &format!("printf {n}; exit {n}"),
+        ]);
+        assert_eq!(
+            (output.status.code(), output.stdout),
+            (Some(n), n.to_string().into_bytes())
+        );
+    }
+    let flood = site.run(&[
+        "exec",
+        "-n",
+        "busy",
+        "--",
+        "sh",
+        "-c",
+        "yes 0123456789abcde | head -c 10485760; exit 3",
+    ]);
+    assert_eq!(flood.status.code(), Some(3));
+    assert_eq!(flood.stdout.len(), 10 << 20);
+    assert!(
+        flood
+            .stdout
+            .chunks(16)
+            .all(|line| line == b"0123456789abcde\n")
+    );
+    site.get(&["rm", "busy"]);
+}
+
+fn inv_41_bad_names_are_refused_at_the_edge(site: &mut Site) {
+    let long = "x".repeat(300);
+    for name in [
+        "",
+        "..",
+        ".",
+        "a/b",
+        "../../etc",
+        "näme",
+        "a b",
+        "-x",
+        "a\nb",
+        &long,
+    ] {
+        let said = site.refused(&["create", WARM, &format!("--name={name}")]);
+        assert!(!said.is_empty());
+        site.refused(&["inspect", name]);
+        site.refused(&["create", name]);
+    }
+    assert_eq!(site.get(&["ls"]), Value::Array(Vec::new()));
+}
+
+fn inv_50_destroy_comes_through_whatever_is_under_way(site: &mut Site) {
+    let mut create = site.command(&["create", WARM, "--name", "unborn"]);
+    let mut create = create
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    while !site.run(&["inspect", "unborn"]).status.success() {
+        assert!(
+            create.try_wait().unwrap().is_none(),
+            "created before it was seen"
+        );
+    }
+    site.get(&["rm", "unborn"]);
+    create.wait().unwrap();
+    site.refused(&["inspect", "unborn"]);
+
+    for verb in [
+        &["pause", "doomed"][..],
+        &["snapshot", "doomed", "--name", "late"],
+    ] {
+        site.create(WARM, "doomed");
+        let mut under_way = site.command(verb);
+        let mut under_way = under_way
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        while site.inspect("doomed")["verb"].is_null() && under_way.try_wait().unwrap().is_none() {}
+        site.get(&["rm", "doomed"]);
+        under_way.wait().unwrap();
+        site.refused(&["inspect", "doomed"]);
+    }
+    if site.run(&["template", "inspect", "late"]).status.success() {
+        site.get(&["template", "rm", "late"]);
+    }
+}
+
+fn inv_05_a_wedged_agent_does_not_block_a_pause(site: &mut Site) {
+    site.create(WARM, "wedged");
+    let count = site.count("wedged");
+    // The server cannot answer for the command that stops it.
+    let stop = "kill -STOP $PPID";
+    let mut client = site
+        .command(&["exec", "-n", "-u", "root", "wedged", "--", "sh", "-c", stop])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let begun = Instant::now();
+    site.get(&["pause", "wedged"]);
+    assert!(
+        begun.elapsed() < Duration::from_secs(25),
+        "{:?}",
+        begun.elapsed()
+    );
+    client.kill().unwrap();
+    client.wait().unwrap();
+    assert_eq!(site.state("wedged"), "paused");
+    assert!(count.count > 0);
+    site.get(&["rm", "wedged"]);
+}
+
+fn inv_52_the_collector_removes_what_nothing_reaches_and_nothing_else(site: &mut Site) {
+    site.create(WARM, "kept");
+    write(site, "kept", "k");
+    site.get(&["pause", "kept"]);
+    site.get(&["resume", "kept"]);
+    site.get(&["snapshot", "kept", "--name", "gone"]);
+    let sums = site.exec("kept", SUMS);
+    site.get(&["template", "rm", "gone"]);
+    site.get(&["gc"]);
+    let again = site.get(&["gc", "--dry-run"]);
+    assert_eq!(
+        again["garbage"],
+        Value::Array(Vec::new()),
+        "one collection is enough"
+    );
+    site.get(&["pause", "kept"]);
+    site.get(&["resume", "kept"]);
+    assert_eq!(
+        site.exec("kept", &format!("echo 3 >/proc/sys/vm/drop_caches; {SUMS}")),
+        sums
+    );
+    site.get(&["rm", "kept"]);
+    site.get(&["gc"]);
+    let again = site.get(&["gc", "--dry-run"]);
+    assert_eq!(again["garbage"], Value::Array(Vec::new()));
+}
+
+fn a_sandbox_boots_stops_and_starts_with_its_disk(site: &mut Site) {
+    site.create(COLD, "classic");
+    write(site, "classic", "c");
+    let sums = site.exec("classic", SUMS);
+    site.get(&["stop", "classic"]);
+    assert_eq!(site.state("classic"), "stopped");
+    site.get(&["start", "classic"]);
+    assert_eq!(site.exec("classic", SUMS), sums);
+    site.get(&["pause", "classic"]);
+    site.get(&["resume", "classic"]);
+    assert_eq!(site.exec("classic", SUMS), sums);
+    site.get(&["rm", "classic"]);
+}

@@ -1,0 +1,497 @@
+//! An installation of its own: a data directory on a file system that its volume driver works on, a daemon, and what
+//! tests ask of both.
+
+use std::fs::{self, File};
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
+
+use icebox_engine::layout::Layout;
+use icebox_host::guest_image::fixture;
+use icebox_host::store::FileStore;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+use crate::marks::{Marks, Traces};
+
+/// Of the file system that reflinks need; sparse.
+const FILE_SYSTEM_SIZE: u64 = 12 << 30;
+/// The template of sandboxes that boot.
+pub(crate) const COLD: &str = "cold";
+/// The template of sandboxes that are restored, with a process that counts in them.
+pub(crate) const WARM: &str = "warm";
+
+/// Counts in its memory, and shows its pid, the count and a checksum of a MiB of its memory in a file.
+const COUNTER: &str = r#"exec python3 -c '
+import os, time, zlib
+memory = bytearray(os.urandom(1 << 20))
+count = 0
+while True:
+    count += 1
+    with open("/tmp/count.new", "w") as file:
+        file.write(f"{os.getpid()} {count} {zlib.crc32(memory)}")
+    os.rename("/tmp/count.new", "/tmp/count")
+    time.sleep(0.05)
+'"#;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Driver {
+    Qcow2,
+    Reflink,
+}
+
+impl Driver {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Qcow2 => "qcow2",
+            Self::Reflink => "reflink",
+        }
+    }
+}
+
+/// What a guest's counter showed.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Count {
+    pub(crate) pid: u32,
+    pub(crate) count: u64,
+    pub(crate) memory: u32,
+}
+
+impl Count {
+    /// `self` is a later state of the process that showed `earlier`.
+    pub(crate) fn assert_goes_on_from(&self, earlier: &Self) {
+        assert_eq!(
+            (self.pid, self.memory),
+            (earlier.pid, earlier.memory),
+            "another process"
+        );
+        assert!(
+            self.count >= earlier.count,
+            "{self:?} is before {earlier:?}"
+        );
+    }
+}
+
+pub(crate) struct Site {
+    pub(crate) traces: Traces,
+    directory: tempfile::TempDir,
+    mounted: bool,
+    daemon: Option<Child>,
+    /// Held while this site uses its network.
+    _network: File,
+}
+
+impl Site {
+    /// A running daemon with a kernel and no templates.
+    pub(crate) fn new(driver: Driver) -> Self {
+        assert!(
+            rustix::process::geteuid().is_root(),
+            "sandboxes need namespaces, taps and control groups: run this test as root"
+        );
+        let kernel = fixture::kernel().unwrap();
+        let agent = fixture::agent().unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path();
+        let ground = root.join("fs");
+        fs::create_dir(&ground).unwrap();
+        if driver == Driver::Reflink {
+            let image = root.join("xfs");
+            File::create(&image)
+                .unwrap()
+                .set_len(FILE_SYSTEM_SIZE)
+                .unwrap();
+            run(Command::new("mkfs.xfs").arg("-q").arg(&image));
+            run(Command::new("mount")
+                .args(["-o", "loop"])
+                .args([&image, &ground]));
+        }
+        let traces = Traces {
+            data: ground.join("data"),
+            run: root.join("run"),
+        };
+        // The kernel is there already, so that no test fetches one.
+        drop(FileStore::open(Layout::new(&traces.data, &traces.run)).unwrap());
+        let kernels = traces.data.join("kernels");
+        fs::create_dir_all(&kernels).unwrap();
+        let cached = fixture::cache_dir()
+            .join("kernels")
+            .join(kernel.digest().as_str());
+        run(Command::new("cp").arg("-a").args([&cached, &kernels]));
+        let (network, prefix) = network();
+        let settings = format!(
+            "data_dir = {:?}\nrun_dir = {:?}\nagent = {agent:?}\nvolume_driver = {:?}\n\
+             [network]\nprefix = \"{prefix}\"\npool = 0\n[defaults]\nmemory_mib = 256\n",
+            traces.data,
+            traces.run,
+            driver.name(),
+        );
+        fs::write(root.join("icebox.toml"), settings).unwrap();
+        let mut site = Self {
+            traces,
+            mounted: driver == Driver::Reflink,
+            directory,
+            daemon: None,
+            _network: network,
+        };
+        site.start_daemon();
+        site
+    }
+
+    /// With the templates [`COLD`] and [`WARM`].
+    pub(crate) fn with_templates(driver: Driver) -> Self {
+        let site = Self::new(driver);
+        let image = fixture::debian_image().unwrap();
+        let image = image.to_str().unwrap();
+        site.get(&["template", "build", COLD, "--from-image", image]);
+        site.get(&[
+            "template",
+            "build",
+            WARM,
+            "--from-image",
+            image,
+            "--start-cmd",
+            COUNTER,
+            "--ready-cmd",
+            "test -s /tmp/count",
+        ]);
+        site
+    }
+
+    // The daemon.
+
+    /// Starts the daemon and waits until it is ready.
+    pub(crate) fn start_daemon(&mut self) {
+        self.try_daemon()
+            .unwrap_or_else(|said| panic!("the daemon ended before it was ready:\n{said}"));
+    }
+
+    /// Starts the daemon, or returns what it said when it could not.
+    pub(crate) fn try_daemon(&mut self) -> Result<(), String> {
+        assert!(self.daemon.is_none(), "one daemon at a time");
+        let mut daemon = self.serve().spawn().unwrap();
+        let mut lines = BufReader::new(daemon.stderr.take().unwrap()).lines();
+        let mut log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.log())
+            .unwrap();
+        let mut said = String::new();
+        for line in lines.by_ref() {
+            let line = line.unwrap();
+            writeln!(log, "{line}").unwrap();
+            if line.contains(" is ready on ") {
+                // Ends with the daemon.
+                std::thread::spawn(move || {
+                    for line in lines.map_while(Result::ok) {
+                        writeln!(log, "{line}").unwrap_or_default();
+                    }
+                });
+                self.daemon = Some(daemon);
+                return Ok(());
+            }
+            said.push_str(&line);
+            said.push('\n');
+        }
+        daemon.wait().unwrap();
+        Err(said)
+    }
+
+    /// The command that starts this site's daemon.
+    pub(crate) fn serve(&self) -> Command {
+        let mut command = icebox();
+        command
+            .args(["serve", "--config"])
+            .arg(self.directory.path().join("icebox.toml"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        command
+    }
+
+    pub(crate) fn daemon_pid(&self) -> u32 {
+        self.daemon.as_ref().unwrap().id()
+    }
+
+    /// Ends the daemon and waits until it has gone.
+    pub(crate) fn end_daemon(&mut self, signal: Signal) {
+        let mut daemon = self.daemon.take().unwrap();
+        kill(daemon.id(), signal);
+        let status = daemon.wait().unwrap();
+        assert!(
+            signal == Signal::KILL || status.success(),
+            "{status}\n{}",
+            self.said()
+        );
+    }
+
+    fn log(&self) -> PathBuf {
+        self.directory.path().join("daemon.log")
+    }
+
+    /// What the daemons of this site have logged.
+    pub(crate) fn said(&self) -> String {
+        fs::read_to_string(self.log()).unwrap_or_default()
+    }
+
+    /// A file of the test's own, outside the data directory.
+    pub(crate) fn scratch(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    // The command line.
+
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = icebox();
+        command
+            .arg("--socket")
+            .arg(self.traces.run.join("icebox.sock"))
+            .args(arguments)
+            .stdin(Stdio::null());
+        command
+    }
+
+    pub(crate) fn run(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    /// The last document that a command printed, which must succeed.
+    #[track_caller]
+    pub(crate) fn get(&self, arguments: &[&str]) -> Value {
+        let output = self.command(arguments).arg("--json").output().unwrap();
+        assert!(
+            output.status.success(),
+            "icebox {}: {}\nthe daemon's log:\n{}",
+            arguments.join(" "),
+            String::from_utf8_lossy(&output.stderr),
+            self.said()
+        );
+        let printed = String::from_utf8(output.stdout).unwrap();
+        printed
+            .lines()
+            .last()
+            .map_or(Value::Null, |line| serde_json::from_str(line).unwrap())
+    }
+
+    /// Why a command was refused: message, causes and hint in one text.
+    #[track_caller]
+    pub(crate) fn refused(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        assert!(
+            !output.status.success(),
+            "icebox {} succeeded",
+            arguments.join(" ")
+        );
+        String::from_utf8(output.stderr).unwrap()
+    }
+
+    /// Creates a sandbox called `name`, and returns its id.
+    #[track_caller]
+    pub(crate) fn create(&self, template: &str, name: &str) -> String {
+        let made = self.get(&["create", template, "--name", name]);
+        made["sandboxID"].as_str().unwrap().to_owned()
+    }
+
+    /// Runs a shell command in a sandbox; it must succeed. Returns what it printed, without the line end.
+    #[track_caller]
+    pub(crate) fn exec(&self, sandbox: &str, script: &str) -> String {
+        let output = self.run(&[
+            "exec", "-n", "-u", "root", sandbox, "--", "sh", "-c", script,
+        ]);
+        assert!(
+            output.status.success(),
+            "{script} in {sandbox}: {}: {}{}\nthe daemon's log:\n{}",
+            output.status,
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr),
+            self.said()
+        );
+        String::from_utf8(output.stdout)
+            .unwrap()
+            .trim_end()
+            .to_owned()
+    }
+
+    #[track_caller]
+    pub(crate) fn inspect(&self, sandbox: &str) -> Value {
+        self.get(&["inspect", sandbox])
+    }
+
+    #[track_caller]
+    pub(crate) fn state(&self, sandbox: &str) -> String {
+        self.inspect(sandbox)["state"].as_str().unwrap().to_owned()
+    }
+
+    #[track_caller]
+    pub(crate) fn vmm_pid(&self, sandbox: &str) -> u32 {
+        let pid = self.inspect(sandbox)["pid"].as_u64();
+        pid.and_then(|pid| pid.try_into().ok())
+            .expect("a VMM runs it")
+    }
+
+    /// What the counter in a sandbox from [`WARM`] shows.
+    #[track_caller]
+    pub(crate) fn count(&self, sandbox: &str) -> Count {
+        let shown = self.exec(sandbox, "cat /tmp/count");
+        let fields: Vec<_> = shown.split(' ').collect();
+        let [pid, count, memory] = fields[..] else {
+            panic!("the counter shows {shown:?}")
+        };
+        Count {
+            pid: pid.parse().unwrap(),
+            count: count.parse().unwrap(),
+            memory: memory.parse().unwrap(),
+        }
+    }
+
+    /// What happens from now on.
+    pub(crate) fn events(&self) -> Events {
+        let newest = self.get(&["events", "--no-follow"]);
+        let since = newest["sequence"].as_u64().unwrap_or_default().to_string();
+        let mut process = self
+            .command(&["events", "--since", &since, "--json"])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(process.stdout.take().unwrap());
+        Events { process, lines }
+    }
+
+    // What is left.
+
+    /// What of this site is on the host, after a collection.
+    pub(crate) fn marks(&self) -> Marks {
+        self.get(&["gc"]);
+        self.traces.look()
+    }
+
+    /// Ends the daemon of a site without sandboxes; nothing of it may be left on the host.
+    pub(crate) fn finish(mut self) {
+        self.end_daemon(Signal::TERM);
+        let marks = self.traces.look();
+        let left: Vec<_> = [
+            "ibx",
+            "cgroup",
+            "process",
+            "mount",
+            "loop",
+            "/vm/",
+            "/sandboxes/",
+            "/staging/",
+            "/trash/",
+        ]
+        .iter()
+        .flat_map(|word| marks.with(word))
+        .collect();
+        assert!(left.is_empty(), "left behind: {left:#?}");
+    }
+}
+
+impl Drop for Site {
+    /// Removes what a failed test left too.
+    fn drop(&mut self) {
+        if let Some(mut daemon) = self.daemon.take() {
+            kill(daemon.id(), Signal::KILL);
+            daemon.wait().map(drop).unwrap_or_default();
+        }
+        if std::thread::panicking() && std::env::var_os("ICEBOX_TEST_KEEP").is_some() {
+            eprintln!("the daemon's log:\n{}", self.said());
+        }
+        for (vmm, _) in self.traces.processes() {
+            kill(vmm, Signal::KILL);
+        }
+        let table = format!("icebox_{}", self.traces.tag());
+        quietly(Command::new("nft").args(["delete", "table", "inet", &table]));
+        let stem = format!("ibx{}-", self.traces.tag());
+        for namespace in crate::marks::entries(Path::new("/run/netns")) {
+            let name = namespace.file_name().unwrap_or_default();
+            if name.to_string_lossy().starts_with(&stem) {
+                quietly(Command::new("ip").args(["netns", "delete"]).arg(name));
+            }
+        }
+        for group in self.traces.cgroups() {
+            fs::remove_dir(&group).unwrap_or_default();
+        }
+        if self.mounted {
+            quietly(
+                Command::new("umount")
+                    .arg("--lazy")
+                    .arg(self.directory.path().join("fs")),
+            );
+        }
+    }
+}
+
+/// What happens, in order.
+pub(crate) struct Events {
+    process: Child,
+    lines: BufReader<ChildStdout>,
+}
+
+impl Events {
+    /// The next event of this kind, with those before it passed over.
+    pub(crate) fn wait_for(&mut self, kind: &str) -> Value {
+        loop {
+            let mut line = String::new();
+            let read = self.lines.read_line(&mut line).unwrap();
+            assert!(read > 0, "the daemon ended before {kind}");
+            let event: Value = serde_json::from_str(&line).unwrap();
+            if event["event"] == kind {
+                return event;
+            }
+        }
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        kill(self.process.id(), Signal::KILL);
+        self.process.wait().map(drop).unwrap_or_default();
+    }
+}
+
+/// A command of ours, with nothing of the caller's environment that could change what it does.
+fn icebox() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_icebox"));
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("ICEBOX_") {
+            command.env_remove(name);
+        }
+    }
+    command.env("NO_COLOR", "1");
+    command
+}
+
+/// A network that no other site on this machine uses while the file is open.
+fn network() -> (File, String) {
+    for number in 0..250 {
+        let path = fixture::cache_dir().join(format!("network-{number}.lock"));
+        let file = File::create(path).unwrap();
+        if file.try_lock().is_ok() {
+            return (file, format!("10.217.{number}.0/24"));
+        }
+    }
+    panic!("250 sites run on this machine");
+}
+
+/// Runs a tool to its end; its output is part of the failure.
+pub(crate) fn run(command: &mut Command) {
+    let output = command
+        .output()
+        .unwrap_or_else(|error| panic!("{command:?} is needed: {error}"));
+    assert!(
+        output.status.success(),
+        "{command:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+/// Runs a tool whose failure does not matter.
+fn quietly(command: &mut Command) {
+    command.output().map(drop).unwrap_or_default();
+}
+
+/// Signals a process of this site; one that has gone already is as good.
+pub(crate) fn kill(pid: u32, signal: Signal) {
+    let pid = Pid::from_raw(pid.try_into().unwrap()).unwrap();
+    kill_process(pid, signal).unwrap_or_default();
+}
