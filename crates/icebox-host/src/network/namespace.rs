@@ -12,7 +12,7 @@ use std::thread;
 
 use rustix::fs::statfs;
 use rustix::io::Errno;
-use rustix::mount::{UnmountFlags, mount_bind, unmount};
+use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_bind, mount_change, unmount};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::sys;
@@ -101,13 +101,43 @@ pub(super) fn unbind(path: &Path) -> io::Result<bool> {
     )))
 }
 
-/// Ensures that there is no file at `path`. Says whether there was.
+/// Ensures that there is no file at `path`. Says whether there was. One that a namespace is bound to stays and is busy.
 pub(super) fn unlink(path: &Path) -> io::Result<bool> {
     match std::fs::remove_file(path) {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+            if statfs(path)?.f_type == NSFS_MAGIC {
+                return Err(error);
+            }
+            unlink_covered(path)
+        }
         Err(error) => Err(error),
     }
+}
+
+/// Unlinks a file that has a namespace bound to it where no path leads: the first `ip netns add` of anybody binds the
+/// directory over itself, with all that is in it, and so covers what is bound already.
+///
+/// A file can be unlinked where nothing is mounted on it, and then it goes everywhere (rename(2) and unlink(2) of
+/// mount points, since Linux 3.18). Such a place is a copy of the mounts, of this thread's own, with the cover taken off.
+fn unlink_covered(path: &Path) -> io::Result<bool> {
+    on_own_thread(|| {
+        sys::unshare_mounts()?;
+        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+        mount_change("/", private)?;
+        for _ in 0..UNMOUNT_LIMIT {
+            unbind(path)?;
+            match std::fs::remove_file(path) {
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                    let directory = path.parent().unwrap_or(path);
+                    unmount(directory, UnmountFlags::DETACH)?;
+                }
+                done => return done.map(|()| true),
+            }
+        }
+        Err(io::ErrorKind::ResourceBusy.into())
+    })
 }
 
 fn on_own_thread<T: Send, E: From<io::Error> + Send>(

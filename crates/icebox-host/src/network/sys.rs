@@ -1,5 +1,4 @@
-//! The two kernel interfaces of this part that no safe crate covers: a new network namespace for the calling thread,
-//! and taps.
+//! The kernel interfaces of this part that no safe crate covers: new namespaces for the calling thread, and taps.
 
 #![allow(
     unsafe_code,
@@ -33,6 +32,14 @@ const IFF_VNET_HDR: c_short = 0x4000;
 pub(super) fn unshare_network() -> io::Result<()> {
     // SAFETY: CLONE_NEWNET alone shares and unshares no file descriptors and no memory.
     unsafe { unshare_unsafe(UnshareFlags::NEWNET) }?;
+    Ok(())
+}
+
+/// Moves the calling thread, and only it, into a copy of its mount namespace. It has a working directory of its own
+/// from then on.
+pub(super) fn unshare_mounts() -> io::Result<()> {
+    // SAFETY: CLONE_NEWNS unshares the file system context too, but no file descriptors and no memory.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
     Ok(())
 }
 

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use icebox_engine::host::{Egress, ErrorKind, HostError, Network as _, Removed, SlotNetwork};
 use icebox_engine::id::Slot;
+use rustix::mount::{UnmountFlags, mount_bind_recursive, unmount};
 use rustix::process::Uid;
 use rustix::thread::set_thread_res_uid;
 
@@ -85,6 +86,29 @@ fn a_slot_survives_the_daemon_and_is_found_again() {
             open_when_free(&found);
             restarted.release(Slot(1)).await.unwrap();
             restarted.close().await.unwrap();
+        });
+    });
+}
+
+/// What the first `ip netns add` on a machine does to the directory of all namespaces.
+#[test]
+fn inv_48_a_slot_goes_when_its_directory_was_mounted_over() {
+    in_lab(|lab| {
+        let network = lab.open(0);
+        lab.run(async {
+            network.ensure(Slot(4), Egress::Deny).await.unwrap();
+            mount_bind_recursive(lab.directory(), lab.directory()).unwrap();
+            network.ensure(Slot(5), Egress::Deny).await.unwrap();
+            let released = [
+                network.release(Slot(4)).await,
+                network.release(Slot(5)).await,
+            ];
+            unmount(lab.directory(), UnmountFlags::DETACH).unwrap();
+            for removed in released {
+                assert_eq!(removed.unwrap(), Removed::Removed);
+            }
+            assert_eq!(network.list().await.unwrap(), []);
+            network.close().await.unwrap();
         });
     });
 }
