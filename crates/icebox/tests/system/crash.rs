@@ -148,6 +148,13 @@ fn wake(site: &Site, sandbox: &str) {
     }
 }
 
+/// The tag of an installation that is not the one with `tag`.
+fn another(tag: &str) -> String {
+    let (first, rest) = tag.split_at(1);
+    let first = if first == "0" { "1" } else { "0" };
+    format!("{first}{rest}")
+}
+
 fn inv_33_strays_of_ours_are_removed_and_nothing_else(site: &mut Site) {
     let id = site.create(WARM, "resident");
     let count = site.count("resident");
@@ -156,8 +163,9 @@ fn inv_33_strays_of_ours_are_removed_and_nothing_else(site: &mut Site) {
     let tag = site.traces.tag();
     let last = if id.ends_with('a') { 'b' } else { 'a' };
     let stray_id = format!("{}{last}", &id[..id.len() - 1]);
-    let (ours, foreign) = (format!("ibx{tag}-77"), "ibxffffff-1");
-    for name in [ours.as_str(), foreign] {
+    let ours = format!("ibx{tag}-77");
+    let foreign = format!("ibx{}-77", another(&tag));
+    for name in [&ours, &foreign] {
         run(Command::new("ip").args(["netns", "add", name]));
     }
     let groups = site.traces.cgroups();
@@ -178,8 +186,8 @@ fn inv_33_strays_of_ours_are_removed_and_nothing_else(site: &mut Site) {
     );
     assert!(group.is_none_or(|group| !group.exists()), "{}", site.said());
     assert!(!runtime.exists(), "{}", site.said());
-    let kept = Path::new("/run/netns").join(foreign).exists();
-    run(Command::new("ip").args(["netns", "delete", foreign]));
+    let kept = Path::new("/run/netns").join(&foreign).exists();
+    run(Command::new("ip").args(["netns", "delete", &foreign]));
     assert!(kept, "another installation's namespace is gone");
     if staged.exists() {
         // Its name is not one of ours: it is left alone.

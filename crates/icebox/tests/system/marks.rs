@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use icebox_host::instance::Instance;
 
@@ -54,6 +55,15 @@ impl Traces {
             if Path::new(mount).starts_with(&self.run) || mount.contains(&stem) {
                 marks.insert(format!("mount {mount}"));
             }
+        }
+        let tables = Command::new("nft")
+            .args(["list", "tables"])
+            .output()
+            .unwrap();
+        let tables = String::from_utf8(tables.stdout).unwrap();
+        let table = format!("icebox_{}", self.tag());
+        if tables.lines().any(|line| line.ends_with(&table)) {
+            marks.insert(format!("nft table {table}"));
         }
         for device in entries(Path::new("/sys/block")) {
             let backing = device.join("loop/backing_file");
