@@ -17,6 +17,7 @@ mod listen;
 mod log;
 mod real;
 mod sim;
+mod sys;
 mod translate;
 mod workshop;
 
@@ -71,6 +72,7 @@ struct Ground {
 pub(crate) fn run(args: &Args, socket: Option<&Path>, output: Output) -> Ended {
     let config = Config::load(args, socket)?;
     log::start(&config.log_filter, config.log_format)?;
+    sys::bound_malloc();
     // Two threads, however many CPUs there are: the daemon waits for others most of the time, and every thread costs.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)

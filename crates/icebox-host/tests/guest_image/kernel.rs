@@ -197,6 +197,10 @@ async fn the_engine_gets_the_newest_kernel_and_its_boot_files() {
     let first = fs::read(&files.initramfs).unwrap();
     assert_eq!(store.boot_files(kernel.digest()).await.unwrap(), files);
 
+    fs::remove_file(&files.initramfs).unwrap();
+    assert_eq!(store.boot_files(kernel.digest()).await.unwrap(), files);
+    assert_eq!(fs::read(&files.initramfs).unwrap(), first, "made again");
+
     fs::write(&agent, "another agent").unwrap();
     let other = store.boot_files(kernel.digest()).await.unwrap();
     assert_ne!(other.agent, files.agent);
