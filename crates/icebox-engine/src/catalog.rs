@@ -71,17 +71,6 @@ impl Drop for Pin {
     }
 }
 
-impl Pin {
-    /// Keeps one more object.
-    pub(crate) fn add(&self, object: Object) {
-        lock(&self.inner)
-            .pins
-            .entry(self.number)
-            .or_default()
-            .insert(object);
-    }
-}
-
 impl Drop for NameReservation {
     fn drop(&mut self) {
         lock(&self.inner)

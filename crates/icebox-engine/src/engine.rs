@@ -25,9 +25,10 @@ use crate::layout::Object;
 use crate::ledger::Ledger;
 use crate::lifecycle::Beginning;
 use crate::manifest::v1::{self, Generation, Rest, Spec, Template, TemplateContent};
+use crate::panics::{caught, internal};
 use crate::phase::Phase;
 use crate::sandbox::{
-    Life, Mailbox, Origin, Outcome, Request, Sandbox, Shared, find_vmm, find_volume_driver,
+    Fate, Mailbox, Origin, Outcome, Request, Sandbox, Shared, find_vmm, find_volume_driver,
 };
 use crate::unit::{Bytes, Geometry};
 
@@ -163,7 +164,7 @@ impl Engine {
         }
         self.check_space().await?;
         let entry = self.shared.catalog.sandbox(wanted)?;
-        self.detached(|engine| async move {
+        self.detached("forking", |engine| async move {
             let origin = Arc::new(ask(&entry, Request::Fork).await?);
             let mut spec = entry.record.spec.clone();
             spec.metadata
@@ -181,13 +182,20 @@ impl Engine {
     }
 
     /// Runs work of several steps to its end, whether or not its caller waits for it.
-    async fn detached<T, F>(&self, work: impl FnOnce(Self) -> F) -> Result<T, Error>
+    async fn detached<T, F>(
+        &self,
+        doing: &'static str,
+        work: impl FnOnce(Self) -> F,
+    ) -> Result<T, Error>
     where
         T: Send + 'static,
         F: Future<Output = Result<T, Error>> + Send + 'static,
     {
         let work = tokio::spawn(work(self.clone()));
-        work.await.map_err(|_| Error::Stopping)?
+        work.await.map_err(|error| match error.try_into_panic() {
+            Ok(panic) => internal(doing, &*panic),
+            Err(_) => Error::Stopping,
+        })?
     }
 
     async fn begin(
@@ -203,12 +211,7 @@ impl Engine {
             .admit(new_record(spec, name), gate.clone(), mailbox)?;
         let id = record.id.clone();
         let ledger = Ledger::new(Arc::clone(&self.shared.host.store), record);
-        let mut sandbox = Sandbox {
-            shared: Arc::clone(&self.shared),
-            ledger,
-            life: Life::AtRest,
-            gate,
-        };
+        let mut sandbox = Sandbox::new(Arc::clone(&self.shared), ledger, gate);
         let (reply, created) = oneshot::channel();
         let engine = self.clone();
         tokio::spawn(async move {
@@ -216,10 +219,14 @@ impl Engine {
                 .shared
                 .catalog
                 .set_busy(sandbox.id(), Some("creating"));
-            let result = sandbox.create(&beginning).await;
+            let result = caught("creating the sandbox", sandbox.create(&beginning)).await;
             drop(beginning);
+            let lives = match &result {
+                Ok(()) => true,
+                Err(Error::Internal { .. }) => sandbox.bring_back().await == Fate::Lives,
+                Err(_) => sandbox.record().broken.is_some() || sandbox.ledger.in_doubt(),
+            };
             sandbox.shared.catalog.set_busy(sandbox.id(), None);
-            let lives = result.is_ok() || sandbox.record().broken.is_some();
             if !lives {
                 sandbox.shared.catalog.forget_sandbox(sandbox.id());
             }
@@ -452,8 +459,10 @@ impl Engine {
     /// # Errors
     /// Something would not go; the rest went.
     pub async fn collect(&self, dry_run: bool) -> Result<Plan, Error> {
-        self.detached(|engine| async move { collect::collect(&engine.shared, dry_run).await })
-            .await
+        self.detached("collecting", |engine| async move {
+            collect::collect(&engine.shared, dry_run).await
+        })
+        .await
     }
 
     fn collect_soon(&self) {

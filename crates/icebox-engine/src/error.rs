@@ -117,6 +117,14 @@ pub enum Error {
         /// Why.
         source: HostError,
     },
+    /// A bug: the work panicked. What it worked on was brought to where its record says it rests.
+    #[error("internal error while {doing}: {detail}")]
+    Internal {
+        /// What was being done.
+        doing: &'static str,
+        /// What the panic said.
+        detail: String,
+    },
     /// A manifest cannot be used.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
@@ -158,6 +166,9 @@ impl Error {
                     .unwrap_or("free what holds it, then `icebox rm` the sandbox; a restart of the daemon tries again")
                     .to_owned(),
             ),
+            Self::Internal { .. } => {
+                Some("this is a bug: please report it with what the daemon's log says; `icebox inspect` shows where the sandbox rests".into())
+            }
             Self::Manifest(ManifestError::TooNew { .. }) => Some("install the newer version again".into()),
             _ => None,
         }

@@ -11,7 +11,7 @@ mod fork;
 mod freeze;
 mod pause;
 mod power;
-pub(crate) mod recover;
+mod recover;
 mod resume;
 mod snapshot;
 mod start;

@@ -6,6 +6,7 @@
 //! (INV-19). Sandboxes never wait for each other.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot};
@@ -23,6 +24,7 @@ use crate::id::{GenerationNo, HeadId, Name, SandboxId};
 use crate::layout::Object;
 use crate::ledger::Ledger;
 use crate::manifest::v1::{self, Capture, Exit, Hold, Intent, Rest, Under};
+use crate::panics::caught;
 use crate::phase::{Phase, Refusal, Step, Verb};
 
 pub(crate) type Mailbox = mpsc::UnboundedSender<Request>;
@@ -87,16 +89,40 @@ pub(crate) struct Sandbox {
     pub(crate) ledger: Ledger,
     pub(crate) life: Life,
     pub(crate) gate: Gate,
+    unnamed: Vec<Unnamed>,
+    /// How often in a row what was left undone could not be finished.
+    vain: u32,
+}
+
+/// Objects that a verb is making and that no record names yet, or that a verb has failed to make.
+struct Unnamed {
+    /// Whatever refers to another comes before it: they go in this order, so nothing ever refers to what has gone.
+    objects: Vec<Object>,
+    /// Keeps them, and what they need, from the collector.
+    pin: Pin,
 }
 
 /// Whether the sandbox still exists after a request.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Fate {
+pub(crate) enum Fate {
+    /// It does.
     Lives,
+    /// It does not.
     Gone,
 }
 
 impl Sandbox {
+    pub(crate) fn new(shared: Arc<Shared>, ledger: Ledger, gate: Gate) -> Self {
+        Self {
+            shared,
+            ledger,
+            life: Life::AtRest,
+            gate,
+            unnamed: Vec::new(),
+            vain: 0,
+        }
+    }
+
     /// The task: runs until the sandbox is destroyed or the engine is dropped.
     pub(crate) async fn run(mut self, mut mailbox: mpsc::UnboundedReceiver<Request>) {
         loop {
@@ -110,68 +136,95 @@ impl Sandbox {
                     None => std::future::pending().await,
                 }
             };
-            tokio::select! {
+            let undone = self.undone();
+            let fate = tokio::select! {
                 biased;
-                reason = ended => self.vmm_ended(&reason).await,
+                reason = ended => {
+                    self.alone("noticing the end of the VMM", async |it| {
+                        it.vmm_ended(&reason).await;
+                        Fate::Lives
+                    })
+                    .await
+                }
+                () = undone => {
+                    self.alone("finishing what was left undone", Self::finish_undone).await
+                }
                 request = mailbox.recv() => {
                     let Some(request) = request else { return };
-                    if self.serve(request).await == Fate::Gone {
-                        return;
-                    }
+                    self.serve(request).await
                 }
+            };
+            if fate == Fate::Gone {
+                return;
+            }
+        }
+    }
+
+    /// Does what nobody asked for, and outlives it.
+    async fn alone(
+        &mut self,
+        doing: &'static str,
+        work: impl AsyncFnOnce(&mut Self) -> Fate,
+    ) -> Fate {
+        let done = caught(doing, async { Ok(work(self).await) }).await;
+        match done {
+            Ok(fate) => fate,
+            Err(error) => {
+                tracing::error!(sandbox = %self.id(), error = %Chained(&error), "a bug");
+                self.bring_back().await
             }
         }
     }
 
     async fn serve(&mut self, request: Request) -> Fate {
-        let mut fate = Fate::Lives;
         match request {
             Request::Start(reply) => {
                 self.answer(Verb::Start, reply, async |it| it.start().await)
-                    .await;
+                    .await
             }
             Request::Pause(reply) => {
                 self.answer(Verb::Pause, reply, async |it| it.pause().await)
-                    .await;
+                    .await
             }
             Request::Resume(None, reply) => {
                 self.answer(Verb::Resume, reply, async |it| it.resume().await)
-                    .await;
+                    .await
             }
             Request::Resume(Some(number), reply) => {
                 self.answer(Verb::ResumeGeneration, reply, async |it| {
                     it.resume_generation(number).await
                 })
-                .await;
+                .await
             }
             Request::Stop(reply) => {
                 self.answer(Verb::Stop, reply, async |it| it.stop().await)
-                    .await;
+                    .await
             }
             Request::Snapshot(name, reply) => {
                 self.answer(Verb::Snapshot, reply, async |it| it.snapshot(name).await)
-                    .await;
+                    .await
             }
             Request::Fork(reply) => {
                 self.answer(Verb::Fork, reply, async |it| it.fork_origin().await)
-                    .await;
+                    .await
             }
             Request::Freeze(reply) => {
                 self.answer(Verb::Flatten, reply, async |it| it.freeze_disk().await)
-                    .await;
+                    .await
             }
             Request::Destroy(reply) => {
-                self.answer(Verb::Destroy, reply, async |it| {
-                    let destroyed = it.destroy().await;
-                    if destroyed.is_ok() {
-                        fate = Fate::Gone;
-                    }
-                    destroyed
-                })
-                .await;
+                let mut destroyed = Fate::Lives;
+                let after = self.answer(Verb::Destroy, reply, async |it| {
+                    it.destroy().await?;
+                    destroyed = Fate::Gone;
+                    Ok(())
+                });
+                if after.await == Fate::Gone {
+                    return Fate::Gone;
+                }
+                destroyed
             }
         }
-        fate
     }
 
     async fn answer<T>(
@@ -179,16 +232,39 @@ impl Sandbox {
         verb: Verb,
         reply: oneshot::Sender<Result<T, Error>>,
         work: impl AsyncFnOnce(&mut Self) -> Result<T, Error>,
-    ) {
+    ) -> Fate {
         let id = self.id().clone();
+        let mut fate = Fate::Lives;
         self.shared.catalog.set_busy(&id, Some(busy_word(verb)));
-        let result = work(self).await;
+        let result = caught(busy_word(verb), work(self)).await;
         if let Err(error) = &result {
             tracing::warn!(sandbox = %id, %verb, error = %Chained(error), "verb failed");
+        }
+        if matches!(result, Err(Error::Internal { .. })) {
+            fate = self.bring_back().await;
         }
         self.shared.catalog.set_busy(&id, None);
         // The client may have gone: the outcome is the same.
         drop(reply.send(result));
+        fate
+    }
+
+    /// Brings the sandbox to where its record says it rests, after a start or a panic. Whatever happens: if even that
+    /// panics, the sandbox is broken.
+    pub(crate) async fn bring_back(&mut self) -> Fate {
+        let recovered = caught("recovering", async { Ok(self.recover().await) }).await;
+        let Err(error) = recovered else {
+            return recovered.unwrap_or(Fate::Lives);
+        };
+        let broken = self.break_down(Chained(&error).to_string());
+        let broken = caught("recording that it is broken", async {
+            broken.await;
+            Ok(())
+        });
+        if let Err(error) = broken.await {
+            tracing::error!(sandbox = %self.id(), error = %Chained(&error), "a bug");
+        }
+        Fate::Lives
     }
 
     // What the verbs are made of.
@@ -211,20 +287,25 @@ impl Sandbox {
 
     /// Admits a verb by the transition table, and finishes what an earlier verb had to leave undone.
     pub(crate) async fn admit(&mut self, verb: Verb) -> Result<Step, Error> {
-        if let Some(why) = &self.record().broken {
-            return Err(Refusal::Broken {
-                verb,
-                why: why.clone(),
-            }
-            .into());
-        }
+        // Before anything else: whatever follows believes the record.
+        self.tend().await?;
+        let broken = self.record().broken.clone();
+        let refuse = |why: String| Err(Refusal::Broken { verb, why }.into());
         if self.rests_nowhere() {
             // Its holds are given back: there is nothing left that a verb could work on.
-            return Err(Refusal::Broken {
-                verb,
-                why: "its removal has not ended".into(),
+            return refuse(broken.unwrap_or_else(|| "its removal has not ended".into()));
+        }
+        match broken {
+            // Of a sandbox at rest only a hold was stuck, and it may go by now.
+            Some(_) if self.record().rests != Rest::Running => {
+                self.settle().await?;
+                if let Err(error) = self.unwind().await {
+                    let why = self.record().broken.clone();
+                    return refuse(why.unwrap_or_else(|| Chained(&error).to_string()));
+                }
             }
-            .into());
+            Some(why) => return refuse(why),
+            None => {}
         }
         let step = verb.from(self.phase())?;
         if step == Step::AlreadyThere {
@@ -244,6 +325,15 @@ impl Sandbox {
         self.ledger.update(change).await?;
         self.shared.catalog.set_record(self.ledger.record());
         Ok(())
+    }
+
+    /// Takes in what has happened, shows it to everybody, and writes it down now or [later](Self::undone).
+    pub(crate) async fn happened(&mut self, change: impl FnOnce(&mut v1::Sandbox)) {
+        self.ledger.assume(change);
+        self.shared.catalog.set_record(self.ledger.record());
+        if let Err(error) = self.ledger.confirm().await {
+            tracing::error!(sandbox = %self.id(), error = %Chained(&error), "what happened is not written down yet");
+        }
     }
 
     pub(crate) fn emit(&self, kind: &str, detail: impl Into<String>, steps: &Steps) {
@@ -307,7 +397,7 @@ impl Sandbox {
     /// Waits for `work`, but not longer than the VMM lives.
     pub(crate) async fn while_alive<T>(
         machine: &Arc<dyn Machine>,
-        limit: std::time::Duration,
+        limit: Duration,
         step: &'static str,
         work: impl Future<Output = Result<T, HostError>>,
     ) -> Result<T, Error> {
@@ -322,12 +412,21 @@ impl Sandbox {
 
     /// Releases everything above where the sandbox rests, newest first, and stops at the first hold that will not go
     /// (it may be in use by the ones above it). The sandbox is broken then, and names that hold.
+    ///
+    /// While the ledger is in doubt, the disk and the directory stay: the manifest may rest on them. That is an error
+    /// and no break, and the next verb goes on with it.
     pub(crate) async fn unwind(&mut self) -> Result<(), Error> {
         let keep = watermark(&self.record().rests, &self.record().holds);
         let mut left = self.record().holds.len();
-        let mut stuck = None;
+        let (mut stuck, mut uncertain) = (None, None);
         while left > keep {
             let hold = self.record().holds[left - 1].clone();
+            if matches!(hold, Hold::Head { .. } | Hold::Directory)
+                && let Err(error) = self.ledger.confirm().await
+            {
+                uncertain = Some(error);
+                break;
+            }
             match within(deadline::RELEASE, "releasing a hold", self.release(&hold)).await {
                 Ok(()) => left -= 1,
                 Err(error) => {
@@ -358,9 +457,10 @@ impl Sandbox {
                 tracing::warn!(sandbox = %self.id(), error = %Chained(&error), "released holds are still recorded");
             }
         }
-        match stuck {
-            None => Ok(()),
-            Some((hold, error)) => Err(stuck_error(&hold, error)),
+        match (stuck, uncertain) {
+            (None, None) => Ok(()),
+            (None, Some(error)) => Err(error),
+            (Some((hold, error)), _) => Err(stuck_error(&hold, error)),
         }
     }
 
@@ -427,15 +527,15 @@ impl Sandbox {
             detail: reason.detail.clone(),
         };
         let last = self.record().generations.last().copied();
-        let result = match self.record_exit(exit).await {
-            Ok(()) => {
-                if let Err(error) = self.settle().await {
-                    tracing::warn!(sandbox = %self.id(), error = %Chained(&error), "an unfinished freeze stays pending");
-                }
-                self.unwind().await
-            }
-            Err(error) => Err(error),
-        };
+        self.happened(|record| {
+            record.rests = Rest::Stopped;
+            record.last_exit = Some(exit);
+        })
+        .await;
+        if let Err(error) = self.settle().await {
+            tracing::warn!(sandbox = %self.id(), error = %Chained(&error), "an unfinished freeze stays pending");
+        }
+        let result = self.unwind().await;
         let kind = if reason.by_guest {
             "sandbox.stopped"
         } else {
@@ -454,33 +554,107 @@ impl Sandbox {
         }
     }
 
-    /// Nobody waits for this commit, so it is tried more than once.
-    async fn record_exit(&mut self, exit: Exit) -> Result<(), Error> {
-        let mut pauses = [100, 1000]
-            .into_iter()
-            .map(std::time::Duration::from_millis);
-        loop {
-            let exit = exit.clone();
-            let committed = self
-                .update(|record| {
-                    record.rests = Rest::Stopped;
-                    record.last_exit = Some(exit);
-                })
-                .await;
-            match (committed, pauses.next()) {
-                (Err(_), Some(pause)) => tokio::time::sleep(pause).await,
-                (committed, _) => return committed,
-            }
-        }
-    }
-
     /// Marks the sandbox as one that only inspect and destroy work on.
     pub(crate) async fn break_down(&mut self, why: String) {
         self.gate.shut();
         self.emit("sandbox.broken", why.clone(), &Steps::default());
-        if let Err(error) = self.update(|record| record.broken = Some(why)).await {
-            tracing::error!(sandbox = %self.id(), error = %Chained(&error), "could not record that the sandbox is broken");
+        self.happened(|record| record.broken = Some(why)).await;
+    }
+
+    // What is left undone.
+
+    /// Names objects that the verb is about to make. They are removed unless [`named`](Self::named) says that a record
+    /// names them.
+    pub(crate) fn making(&mut self, objects: Vec<Object>) {
+        let pin = self.shared.catalog.pin(objects.iter().cloned());
+        self.unnamed.push(Unnamed { objects, pin });
+    }
+
+    /// What began with `first` is named by a record now. Its pin, for work that goes on with it.
+    pub(crate) fn named(&mut self, first: &Object) -> Option<Pin> {
+        let made = self
+            .unnamed
+            .iter()
+            .position(|unnamed| unnamed.objects.first() == Some(first));
+        made.map(|made| self.unnamed.remove(made).pin)
+    }
+
+    /// Removes what no record names. What will not go stays listed for the next try, and keeps what it refers to.
+    ///
+    /// In doubt, the manifest on the disk may name a generation after all. It names nothing else that is unnamed here.
+    pub(crate) async fn discard_unnamed(&mut self) {
+        let mut at = 0;
+        while let Some(unnamed) = self.unnamed.get(at) {
+            let Some(object) = unnamed.objects.first().cloned() else {
+                self.unnamed.remove(at);
+                continue;
+            };
+            let may_be_named = self.ledger.in_doubt() && matches!(object, Object::Generation(_, _));
+            if !may_be_named && self.discard(&object).await {
+                self.unnamed[at].objects.remove(0);
+            } else {
+                at += 1;
+            }
         }
+    }
+
+    /// Removes an object that is not needed, staged or in place. Whether it has gone.
+    async fn discard(&self, object: &Object) -> bool {
+        let store = &self.shared.host.store;
+        let discarded = within(deadline::STORE, "discarding what is not needed", async {
+            store.discard(object).await?;
+            store.trash(object).await
+        });
+        let discarded = discarded.await;
+        if let Err(error) = &discarded {
+            tracing::warn!(sandbox = %self.id(), %object, error = %Chained(error), "not removed yet");
+        }
+        discarded.is_ok()
+    }
+
+    /// Finishes what earlier work had to leave undone: the record is made certain, and what it does not name goes.
+    ///
+    /// # Errors
+    /// The record is still in doubt.
+    pub(crate) async fn tend(&mut self) -> Result<(), Error> {
+        self.ledger.confirm().await?;
+        self.discard_unnamed().await;
+        Ok(())
+    }
+
+    /// Completes when it is time to [finish](Self::finish_undone) what is left undone: soon, then ever more rarely.
+    /// Never, if nothing is.
+    fn undone(&self) -> impl Future<Output = ()> + use<> {
+        const FIRST: Duration = Duration::from_millis(100);
+        const RAREST: Duration = Duration::from_secs(30);
+        let is_undone = self.ledger.in_doubt() || !self.unnamed.is_empty();
+        let pause = (FIRST * 2_u32.saturating_pow(self.vain.min(16))).min(RAREST);
+        async move {
+            if is_undone {
+                tokio::time::sleep(pause).await;
+            } else {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    async fn finish_undone(&mut self) -> Fate {
+        self.vain += 1;
+        if let Err(error) = self.tend().await {
+            tracing::warn!(sandbox = %self.id(), error = %Chained(&error), "its manifest is still in doubt");
+            return Fate::Lives;
+        }
+        self.vain = if self.unnamed.is_empty() {
+            0
+        } else {
+            self.vain + 1
+        };
+        // A creation that could not be undone for the doubt, which nobody else will come to undo.
+        if self.rests_nowhere() && self.remove().await.is_ok() {
+            self.shared.catalog.forget_sandbox(self.id());
+            return Fate::Gone;
+        }
+        Fate::Lives
     }
 
     /// Finishes an effect that had begun and cannot be undone.

@@ -5,9 +5,10 @@
 //! announce itself, so that a client can be made to go away at exactly that moment. Each before the step's effect, or
 //! after it: a failure *after* the effect is a lost reply, the nastiest of all.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use icebox_engine::host::{
@@ -37,6 +38,8 @@ pub enum Kind {
     Fail,
     /// The step never returns: the engine is about to be killed.
     Crash,
+    /// The step panics: a bug.
+    Panic,
     /// The step goes on, and [`Injector::reached`] completes: the client is about to go away.
     Cancel,
 }
@@ -52,6 +55,10 @@ pub struct Fault {
     pub kind: Kind,
 }
 
+/// What becomes of the calls of one step, in order: done, or failed on one side of the effect. Calls after the last
+/// are done.
+type Script = Box<dyn Iterator<Item = Option<When>> + Send>;
+
 /// Counts steps and springs the fault. Cheap to clone; all clones are the same injector.
 #[derive(Clone, Default)]
 pub struct Injector(Arc<Inner>);
@@ -59,7 +66,7 @@ pub struct Injector(Arc<Inner>);
 #[derive(Default)]
 struct Inner {
     armed: Mutex<Option<Fault>>,
-    broken: Mutex<Option<&'static str>>,
+    scripts: Mutex<BTreeMap<&'static str, Script>>,
     steps: AtomicUsize,
     trace: Mutex<Vec<&'static str>>,
     reached: Notify,
@@ -85,7 +92,26 @@ impl Injector {
 
     /// Makes every step of this name fail before its effect, until it is called with `None`.
     pub fn break_step(&self, step: Option<&'static str>) {
-        *self.0.broken.lock().unwrap_or_else(PoisonError::into_inner) = step;
+        match step {
+            Some(step) => self.script(step, std::iter::repeat(Some(When::Before))),
+            None => self.scripts().clear(),
+        }
+    }
+
+    /// Decides the next calls of the steps of this name, one by one: `None` lets a call be.
+    pub fn script(
+        &self,
+        step: &'static str,
+        calls: impl IntoIterator<Item = Option<When>, IntoIter: Send + 'static>,
+    ) {
+        self.scripts().insert(step, Box::new(calls.into_iter()));
+    }
+
+    fn scripts(&self) -> MutexGuard<'_, BTreeMap<&'static str, Script>> {
+        self.0
+            .scripts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The names of the steps since it was armed, in order.
@@ -116,17 +142,18 @@ impl Injector {
             .push(step);
         let armed = *self.0.armed.lock().unwrap_or_else(PoisonError::into_inner);
         let here = armed.filter(|fault| fault.at == number);
-        let broken = *self.0.broken.lock().unwrap_or_else(PoisonError::into_inner);
-        if broken == Some(step) {
-            return Err(HostError::new(
-                ErrorKind::Other,
-                format!("{step} is broken"),
-            ));
+        let scripted = self.scripts().get_mut(step).and_then(Iterator::next);
+        let broken = || HostError::new(ErrorKind::Other, format!("{step} is broken"));
+        if scripted == Some(Some(When::Before)) {
+            return Err(broken());
         }
         self.spring(here, When::Before, step).await?;
         let result = effect.await;
         if result.is_ok() {
             self.spring(here, When::After, step).await?;
+        }
+        if scripted == Some(Some(When::After)) {
+            return Err(broken());
         }
         result
     }
@@ -146,6 +173,7 @@ impl Injector {
                 ErrorKind::Other,
                 format!("injected at {step}"),
             )),
+            Some(Kind::Panic) => panic!("injected at {step}"),
             Some(Kind::Crash) => {
                 self.0.reached.notify_one();
                 std::future::pending().await

@@ -9,7 +9,7 @@ use icebox_engine::id::{GenerationNo, HeadId, LayerId, SandboxId, Slot};
 use icebox_engine::layout::Object;
 use icebox_engine::manifest::v1::{TemplateContent, Under};
 use icebox_engine::{Config, Engine, Error, Outcome, Phase};
-use icebox_sim::fault::{Injector, inject};
+use icebox_sim::fault::{Fault, Injector, Kind, When, inject};
 use icebox_sim::{FreezeBy, World};
 use support::{IMAGE, create, from, import_image, leave_nothing, life, named, open, run};
 use tokio::time::Instant;
@@ -28,16 +28,21 @@ fn story(tell: impl AsyncFn(&World, &Engine)) {
 }
 
 /// A story on a host of which steps can be broken.
-fn story_of_faults(tell: impl AsyncFn(&Injector, &Engine)) {
+fn story_of_faults(tell: impl AsyncFn(&World, &Injector, &Engine)) {
     for freeze in [FreezeBy::Vmm, FreezeBy::Host] {
         life(async || {
             let (world, injector) = (World::new(), Injector::new());
             let engine = open(inject(world.host(freeze), &injector)).await;
             import_image(&world, &engine).await;
-            tell(&injector, &engine).await;
+            tell(&world, &injector, &engine).await;
             leave_nothing(&world, &engine).await;
         });
     }
+}
+
+/// For a step of which every call fails.
+fn broken_forever() -> impl Iterator<Item = Option<When>> + Send + 'static {
+    std::iter::repeat(Some(When::Before))
 }
 
 fn rests(engine: &Engine, wanted: &str) -> Phase {
@@ -70,6 +75,69 @@ fn inv_02_vcpus_that_cannot_be_resumed_break_the_sandbox() {
         );
         world.stick_vcpus(false);
         world.wedge_agents(false);
+    });
+}
+
+#[test]
+fn inv_02_a_break_that_cannot_be_recorded_is_a_break_all_the_same() {
+    story_of_faults(async |world, injector, engine| {
+        create(engine, "a").await;
+        world.stick_vcpus(true);
+        world.fail_next_save();
+        injector.script("store.commit", [None].into_iter().chain(broken_forever()));
+        engine.pause("a").await.unwrap_err();
+        let broken = || engine.inspect("a").unwrap().record.broken.clone();
+        assert!(broken().unwrap().contains("vCPUs"), "{:?}", broken());
+        engine.pause("a").await.unwrap_err();
+        injector.break_step(None);
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        let written = world.manifests().into_iter();
+        assert_eq!(
+            written
+                .filter(|m| m.contains("could not be resumed"))
+                .count(),
+            1
+        );
+        assert!(matches!(engine.pause("a").await, Err(Error::Refused(_))));
+        world.stick_vcpus(false);
+    });
+}
+
+#[test]
+fn inv_02_a_verb_that_panics_says_so_and_leaves_a_sandbox_that_works_or_is_broken() {
+    story_of_faults(async |world, injector, engine| {
+        let id = create(engine, "a").await;
+        injector.arm(None);
+        engine.pause("a").await.unwrap();
+        let trace = injector.trace();
+        let at = trace.iter().position(|step| *step == "machine.save");
+        let bug = Fault {
+            at: at.unwrap(),
+            when: When::Before,
+            kind: Kind::Panic,
+        };
+        engine.resume("a", None).await.unwrap();
+        injector.arm(Some(bug));
+        let error = engine.pause("a").await.unwrap_err();
+        assert!(matches!(error, Error::Internal { .. }), "{error:?}");
+        let text = error.to_string();
+        assert!(
+            text.contains("pausing") && text.contains("injected at machine.save"),
+            "{text}"
+        );
+        world.guest_value(&id).unwrap();
+        assert!(engine.route("a").unwrap().is_some());
+        let view = engine.inspect("a").unwrap();
+        assert_eq!((view.busy, &view.record.broken), (None, &None));
+        engine.pause("a").await.unwrap();
+        engine.resume("a", None).await.unwrap();
+
+        injector.arm(Some(bug));
+        injector.script("machine.probe", [None, Some(When::Before)]);
+        engine.pause("a").await.unwrap_err();
+        let broken = engine.inspect("a").unwrap().record.broken.clone();
+        assert!(broken.unwrap().contains("machine.probe"));
+        assert!(matches!(engine.stop("a").await, Err(Error::Refused(_))));
     });
 }
 
@@ -120,6 +188,67 @@ fn inv_10_ten_rounds_of_pause_and_resume_lose_nothing() {
             engine.pause("a").await.unwrap();
             engine.resume("a", None).await.unwrap();
             assert!(world.guest_value(&id).unwrap() >= before);
+        }
+    });
+}
+
+#[test]
+fn inv_16_whatever_step_of_a_resume_fails_the_next_resume_works() {
+    story_of_faults(async |world, injector, engine| {
+        let id = create(engine, "a").await;
+        engine.pause("a").await.unwrap();
+        injector.arm(None);
+        engine.resume("a", None).await.unwrap();
+        let steps = injector.trace();
+        assert!(steps.len() >= 10, "{steps:?}");
+        for (at, step) in steps.into_iter().enumerate() {
+            for when in [When::Before, When::After] {
+                engine.pause("a").await.unwrap();
+                let before = world.guest_value(&id).unwrap_err();
+                assert_eq!(before, "no VMM runs");
+                let kind = Kind::Fail;
+                injector.arm(Some(Fault { at, when, kind }));
+                let failed = engine.resume("a", None).await.is_err();
+                injector.arm(None);
+                let view = engine.inspect("a").unwrap();
+                assert_eq!(view.record.broken, None, "after {when:?} {step}");
+                if failed {
+                    assert_eq!(view.phase(), Phase::Paused, "after {when:?} {step}");
+                }
+                engine.resume("a", None).await.unwrap();
+                world.guest_value(&id).unwrap();
+            }
+        }
+    });
+}
+
+#[test]
+fn inv_16_a_hold_that_was_stuck_for_a_while_does_not_break_for_good() {
+    let releases = [
+        "vmm.kill",
+        "boxes.release",
+        "network.release",
+        "volume.detach",
+        "volume.remove_head",
+    ];
+    story_of_faults(async |world, injector, engine| {
+        let id = create(engine, "a").await;
+        for step in releases {
+            engine.pause("a").await.unwrap();
+            injector.script("guest.welcome", [Some(When::Before)]);
+            injector.script(step, broken_forever());
+            let error = engine.resume("a", None).await.unwrap_err();
+            assert!(matches!(error, Error::Stuck { .. }), "{step}: {error:?}");
+            let error = engine.resume("a", None).await.unwrap_err();
+            assert!(
+                matches!(&error, Error::Refused(_)) && error.to_string().contains(step),
+                "{error}"
+            );
+            assert_eq!(rests(engine, "a"), Phase::Paused);
+            injector.break_step(None);
+            engine.resume("a", None).await.unwrap();
+            assert_eq!(engine.inspect("a").unwrap().record.broken, None);
+            world.guest_value(&id).unwrap();
         }
     });
 }
@@ -381,6 +510,40 @@ fn inv_31_a_vmm_that_dies_leaves_the_newest_disk_and_the_last_generation() {
         engine.stop("a").await.unwrap();
         engine.resume("a", Some(GenerationNo(1))).await.unwrap();
         assert_eq!(rests(engine, "a"), Phase::Running);
+    });
+}
+
+#[test]
+fn inv_31_an_exit_that_cannot_be_recorded_is_seen_at_once_and_recorded_later() {
+    story_of_faults(async |world, injector, engine| {
+        let on_disk = |phase: &str| {
+            let phase = format!("\"phase\": \"{phase}\"");
+            let manifests = world.manifests().into_iter();
+            manifests.filter(|text| text.contains(&phase)).count()
+        };
+        let id = create(engine, "a").await;
+        injector.break_step(Some("store.commit"));
+        world.crash_vmm(&id);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let view = engine.inspect("a").unwrap();
+        assert_eq!(view.phase(), Phase::Stopped, "it is told as it is");
+        assert!(view.record.last_exit.is_some());
+        assert!(engine.route("a").unwrap().is_none());
+        assert_eq!((on_disk("running"), on_disk("stopped")), (1, 0));
+        let held = world.in_use();
+        assert!(!held.iter().any(|what| what.starts_with("box")), "{held:?}");
+        engine.start("a").await.unwrap_err();
+        injector.break_step(None);
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert_eq!((on_disk("running"), on_disk("stopped")), (0, 1));
+
+        engine.start("a").await.unwrap();
+        injector.break_step(Some("store.commit"));
+        world.crash_vmm(&id);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        injector.break_step(None);
+        engine.start("a").await.unwrap();
+        world.guest_value(&id).unwrap();
     });
 }
 
@@ -653,7 +816,7 @@ fn inv_51_going_back_keeps_the_newest_disk_as_a_branch() {
 
 #[test]
 fn inv_51_a_setting_aside_that_stays_pending_is_finished_by_the_next_verb() {
-    story_of_faults(async |injector, engine| {
+    story_of_faults(async |_, injector, engine| {
         create(engine, "a").await;
         engine.pause("a").await.unwrap();
         engine.stop("a").await.unwrap();
@@ -676,7 +839,7 @@ fn inv_51_a_setting_aside_that_stays_pending_is_finished_by_the_next_verb() {
 
 #[test]
 fn a_removal_that_did_not_end_admits_only_another() {
-    story_of_faults(async |injector, engine| {
+    story_of_faults(async |_, injector, engine| {
         create(engine, "a").await;
         injector.break_step(Some("store.trash"));
         engine.destroy("a").await.unwrap_err();

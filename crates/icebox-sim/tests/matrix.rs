@@ -11,6 +11,8 @@ mod support;
 use std::time::Duration;
 
 use icebox_engine::id::GenerationNo;
+use icebox_engine::layout::Object;
+use icebox_engine::manifest::v1::Rest;
 use icebox_engine::{Engine, Error, Phase};
 use icebox_sim::fault::{Fault, Injector, Kind, When, inject};
 use icebox_sim::{FreezeBy, World};
@@ -76,6 +78,14 @@ impl Scene {
     /// passes through `Paused`, with the newest disk kept as a branch.
     fn between(self) -> Option<Phase> {
         matches!(self, ResumeGeneration).then_some(Phase::Paused)
+    }
+
+    fn creates(self) -> bool {
+        matches!(self, CreateFromImage | CreateFromSnapshot)
+    }
+
+    fn destroys(self) -> bool {
+        matches!(self, DestroyRunning | DestroyPaused | DestroyStopped)
     }
 
     async fn set(self, world: &World, engine: &Engine) {
@@ -169,10 +179,20 @@ impl Case {
             settle_down().await;
             let floor = floor(&world, &engine);
             injector.arm(self.fault);
+            let panics = self.fault.is_some_and(|fault| fault.kind == Kind::Panic);
+            let acting = async {
+                if !panics {
+                    return self.scene.act(&engine).await;
+                }
+                // Some steps are taken in the caller's own task, which is the daemon's concern.
+                let (scene, engine) = (self.scene, engine.clone());
+                let acting = tokio::spawn(async move { scene.act(&engine).await });
+                acting.await.unwrap_or(Err(Error::Stopping))
+            };
             let outcome = tokio::select! {
                 biased;
                 () = injector.reached() => None,
-                result = self.scene.act(&engine) => Some(result),
+                result = acting => Some(result),
             };
             let crashed = matches!(
                 self.fault,
@@ -224,11 +244,12 @@ impl Case {
             .fault
             .and_then(|fault| trace.get(fault.at).copied())
             .unwrap_or("no step");
+        let panicked = self.fault.is_some_and(|fault| fault.kind == Kind::Panic);
         let view = engine.inspect("subject").ok();
         let broken = view.as_ref().and_then(|view| view.record.broken.clone());
         if let Some(why) = broken {
             assert!(
-                RELEASES.contains(&step),
+                RELEASES.contains(&step) && !panicked,
                 "broken by a failure at {step}: {why}"
             );
             return;
@@ -238,12 +259,12 @@ impl Case {
             // Cancelled: as if the client had waited.
             None | Some(Ok(())) => assert_eq!(rests, self.scene.after()),
             Some(Err(_)) => {
-                let destroying =
-                    matches!(self.scene, DestroyRunning | DestroyPaused | DestroyStopped);
                 let allowed = rests == self.scene.before()
                     || self.scene.between().is_some_and(|between| rests == Some(between))
                     // A destroy that has begun never goes back.
-                    || destroying;
+                    || self.scene.destroys()
+                    // What happens after a commit does not take it back.
+                    || (panicked && rests == self.scene.after());
                 assert!(allowed, "after a failure at {step} it rests at {rests:?}");
             }
         }
@@ -371,6 +392,134 @@ const REMOVE: [Scene; 4] = [
     RemoveTemplate,
 ];
 
+/// Loses the reply of one commit of the verb, and fails every commit after it: nobody knows which manifest the disk
+/// has. `then_killed`: the engine ends before it can find out. Otherwise commits work again, and it goes on.
+fn doubt(scene: Scene, freeze: FreezeBy, nth: usize, then_killed: bool) {
+    let world = World::new();
+    let injector = Injector::new();
+    let host = || inject(world.host(freeze), &injector);
+    let floor = life(async || {
+        let engine = open(host()).await;
+        scene.set(&world, &engine).await;
+        settle_down().await;
+        let floor = floor(&world, &engine);
+        let fails = std::iter::repeat(Some(When::Before));
+        let lost = std::iter::repeat_n(None, nth).chain([Some(When::After)]);
+        injector.script("store.commit", lost.chain(fails));
+        let outcome = scene.act(&engine).await;
+        // A guest that runs on writes on.
+        world.tick();
+        let floor = floor.max(self::floor(&world, &engine));
+        if then_killed {
+            // What somebody else's removal would collect meanwhile.
+            engine.collect(false).await.unwrap();
+            return floor;
+        }
+        let seen = engine.inspect("subject").ok().map(|view| view.phase());
+        injector.break_step(None);
+        settle_down().await;
+        let still = engine.inspect("subject").ok();
+        if outcome.is_err() && !scene.destroys() && !scene.creates() {
+            let still = still.expect("it is there");
+            assert_eq!(seen, Some(still.phase()), "it stays where it was seen");
+            assert_eq!(still.record.broken, None);
+        }
+        for view in engine.list() {
+            let id = view.record.id.clone();
+            if view.record.rests != Rest::Nowhere {
+                // A disk that is still to be set aside is, and then there is only a generation to run.
+                let ran = run(&engine, &id).await;
+                if scene.between().is_none() {
+                    ran.unwrap();
+                }
+                run(&engine, &id).await.unwrap();
+                let value = world.guest_value(&id).unwrap();
+                assert!(value >= floor, "{id} lost {floor}: it has {value}");
+            }
+        }
+        settle_down().await;
+        let unfinished = world.in_use().into_iter();
+        assert_eq!(
+            unfinished
+                .filter(|what| what.starts_with("staged"))
+                .collect::<Vec<_>>(),
+            Vec::<String>::new()
+        );
+        floor
+    });
+    injector.break_step(None);
+    let resting = life(async || {
+        let engine = open(host()).await;
+        settle_down().await;
+        for view in engine.list() {
+            assert_eq!(view.record.broken, None, "nothing is broken after a start");
+            assert_eq!(view.record.intent, None, "nor unfinished");
+        }
+        assert!(scene.creates() || scene.destroys() || !engine.list().is_empty());
+        picture(&world)
+    });
+    life(async || {
+        let engine = open(host()).await;
+        settle_down().await;
+        assert_eq!(picture(&world), resting, "a second start changes nothing");
+        for view in engine.list() {
+            let id = view.record.id.clone();
+            for generation in &view.generations {
+                let capture = &generation.capture;
+                for object in [
+                    Object::Layer(capture.layer.clone()),
+                    Object::Memory(capture.memory.clone()),
+                    Object::Generation(id.clone(), generation.number),
+                ] {
+                    assert!(world.content(&object).is_some(), "{object} is listed");
+                }
+            }
+            run(&engine, &id).await.unwrap();
+            let value = world.guest_value(&id).unwrap();
+            assert!(value >= floor, "{id} lost {floor}: it has {value}");
+        }
+        leave_nothing(&world, &engine).await;
+    });
+}
+
+fn doubts(scenes: &[Scene]) {
+    let mut cases = 0;
+    for &scene in scenes {
+        for freeze in [FreezeBy::Vmm, FreezeBy::Host] {
+            let steps = Case {
+                scene,
+                freeze,
+                fault: None,
+            }
+            .run();
+            let commits = steps.iter().filter(|step| **step == "store.commit").count();
+            for nth in 0..commits {
+                for then_killed in [false, true] {
+                    let run = || doubt(scene, freeze, nth, then_killed);
+                    if let Err(panic) = std::panic::catch_unwind(run) {
+                        eprintln!(
+                            "in the case: {scene:?}, {freeze:?} freezes, commit {nth}, killed: {then_killed}"
+                        );
+                        std::panic::resume_unwind(panic);
+                    }
+                    cases += 1;
+                }
+            }
+        }
+    }
+    println!("{cases} cases");
+}
+
+#[test]
+fn inv_11_inv_30_a_commit_of_which_nobody_knows_whether_it_happened() {
+    doubts(&CREATE);
+    doubts(&PAUSE);
+    doubts(&BACK);
+    doubts(&STOP);
+    doubts(&COPY);
+    doubts(&REMOVE);
+}
+
 macro_rules! tests {
     ($($name:ident: $scenes:ident, $kind:ident;)*) => {
         $(#[test]
@@ -390,6 +539,12 @@ tests! {
     inv_16_resume_and_start_fail_at_every_step: BACK, Fail;
     inv_30_resume_and_start_are_killed_at_every_step: BACK, Crash;
     inv_20_client_leaves_resume_and_start_at_every_step: BACK, Cancel;
+    inv_01_a_pause_panics_at_every_step: PAUSE, Panic;
+    inv_16_resume_and_start_panic_at_every_step: BACK, Panic;
+    inv_33_create_panics_at_every_step: CREATE, Panic;
+    inv_33_stop_panics_at_every_step: STOP, Panic;
+    inv_01_inv_33_copies_panic_at_every_step: COPY, Panic;
+    inv_33_destroy_panics_at_every_step: REMOVE, Panic;
     inv_33_stop_fails_at_every_step: STOP, Fail;
     inv_30_stop_is_killed_at_every_step: STOP, Crash;
     inv_20_client_leaves_stop_at_every_step: STOP, Cancel;

@@ -17,10 +17,9 @@ use crate::host::Host;
 use crate::id::{GenerationNo, SandboxId};
 use crate::layout::Object;
 use crate::ledger::Ledger;
-use crate::lifecycle::recover::Recovered;
 use crate::manifest::v1::{self, Generation};
 use crate::manifest::{self, ManifestError};
-use crate::sandbox::{Life, Sandbox, Shared};
+use crate::sandbox::{Fate, Sandbox, Shared};
 
 impl Engine {
     /// Opens the store, brings every sandbox to where its manifest says it rests, and removes what nothing holds.
@@ -101,17 +100,12 @@ impl Engine {
                 .catalog
                 .restore(record.clone(), listed, gate.clone(), mailbox);
             let ledger = Ledger::found(Arc::clone(&shared.host.store), revision, record);
-            let mut sandbox = Sandbox {
-                shared: Arc::clone(shared),
-                ledger,
-                life: Life::AtRest,
-                gate,
-            };
+            let mut sandbox = Sandbox::new(Arc::clone(shared), ledger, gate);
             if recovering.len() >= AT_ONCE {
                 joined(recovering.join_next().await);
             }
             recovering.spawn(async move {
-                if sandbox.recover().await == Recovered::Lives {
+                if sandbox.bring_back().await == Fate::Lives {
                     tokio::spawn(sandbox.run(requests));
                 }
             });

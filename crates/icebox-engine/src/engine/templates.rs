@@ -14,6 +14,7 @@ use crate::id::{Digest, Name, TemplateId};
 use crate::layout::{BASE_IMAGE, Object};
 use crate::manifest;
 use crate::manifest::v1::{self, Base, Template, TemplateContent};
+use crate::panics::caught;
 use crate::sandbox::{Frozen, Request, find_volume_driver};
 use crate::unit::{Bytes, Geometry};
 
@@ -44,8 +45,10 @@ impl Engine {
     ) -> Result<Template, Error> {
         self.check_space().await?;
         let image = image.to_owned();
-        self.detached(|engine| async move { engine.publish_image(&image, request).await })
-            .await
+        self.detached("importing an image", |engine| async move {
+            engine.publish_image(&image, request).await
+        })
+        .await
     }
 
     async fn publish_image(&self, image: &Path, request: ImageRequest) -> Result<Template, Error> {
@@ -86,7 +89,7 @@ impl Engine {
                 .publish(&object, &manifest::encode(1, &template))
                 .await
         });
-        if let Err(error) = published.await {
+        if let Err(error) = caught("publishing a template", published).await {
             self.discard(&object).await;
             return Err(error);
         }
@@ -117,7 +120,7 @@ impl Engine {
             store.move_into_staging(image, &object, BASE_IMAGE).await?;
             store.publish(&object, &manifest::encode(1, &base)).await
         });
-        if let Err(error) = published.await {
+        if let Err(error) = caught("publishing an image", published).await {
             self.discard(&object).await;
             return Err(error);
         }
@@ -143,7 +146,7 @@ impl Engine {
         self.check_space().await?;
         drop(self.shared.catalog.reserve_template_name(&name)?);
         let entry = self.shared.catalog.sandbox(wanted)?;
-        self.detached(|engine| async move {
+        self.detached("flattening", |engine| async move {
             let frozen = ask(&entry, Request::Freeze).await?;
             engine.write_flat(&entry.record, frozen, name).await
         })
@@ -185,7 +188,7 @@ impl Engine {
             )
             .await
         };
-        let flat = flat.await;
+        let flat = caught("writing a disk out", flat).await;
         self.discard(&scratch).await;
         flat
     }
@@ -210,7 +213,7 @@ impl Engine {
     /// Sandboxes that were created from it exist: they are named.
     pub async fn remove_template(&self, wanted: &str) -> Result<Template, Error> {
         let (template, pin) = self.shared.catalog.template(wanted)?;
-        self.detached(|engine| async move {
+        self.detached("removing a template", |engine| async move {
             let removed = engine.trash_template(template).await;
             drop(pin);
             engine.collect_soon();
@@ -226,9 +229,8 @@ impl Engine {
             deadline::STORE,
             "removing the template",
             self.shared.host.store.trash(&object),
-        )
-        .await;
-        if let Err(error) = trashed {
+        );
+        if let Err(error) = caught("removing a template", trashed).await {
             self.shared.catalog.add_template(template);
             return Err(error);
         }

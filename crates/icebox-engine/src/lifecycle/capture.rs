@@ -13,7 +13,6 @@
 use futures_util::FutureExt as _;
 use jiff::Timestamp;
 
-use crate::catalog::Pin;
 use crate::deadline::{self, within};
 use crate::error::Error;
 use crate::event::Steps;
@@ -41,8 +40,6 @@ pub(super) struct Attempt {
     memory: MemoryId,
     freeze: Option<Freeze>,
     vcpus_may_stand: bool,
-    /// Keeps the memory from the collector until a manifest refers to it.
-    pin: Pin,
 }
 
 impl Attempt {
@@ -52,31 +49,23 @@ impl Attempt {
             freeze.record(record);
         }
     }
-
-    /// What keeps the captured objects, for work that goes on with them.
-    pub(super) fn into_pin(self) -> Pin {
-        if let Some(freeze) = &self.freeze {
-            self.pin.add(Object::Layer(freeze.layer.clone()));
-        }
-        self.pin
-    }
 }
 
 impl Sandbox {
-    pub(super) fn begin_capture(&self, into: Object) -> Attempt {
+    pub(super) fn begin_capture(&mut self, into: Object) -> Attempt {
         let memory = MemoryId::random();
-        let pin = self.shared.catalog.pin([Object::Memory(memory.clone())]);
+        self.making(vec![into.clone(), Object::Memory(memory.clone())]);
         Attempt {
             into,
             memory,
             freeze: None,
             vcpus_may_stand: false,
-            pin,
         }
     }
 
     /// Captures the guest. `document` makes the manifest of [`Attempt::into`]. The caller commits
-    /// [`Attempt::record`], or calls [`abandon_capture`](Self::abandon_capture).
+    /// [`Attempt::record`] and says that the capture is [named](Self::named), or calls
+    /// [`abandon_capture`](Self::abandon_capture).
     pub(super) async fn capture(
         &mut self,
         machine: &dyn Machine,
@@ -102,7 +91,8 @@ impl Sandbox {
                 within(deadline::PROBE, "probing the VMM", machine.probe()),
             )
             .await?;
-        let freeze = steps.time("begin-freeze", self.begin_freeze()).await?;
+        let begun = self.begin_freeze(Some(&attempt.into));
+        let freeze = steps.time("begin-freeze", begun).await?;
         let freeze: &Freeze = attempt.freeze.insert(freeze);
         let into = within(
             deadline::STORE,
@@ -188,9 +178,7 @@ impl Sandbox {
         if let Err(error) = self.settle().await {
             tracing::warn!(sandbox = %self.id(), error = %Chained(&error), "an unfinished freeze stays pending");
         }
-        for object in [attempt.into, Object::Memory(attempt.memory)] {
-            self.discard(&object).await;
-        }
+        self.discard_unnamed().await;
         runs
     }
 
@@ -222,18 +210,6 @@ impl Sandbox {
             return Err(error);
         }
         Ok(())
-    }
-
-    /// Removes what a failed publication may have left, staged or in place.
-    pub(super) async fn discard(&self, object: &Object) {
-        let store = &self.shared.host.store;
-        let discarded = within(deadline::STORE, "discarding what is not needed", async {
-            store.discard(object).await?;
-            store.trash(object).await
-        });
-        if let Err(error) = discarded.await {
-            tracing::warn!(%object, error = %Chained(&error), "left for the next start to remove");
-        }
     }
 
     /// Durable, in the order of reference: nothing refers to what does not exist.

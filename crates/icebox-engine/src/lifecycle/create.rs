@@ -89,6 +89,7 @@ impl Sandbox {
             capture: capture.clone(),
         };
         let into = Object::Generation(self.id().clone(), FIRST);
+        self.making(vec![into.clone()]);
         let store = Arc::clone(&self.shared.host.store);
         let copied = within(deadline::STORE, "copying the device state", async {
             store.stage(&into).await?;
@@ -98,10 +99,8 @@ impl Sandbox {
                 .await
         });
         let copied = steps.time("copy-device-state", copied).await;
-        if copied.is_err() {
-            self.discard(&into).await;
-        }
         copied?;
+        self.named(&into);
         self.shared.catalog.add_generation(self.id(), generation);
         self.restore(FIRST, steps).await
     }

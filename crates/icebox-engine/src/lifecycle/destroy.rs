@@ -39,11 +39,12 @@ impl Sandbox {
                 self.volumes()?.remove_head(&head),
             )
             .await?;
-            self.discard(&Object::Layer(layer.clone())).await;
+            self.making(vec![Object::Layer(layer.clone())]);
         }
         if let Some(Intent::SetAside { layer, .. }) = &intent {
-            self.discard(&Object::Layer(layer.clone())).await;
+            self.making(vec![Object::Layer(layer.clone())]);
         }
+        self.discard_unnamed().await;
         let trashed = self.shared.host.store.trash(&object);
         within(deadline::STORE, "moving the sandbox to the trash", trashed)
             .await

@@ -57,7 +57,7 @@ impl Sandbox {
             tracing::info!(sandbox = %self.id(), error = %Chained(&error), "the guest did not prepare for the freeze");
         }
         within(deadline::PROBE, "probing the VMM", machine.probe()).await?;
-        let freeze = match self.begin_freeze().await {
+        let freeze = match self.begin_freeze(None).await {
             Ok(freeze) => freeze,
             Err(error) => return Err(self.settle_after(error).await),
         };

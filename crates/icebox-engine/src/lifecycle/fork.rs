@@ -9,7 +9,6 @@
 
 use crate::error::Error;
 use crate::event::Steps;
-use crate::id::GenerationNo;
 use crate::layout::Object;
 use crate::lifecycle::capture::Then;
 use crate::manifest;
@@ -26,17 +25,8 @@ impl Sandbox {
                 .catalog
                 .generation(self.id(), generation)?
                 .capture;
-            let objects = [
-                Object::Layer(capture.layer.clone()),
-                Object::Memory(capture.memory.clone()),
-            ];
-            let pin = self.shared.catalog.pin(objects);
             let object = Object::Generation(self.id().clone(), generation);
-            return Ok(Origin {
-                object,
-                capture,
-                _pin: pin,
-            });
+            return Ok(self.origin(object, capture));
         }
         let machine = self.machine(Verb::Fork)?;
         let number = self.record().next_generation;
@@ -60,7 +50,6 @@ impl Sandbox {
                 let commit = self.update(|record| {
                     attempt.record(record);
                     record.generations.push(number);
-                    record.next_generation = GenerationNo(number.0 + 1);
                 });
                 commit.await.map(|()| capture)
             }
@@ -80,16 +69,27 @@ impl Sandbox {
                     format!("generation {number}, for its forks"),
                     &steps,
                 );
-                Ok(Origin {
-                    object,
-                    capture,
-                    _pin: attempt.into_pin(),
-                })
+                self.named(&object);
+                Ok(self.origin(object, capture))
             }
             Err(error) => {
                 self.abandon_capture(&*machine, attempt).await?;
                 Err(error)
             }
+        }
+    }
+
+    fn origin(&self, object: Object, capture: Capture) -> Origin {
+        // The record reaches them at this moment, so nothing can have collected them.
+        let objects = [
+            Object::Layer(capture.layer.clone()),
+            Object::Memory(capture.memory.clone()),
+        ];
+        let pin = self.shared.catalog.pin(objects);
+        Origin {
+            object,
+            capture,
+            _pin: pin,
         }
     }
 }

@@ -18,7 +18,7 @@ use crate::catalog::Pin;
 use crate::deadline::{self, within};
 use crate::error::Error;
 use crate::host::{Chain, ErrorKind, HostError, LiveFreeze, Machine};
-use crate::id::{HeadId, LayerId};
+use crate::id::{GenerationNo, HeadId, LayerId};
 use crate::layout::Object;
 use crate::manifest;
 use crate::manifest::v1::{Hold, Intent, Layer, Sandbox as Record, Under};
@@ -51,8 +51,9 @@ fn record_finished(record: &mut Record, layer: &LayerId, to: u32) {
 }
 
 impl Sandbox {
-    /// Writes the intent, and prepares what can be prepared while the guest runs.
-    pub(super) async fn begin_freeze(&mut self) -> Result<Freeze, Error> {
+    /// Writes the intent, and prepares what can be prepared while the guest runs. A generation that the freeze is for
+    /// has its number from here on, whatever becomes of it.
+    pub(super) async fn begin_freeze(&mut self, into: Option<&Object>) -> Result<Freeze, Error> {
         let volumes = self.volumes()?;
         let (from, under) = self.head()?;
         let layer = LayerId::random();
@@ -65,6 +66,9 @@ impl Sandbox {
         self.update(|record| {
             record.intent = Some(intent);
             record.next_head += 1;
+            if let Some(Object::Generation(_, number)) = into {
+                record.next_generation = GenerationNo(number.0 + 1);
+            }
         })
         .await?;
         if matches!(volumes.live_freeze(), LiveFreeze::ByVmm) {
@@ -201,7 +205,7 @@ impl Sandbox {
 
     /// Freezes the disk of a sandbox that has no VMM.
     pub(super) async fn freeze_at_rest(&mut self) -> Result<Freeze, Error> {
-        let freeze = self.begin_freeze().await?;
+        let freeze = self.begin_freeze(None).await?;
         let volumes = self.volumes()?;
         if let LiveFreeze::ByHost(host) = volumes.live_freeze() {
             let (to, staging) = (

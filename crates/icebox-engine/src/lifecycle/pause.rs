@@ -28,7 +28,8 @@ impl Sandbox {
         let gate = self.gate.clone();
         let closed = steps.time("drain", gate.close(deadline::DRAIN)).await;
 
-        let mut attempt = self.begin_capture(Object::Generation(self.id().clone(), number));
+        let object = Object::Generation(self.id().clone(), number);
+        let mut attempt = self.begin_capture(object.clone());
         let document = |capture: &_| {
             manifest::encode(
                 1,
@@ -53,7 +54,6 @@ impl Sandbox {
                     attempt.record(record);
                     record.rests = Rest::Paused { generation: number };
                     record.generations.push(number);
-                    record.next_generation = GenerationNo(number.0 + 1);
                 });
                 steps.time("commit", commit).await.map(|()| capture)
             }
@@ -66,12 +66,15 @@ impl Sandbox {
                 return Err(error);
             }
         };
+        // Until the catalog has the generation.
+        let pin = self.named(&object);
         closed.keep();
         self.leave_guest();
         let saved = capture.saved;
         self.shared
             .catalog
             .add_generation(self.id(), Generation { number, capture });
+        drop(pin);
         steps.time("release", self.unwind()).await?;
         self.retire_generations().await;
         let detail = format!(
@@ -96,10 +99,8 @@ impl Sandbox {
             return;
         }
         for number in retired {
-            let object = Object::Generation(self.id().clone(), number);
-            if let Err(error) = self.shared.host.store.trash(&object).await {
-                tracing::warn!(%object, %error, "left for the next start to remove");
-            }
+            self.making(vec![Object::Generation(self.id().clone(), number)]);
         }
+        self.discard_unnamed().await;
     }
 }

@@ -60,7 +60,8 @@ impl Sandbox {
         steps: &mut Steps,
     ) -> Result<Template, Error> {
         let machine = self.machine(Verb::Snapshot)?;
-        let mut attempt = self.begin_capture(Object::Template(id.clone()));
+        let object = Object::Template(id.clone());
+        let mut attempt = self.begin_capture(object.clone());
         let maker = self.template_maker(id, name);
         let document = |capture: &_| manifest::encode(1, &maker(capture));
         let captured = self
@@ -77,6 +78,7 @@ impl Sandbox {
             Ok(capture) => {
                 let template = maker(&capture);
                 self.shared.catalog.add_template(template.clone());
+                self.named(&object);
                 Ok(template)
             }
             Err(error) => {
@@ -112,8 +114,9 @@ impl Sandbox {
     }
 
     /// Publishes a template with a copy of another object's device state.
-    async fn publish_copy(&self, from: &Object, template: &Template) -> Result<(), Error> {
+    async fn publish_copy(&mut self, from: &Object, template: &Template) -> Result<(), Error> {
         let into = Object::Template(template.id.clone());
+        self.making(vec![into.clone()]);
         let store = Arc::clone(&self.shared.host.store);
         let published = within(deadline::STORE, "publishing the template", async {
             store.stage(&into).await?;
@@ -121,8 +124,9 @@ impl Sandbox {
             store.publish(&into, &manifest::encode(1, template)).await
         });
         let published = published.await;
-        if published.is_err() {
-            self.discard(&into).await;
+        match &published {
+            Ok(()) => drop(self.named(&into)),
+            Err(_) => self.discard_unnamed().await,
         }
         published
     }
