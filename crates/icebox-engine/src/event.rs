@@ -127,6 +127,11 @@ impl Steps {
         result
     }
 
+    /// Adds what was timed beside.
+    pub(crate) fn append(&mut self, mut beside: Self) {
+        self.0.append(&mut beside.0);
+    }
+
     fn named(&self) -> Vec<(String, u64)> {
         let micros = |time: &Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         self.0

@@ -172,6 +172,13 @@ pub(crate) fn replace_file(directory: &Path, name: &str, content: &[u8]) -> Resu
     sync_directory(directory)
 }
 
+/// Writes a file that nobody reads before it is sealed. An older one of that name is overwritten. Not durable.
+pub(crate) fn write_file(path: &Path, content: &[u8]) -> Result<(), HostError> {
+    create_file(path)?
+        .write_all(content)
+        .map_err(|error| failed("write", path, error))
+}
+
 /// Makes a file that does not exist yet, with the content that `fill` writes. Durable on return; if it fails, the file
 /// does not exist.
 pub(crate) fn create_whole(

@@ -170,8 +170,11 @@ impl Store for FileStore {
     async fn stage(&self, object: &Object) -> Result<PathBuf, HostError> {
         let of = object.clone();
         self.in_turn(object, move |layout| {
-            fs::remove_tree(&layout.staging(&of))?;
-            staged(layout, &of)
+            let directory = layout.staging(&of);
+            fs::remove_tree(&directory)?;
+            // Not durable, unlike in `staged`: it begins empty, and whoever loses it has lost nothing.
+            fs::ensure_directory(&directory)?;
+            Ok(directory)
         })
         .await
     }
@@ -479,7 +482,8 @@ fn publish(layout: &Layout, object: &Object, manifest: &[u8]) -> Result<(), Host
         }
         (true, false) => {}
     }
-    fs::replace_file(&staging, MANIFEST, manifest)?;
+    // Not an object yet, so nobody reads it half-written; sealing makes it durable with the rest.
+    fs::write_file(&staging.join(MANIFEST), manifest)?;
     fs::seal_tree(&staging)?;
     fs::rename_to_new(&staging, &target)?;
     sync_both()

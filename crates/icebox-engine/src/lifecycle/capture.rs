@@ -1,9 +1,9 @@
 //! Capture: one instant of a running guest, disk and memory together (INV-04).
 //!
 //! ```text
-//!   prepare guest -> probe VMM -> begin freeze -> stage
+//!   probe VMM -> prepare guest, begin freeze -> stage
 //!   -> pause vCPUs -> device state and changed pages -> flush host -> freeze disk -> [resume vCPUs]
-//!   -> seal and publish layer -> publish memory -> publish what refers to them
+//!   -> seal and publish layer, publish memory -> publish what refers to them
 //! ```
 //!
 //! Only what must happen in one instant happens between pausing and resuming the vCPUs. Whatever fails, the guest
@@ -11,6 +11,7 @@
 //! be resumed break the sandbox, since nobody may call it running (INV-02).
 
 use futures_util::FutureExt as _;
+use futures_util::future::join;
 use jiff::Timestamp;
 
 use crate::deadline::{self, within};
@@ -77,22 +78,23 @@ impl Sandbox {
         let host = self.shared.host.clone();
 
         let token = self.record().token.clone();
+        // First, since a freeze that has begun asks the VMM again if it must be taken back.
+        let probe = within(deadline::PROBE, "probing the VMM", machine.probe());
+        steps.time("probe", probe).await?;
         let prepare = within(
             deadline::PREPARE,
             "preparing the guest",
             host.guest.prepare(self.address(), &token),
         );
-        if let Err(error) = steps.time("prepare-guest", prepare).await {
+        let mut beside = Steps::default();
+        let prepare = beside.time("prepare-guest", prepare);
+        let begin = steps.time("begin-freeze", self.begin_freeze(Some(&attempt.into)));
+        let (prepared, freeze) = join(prepare, begin).await;
+        steps.append(beside);
+        if let Err(error) = prepared {
             tracing::info!(sandbox = %self.id(), error = %Chained(&error), "the guest did not prepare for the capture");
         }
-        steps
-            .time(
-                "probe",
-                within(deadline::PROBE, "probing the VMM", machine.probe()),
-            )
-            .await?;
-        let begun = self.begin_freeze(Some(&attempt.into));
-        let freeze = steps.time("begin-freeze", begun).await?;
+        let freeze = freeze?;
         let freeze: &Freeze = attempt.freeze.insert(freeze);
         let into = within(
             deadline::STORE,
@@ -212,7 +214,9 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Durable, in the order of reference: nothing refers to what does not exist.
+    /// Makes everything durable, all at once as far as that can be: one commit of the file system's journal then serves
+    /// several of them. Nothing that counts refers to what does not exist: a generation does not count before its
+    /// sandbox's manifest names it, a template does as soon as it is there, and so comes last.
     async fn publish_capture(
         &self,
         into: &Object,
@@ -220,8 +224,27 @@ impl Sandbox {
         capture: &Capture,
         document: Vec<u8>,
     ) -> Result<(), Error> {
-        self.finish_freeze(freeze).await?;
-        let store = &self.shared.host.store;
+        let disk_and_memory = async {
+            let (layer, memory) =
+                join(self.finish_freeze(freeze), self.publish_memory(capture)).await;
+            layer.and(memory)
+        };
+        let published = self.shared.host.store.publish(into, &document);
+        let referring = within(deadline::STORE, "publishing the capture", published);
+        match into {
+            Object::Generation(..) => {
+                // To their end, each of them: what fails is cleaned up when nothing is under way any more.
+                let (captured, referring) = join(disk_and_memory, referring).await;
+                captured.and(referring)
+            }
+            _ => {
+                disk_and_memory.await?;
+                referring.await
+            }
+        }
+    }
+
+    async fn publish_memory(&self, capture: &Capture) -> Result<(), Error> {
         let memory = Memory {
             id: capture.memory.clone(),
             pages: capture.saved.pages,
@@ -236,19 +259,10 @@ impl Sandbox {
             Object::Memory(memory.id.clone()),
             manifest::encode(1, &memory),
         );
-        within(
-            deadline::STORE,
-            "publishing the memory",
-            store.publish(&object, &bytes),
-        )
-        .await?;
+        let published = self.shared.host.store.publish(&object, &bytes);
+        within(deadline::STORE, "publishing the memory", published).await?;
         self.shared.catalog.add_memory(memory);
-        within(
-            deadline::STORE,
-            "publishing the capture",
-            store.publish(into, &document),
-        )
-        .await
+        Ok(())
     }
 
     /// The full memory that the running guest maps.
