@@ -6,7 +6,10 @@
 //! forgetting it, so nothing can be collected between its look-up and its use. No lock is held across an await.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::Notify;
 
 use crate::error::Error;
 use crate::gate::Gate;
@@ -23,6 +26,7 @@ use crate::unit::Bytes;
 pub(crate) struct Catalog {
     slots: u16,
     inner: Arc<Mutex<Inner>>,
+    unpinned: Arc<Notify>,
 }
 
 #[derive(Default)]
@@ -34,6 +38,8 @@ struct Inner {
     sandboxes: BTreeMap<SandboxId, Entry>,
     template_names_in_making: BTreeSet<Name>,
     pins: BTreeMap<u64, BTreeSet<Object>>,
+    /// Forgotten, and not removed yet: nobody can come to need them, and every collection tries again.
+    condemned: BTreeSet<Object>,
     next_pin: u64,
 }
 
@@ -51,6 +57,7 @@ pub(crate) struct Entry {
 /// Keeps objects from the collector until it is dropped.
 pub(crate) struct Pin {
     inner: Arc<Mutex<Inner>>,
+    unpinned: Arc<Notify>,
     number: u64,
 }
 
@@ -68,6 +75,7 @@ fn lock(inner: &Mutex<Inner>) -> MutexGuard<'_, Inner> {
 impl Drop for Pin {
     fn drop(&mut self) {
         lock(&self.inner).pins.remove(&self.number);
+        self.unpinned.notify_waiters();
     }
 }
 
@@ -84,6 +92,7 @@ impl Catalog {
         Self {
             slots,
             inner: Arc::default(),
+            unpinned: Arc::default(),
         }
     }
 
@@ -94,7 +103,27 @@ impl Catalog {
         inner.pins.insert(number, objects.into_iter().collect());
         Pin {
             inner: Arc::clone(&self.inner),
+            unpinned: Arc::clone(&self.unpinned),
             number,
+        }
+    }
+
+    pub(crate) fn is_pinned(&self, object: &Object) -> bool {
+        let inner = lock(&self.inner);
+        inner.pins.values().any(|pinned| pinned.contains(object))
+    }
+
+    /// Completes when nothing keeps a generation of the sandbox any more.
+    pub(crate) async fn generations_unpinned(&self, sandbox: &SandboxId) {
+        let is_one = |object: &Object| matches!(object, Object::Generation(id, _) if id == sandbox);
+        loop {
+            let mut unpinned = pin!(self.unpinned.notified());
+            // From here on no end of a pin is missed.
+            unpinned.as_mut().enable();
+            if !lock(&self.inner).pins.values().flatten().any(is_one) {
+                return;
+            }
+            unpinned.await;
         }
     }
 
@@ -383,10 +412,12 @@ impl Catalog {
         lock(&self.inner).unreachable()
     }
 
-    /// Forgets the objects that nothing reaches, and says which: from here on nobody can come to need them.
+    /// Forgets the objects that nothing reaches, and says which: from here on nobody can come to need them. They are
+    /// named again by every later call until they are [removed](Self::removed).
     pub(crate) fn forget_unreachable(&self) -> Vec<Object> {
         let mut inner = lock(&self.inner);
         let unreachable = inner.unreachable();
+        inner.condemned.extend(unreachable.iter().cloned());
         for object in &unreachable {
             match object {
                 Object::Base(digest) => drop(inner.bases.remove(digest)),
@@ -396,6 +427,16 @@ impl Catalog {
             }
         }
         unreachable
+    }
+
+    /// Whether an object was forgotten and may still exist.
+    pub(crate) fn is_condemned(&self, object: &Object) -> bool {
+        lock(&self.inner).condemned.contains(object)
+    }
+
+    /// A forgotten object does not exist any more.
+    pub(crate) fn removed(&self, object: &Object) {
+        lock(&self.inner).condemned.remove(object);
     }
 }
 
@@ -458,6 +499,7 @@ impl Inner {
             .chain(layers)
             .chain(memories)
             .filter(|object| !reached.contains(object))
+            .chain(self.condemned.iter().cloned())
             .collect()
     }
 }

@@ -43,7 +43,7 @@ pub(crate) async fn collect(shared: &Arc<Shared>, dry_run: bool) -> Result<Plan,
         )
         .await;
         if !dry_run && let Err(error) = remove(shared, &object).await {
-            tracing::warn!(%object, %error, "left for the next start to remove");
+            tracing::warn!(%object, %error, "left for the next collection to remove");
             failed = Some(error);
             continue;
         }
@@ -55,7 +55,8 @@ pub(crate) async fn collect(shared: &Arc<Shared>, dry_run: bool) -> Result<Plan,
     failed.map_or(Ok(plan), Err)
 }
 
-async fn remove(shared: &Arc<Shared>, object: &Object) -> Result<(), Error> {
+/// Removes an object that the catalog has forgotten. The caller holds [`Shared::collecting`].
+pub(crate) async fn remove(shared: &Shared, object: &Object) -> Result<(), Error> {
     if let Object::Base(digest) = object {
         for driver in &shared.host.volumes {
             within(
@@ -71,8 +72,9 @@ async fn remove(shared: &Arc<Shared>, object: &Object) -> Result<(), Error> {
         "removing an object",
         shared.host.store.trash(object),
     )
-    .await
-    .map(drop)
+    .await?;
+    shared.catalog.removed(object);
+    Ok(())
 }
 
 /// What manifests hold, by kind.

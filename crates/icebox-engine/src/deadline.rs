@@ -27,6 +27,8 @@ pub(crate) const LAUNCH: Duration = Duration::from_secs(60);
 pub(crate) const WELCOME: Duration = Duration::from_secs(120);
 /// Releasing one hold.
 pub(crate) const RELEASE: Duration = Duration::from_secs(60);
+/// Forks that are still to copy a device state out of a sandbox that goes.
+pub(crate) const COPIES: Duration = Duration::from_secs(60);
 /// Durable documents.
 pub(crate) const STORE: Duration = Duration::from_secs(120);
 

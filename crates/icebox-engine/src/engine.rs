@@ -11,9 +11,10 @@ use std::sync::Arc;
 
 use futures_util::StreamExt as _;
 use jiff::Timestamp;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::catalog::Entry;
+use crate::catalog::{Entry, display_name};
 use crate::collect::{self, Plan};
 use crate::deadline::{self, within};
 use crate::error::Error;
@@ -28,7 +29,7 @@ use crate::manifest::v1::{self, Generation, Rest, Spec, Template, TemplateConten
 use crate::panics::{caught, internal};
 use crate::phase::Phase;
 use crate::sandbox::{
-    Fate, Mailbox, Origin, Outcome, Request, Sandbox, Shared, find_vmm, find_volume_driver,
+    Fate, Origin, Outcome, QUEUE, Request, Sandbox, Shared, find_vmm, find_volume_driver,
 };
 use crate::unit::{Bytes, Geometry};
 
@@ -169,10 +170,11 @@ impl Engine {
             let mut spec = entry.record.spec.clone();
             spec.metadata
                 .insert("icebox.forked-from".into(), entry.record.id.to_string());
-            let forks = (0..count).map(|_| {
-                let beginning = Beginning::Instant(Arc::clone(&origin));
-                engine.begin(spec.clone(), None, beginning)
-            });
+            // Each lets go of it as soon as it can, so nobody else may keep it.
+            let origins = vec![origin; count.into()];
+            let forks = origins
+                .into_iter()
+                .map(|origin| engine.begin(spec.clone(), None, Beginning::Instant(origin)));
             Ok(futures_util::stream::iter(forks)
                 .buffered(AT_ONCE)
                 .collect()
@@ -204,7 +206,7 @@ impl Engine {
         name: Option<Name>,
         beginning: Beginning,
     ) -> Result<SandboxView, Error> {
-        let (gate, (mailbox, requests)) = (Gate::default(), mpsc::unbounded_channel());
+        let (gate, (mailbox, requests)) = (Gate::default(), mpsc::channel(QUEUE));
         let record = self
             .shared
             .catalog
@@ -219,8 +221,7 @@ impl Engine {
                 .shared
                 .catalog
                 .set_busy(sandbox.id(), Some("creating"));
-            let result = caught("creating the sandbox", sandbox.create(&beginning)).await;
-            drop(beginning);
+            let result = caught("creating the sandbox", sandbox.create(beginning)).await;
             let lives = match &result {
                 Ok(()) => true,
                 Err(Error::Internal { .. }) => sandbox.bring_back().await == Fate::Lives,
@@ -367,7 +368,11 @@ impl Engine {
     /// Removes a sandbox and everything it holds.
     pub async fn destroy(&self, wanted: &str) -> Result<(), Error> {
         let entry = self.shared.catalog.sandbox(wanted)?;
-        let destroyed = ask(&entry, Request::Destroy).await;
+        let (reply, answer) = oneshot::channel();
+        // A queue that is full keeps nobody from removing a sandbox: this waits for a place in it.
+        let asked = entry.mailbox.send(Request::Destroy(reply)).await;
+        asked.map_err(|_| Error::Destroyed)?;
+        let destroyed = answer.await.map_err(|_| Error::Destroyed)?;
         self.collect_soon();
         destroyed
     }
@@ -494,8 +499,17 @@ async fn ask<T>(
     request: impl FnOnce(oneshot::Sender<Result<T, Error>>) -> Request,
 ) -> Result<T, Error> {
     let (reply, answer) = oneshot::channel();
-    let mailbox: &Mailbox = &entry.mailbox;
-    mailbox.send(request(reply)).map_err(|_| Error::Destroyed)?;
+    entry
+        .mailbox
+        .try_send(request(reply))
+        .map_err(|refused| match refused {
+            TrySendError::Full(_) => Error::Busy {
+                sandbox: display_name(&entry.record),
+                doing: entry.busy.unwrap_or("working"),
+                waiting: QUEUE,
+            },
+            TrySendError::Closed(_) => Error::Destroyed,
+        })?;
     answer.await.map_err(|_| Error::Destroyed)?
 }
 

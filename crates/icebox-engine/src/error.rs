@@ -55,6 +55,16 @@ pub enum Error {
         /// What needs it.
         users: Vec<String>,
     },
+    /// Too many verbs wait for their turn at the sandbox.
+    #[error("sandbox {sandbox} is {doing}, and {waiting} requests wait for it already")]
+    Busy {
+        /// Its name, or its id.
+        sandbox: String,
+        /// What it is doing.
+        doing: &'static str,
+        /// How many requests wait.
+        waiting: usize,
+    },
     /// There is no room for one more.
     #[error("{message}")]
     Exhausted {
@@ -156,6 +166,7 @@ impl Error {
             Self::NameTaken { kind, .. } => Some(format!("choose another name, or remove the {kind} first")),
             Self::Refused(refusal) => Some(refusal.hint().into()),
             Self::InUse { .. } => Some("remove what uses it first".into()),
+            Self::Busy { .. } => Some("ask again when they have ended; `icebox inspect` shows what it is doing".into()),
             Self::Incompatible { .. } => {
                 Some("restore it with what it was captured with, or boot its disk: `stop`, then `start`".into())
             }

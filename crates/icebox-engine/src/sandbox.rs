@@ -27,7 +27,10 @@ use crate::manifest::v1::{self, Capture, Exit, Hold, Intent, Rest, Under};
 use crate::panics::caught;
 use crate::phase::{Phase, Refusal, Step, Verb};
 
-pub(crate) type Mailbox = mpsc::UnboundedSender<Request>;
+/// How many verbs may wait for their turn at one sandbox. Equal ones coalesce, so a client with a purpose has few.
+pub(crate) const QUEUE: usize = 64;
+
+pub(crate) type Mailbox = mpsc::Sender<Request>;
 
 /// What all sandboxes share.
 pub(crate) struct Shared {
@@ -68,7 +71,7 @@ pub(crate) struct Origin {
     /// The object whose directory holds the device state.
     pub(crate) object: Object,
     pub(crate) capture: Capture,
-    /// Keeps what the capture refers to until new sandboxes refer to it.
+    /// Keeps the object, and what the capture refers to, until new sandboxes have copied the one and refer to the other.
     pub(crate) _pin: Pin,
 }
 
@@ -124,7 +127,7 @@ impl Sandbox {
     }
 
     /// The task: runs until the sandbox is destroyed or the engine is dropped.
-    pub(crate) async fn run(mut self, mut mailbox: mpsc::UnboundedReceiver<Request>) {
+    pub(crate) async fn run(mut self, mut mailbox: mpsc::Receiver<Request>) {
         loop {
             let machine = match &self.life {
                 Life::Running(machine) => Some(Arc::clone(machine)),
@@ -566,7 +569,12 @@ impl Sandbox {
     /// Names objects that the verb is about to make. They are removed unless [`named`](Self::named) says that a record
     /// names them.
     pub(crate) fn making(&mut self, objects: Vec<Object>) {
-        let pin = self.shared.catalog.pin(objects.iter().cloned());
+        // The collector knows no generations. Who pins one keeps its sandbox from going.
+        let collected = |object: &&Object| !matches!(object, Object::Generation(_, _));
+        let pin = self
+            .shared
+            .catalog
+            .pin(objects.iter().filter(collected).cloned());
         self.unnamed.push(Unnamed { objects, pin });
     }
 

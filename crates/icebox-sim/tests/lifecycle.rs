@@ -342,6 +342,43 @@ fn inv_19_sandboxes_do_not_wait_for_each_other() {
 }
 
 #[test]
+fn inv_19_too_many_that_wait_are_told_what_for_and_none_keeps_a_destroy_out() {
+    story(async |world, engine| {
+        create(engine, "a").await;
+        world.wedge_agents(true);
+        let pause = || {
+            let engine = engine.clone();
+            tokio::spawn(async move { engine.pause("a").await.map(|(outcome, _)| outcome) })
+        };
+        let moment = || tokio::time::sleep(Duration::from_millis(1));
+        let mut pausing = vec![pause()];
+        moment().await;
+        pausing.extend((1..100).map(|_| pause()));
+        moment().await;
+        let refused = engine.stop("a").await.unwrap_err();
+        assert!(matches!(refused, Error::Busy { .. }), "{refused:?}");
+        assert!(refused.hint().is_some());
+        let text = refused.to_string();
+        assert!(text.contains("sandbox a is pausing"), "{text}");
+        engine.destroy("a").await.unwrap();
+        let mut outcomes = Vec::new();
+        for one in pausing {
+            outcomes.push(one.await.unwrap());
+        }
+        let count = |wanted: fn(&Result<Outcome, Error>) -> bool| {
+            outcomes.iter().filter(|outcome| wanted(outcome)).count()
+        };
+        assert_eq!(count(|it| matches!(it, Ok(Outcome::Changed))), 1);
+        let (coalesced, busy) = (
+            count(|it| matches!(it, Ok(Outcome::AlreadyThere))),
+            count(|it| matches!(it, Err(Error::Busy { .. }))),
+        );
+        assert_eq!((coalesced, busy), (64, 35));
+        world.wedge_agents(false);
+    });
+}
+
+#[test]
 fn inv_21_a_wedged_vmm_can_be_destroyed() {
     story(async |world, engine| {
         let id = create(engine, "a").await;
@@ -661,6 +698,72 @@ fn inv_38_forks_share_nothing_that_they_write_and_outlive_each_other() {
 }
 
 #[test]
+fn inv_38_forks_in_the_making_outlive_their_parent_and_its_generations() {
+    for freeze in [FreezeBy::Vmm, FreezeBy::Host] {
+        life(async || {
+            let world = World::new();
+            let config = Config {
+                keep_generations: 1,
+                ..Config::default()
+            };
+            let engine = Engine::open(world.host(freeze), config).await.unwrap();
+            import_image(&world, &engine).await;
+            for parent_goes in [false, true] {
+                create(&engine, "parent").await;
+                engine.pause("parent").await.unwrap();
+                let forking = tokio::spawn({
+                    let engine = engine.clone();
+                    async move { engine.fork("parent", 30).await }
+                });
+                while engine.list().len() < 2 {
+                    tokio::task::yield_now().await;
+                }
+                if parent_goes {
+                    engine.destroy("parent").await.unwrap();
+                } else {
+                    for _ in 0..3 {
+                        engine.resume("parent", None).await.unwrap();
+                        engine.pause("parent").await.unwrap();
+                    }
+                }
+                let forks = forking.await.unwrap().unwrap();
+                assert_eq!(forks.len(), 30);
+                for fork in forks {
+                    world.guest_value(&fork.unwrap().record.id).unwrap();
+                }
+                if !parent_goes {
+                    engine.resume("parent", None).await.unwrap();
+                    engine.pause("parent").await.unwrap();
+                    let kept = engine.inspect("parent").unwrap().generations.len();
+                    assert_eq!(kept, 1, "what was kept for the forks goes after them");
+                }
+                for view in engine.list() {
+                    engine.destroy(view.record.id.as_str()).await.unwrap();
+                }
+            }
+            leave_nothing(&world, &engine).await;
+        });
+    }
+}
+
+#[test]
+fn forks_of_a_running_sandbox_do_not_pile_up_generations() {
+    story(async |world, engine| {
+        create(engine, "a").await;
+        for _ in 0..20 {
+            for fork in engine.fork("a", 1).await.unwrap() {
+                let id = fork.unwrap().record.id.clone();
+                engine.destroy(id.as_str()).await.unwrap();
+            }
+        }
+        let keep = Config::default().keep_generations;
+        assert_eq!(engine.inspect("a").unwrap().generations.len(), keep);
+        let of_a = |what: &String| what.starts_with("generation");
+        assert_eq!(world.objects().into_iter().filter(of_a).count(), keep);
+    });
+}
+
+#[test]
 fn inv_44_another_vmm_version_is_refused_with_an_explanation_and_the_disk_still_boots() {
     let world = World::new();
     life(async || {
@@ -875,6 +978,41 @@ fn inv_52_collection_removes_exactly_what_nothing_reaches() {
             engine.stop("a").await.unwrap();
         }
     });
+}
+
+#[test]
+fn inv_52_what_would_not_go_is_collected_by_the_next_collection() {
+    for lost in [When::Before, When::After] {
+        story_of_faults(async |world, injector, engine| {
+            create(engine, "a").await;
+            engine.pause("a").await.unwrap();
+            // The sandbox goes; its layer and its memory do not, or nobody hears of it.
+            let others = std::iter::repeat(Some(lost));
+            injector.script("store.trash", std::iter::once(None).chain(others));
+            engine.destroy("a").await.unwrap();
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            engine.collect(false).await.unwrap_err();
+            injector.break_step(None);
+            let planned = engine.collect(true).await.unwrap().objects;
+            assert_eq!(planned.len(), 2, "{planned:?}");
+            let removed = engine.collect(false).await.unwrap().objects;
+            let names =
+                |plan: &[(Object, _)]| plan.iter().map(|it| it.0.clone()).collect::<Vec<_>>();
+            assert_eq!(names(&planned), names(&removed));
+            assert_eq!(engine.collect(false).await.unwrap().objects, []);
+
+            // The same image again, while its base is about to go.
+            let others = std::iter::repeat(Some(lost));
+            injector.script("store.trash", std::iter::once(None).chain(others));
+            engine.remove_template(IMAGE).await.unwrap();
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            injector.break_step(None);
+            import_image(world, engine).await;
+            engine.collect(false).await.unwrap();
+            let id = create(engine, "b").await;
+            world.guest_value(&id).unwrap();
+        });
+    }
 }
 
 #[test]

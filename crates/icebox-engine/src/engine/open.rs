@@ -19,7 +19,7 @@ use crate::layout::Object;
 use crate::ledger::Ledger;
 use crate::manifest::v1::{self, Generation};
 use crate::manifest::{self, ManifestError};
-use crate::sandbox::{Fate, Sandbox, Shared};
+use crate::sandbox::{Fate, QUEUE, Sandbox, Shared};
 
 impl Engine {
     /// Opens the store, brings every sandbox to where its manifest says it rests, and removes what nothing holds.
@@ -95,7 +95,7 @@ impl Engine {
                 listed.remove(&number);
                 strays.push(Object::Generation(record.id.clone(), number));
             }
-            let (gate, (mailbox, requests)) = (Gate::default(), mpsc::unbounded_channel());
+            let (gate, (mailbox, requests)) = (Gate::default(), mpsc::channel(QUEUE));
             shared
                 .catalog
                 .restore(record.clone(), listed, gate.clone(), mailbox);

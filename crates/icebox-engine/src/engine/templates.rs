@@ -7,6 +7,7 @@ use std::sync::Arc;
 use jiff::Timestamp;
 
 use super::{Engine, ask, check_geometry};
+use crate::collect;
 use crate::deadline::{self, within};
 use crate::error::Error;
 use crate::event::Steps;
@@ -108,6 +109,10 @@ impl Engine {
         let _collecting = self.shared.collecting.lock().await;
         if self.shared.catalog.has_base(digest) {
             return Ok(());
+        }
+        // A collection has failed to remove it, or does not know that it has.
+        if self.shared.catalog.is_condemned(&object) {
+            collect::remove(&self.shared, &object).await?;
         }
         let store = &self.shared.host.store;
         let base = Base {

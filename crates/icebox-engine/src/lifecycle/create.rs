@@ -15,7 +15,7 @@ use crate::event::Steps;
 use crate::id::{Digest, GenerationNo};
 use crate::layout::{DEVICE_STATE, Object};
 use crate::manifest;
-use crate::manifest::v1::{Capture, Generation, Hold, Rest, Under};
+use crate::manifest::v1::{Generation, Hold, Rest, Under};
 use crate::sandbox::{Origin, Sandbox};
 
 /// What a new sandbox begins with.
@@ -32,14 +32,11 @@ pub(crate) enum Beginning {
 
 impl Sandbox {
     /// Creates the sandbox that the ledger describes and that does not exist yet.
-    pub(crate) async fn create(&mut self, beginning: &Beginning) -> Result<(), Error> {
+    pub(crate) async fn create(&mut self, beginning: Beginning) -> Result<(), Error> {
         let mut steps = Steps::default();
         let created = match beginning {
-            Beginning::Image { base, .. } => self.create_from_image(base, &mut steps).await,
-            Beginning::Instant(origin) => {
-                self.create_from_instant(&origin.object, &origin.capture, &mut steps)
-                    .await
-            }
+            Beginning::Image { base, _pin } => self.create_from_image(&base, &mut steps).await,
+            Beginning::Instant(origin) => self.create_from_instant(origin, &mut steps).await,
         };
         match created {
             Ok(()) => {
@@ -73,11 +70,11 @@ impl Sandbox {
 
     async fn create_from_instant(
         &mut self,
-        from: &Object,
-        capture: &Capture,
+        origin: Arc<Origin>,
         steps: &mut Steps,
     ) -> Result<(), Error> {
         const FIRST: GenerationNo = GenerationNo(0);
+        let (from, capture) = (&origin.object, &origin.capture);
         self.check_restorable(&from.to_string(), capture)?;
         self.update(|record| {
             record.holds = vec![Hold::Directory, Hold::Slot];
@@ -102,6 +99,8 @@ impl Sandbox {
         copied?;
         self.named(&into);
         self.shared.catalog.add_generation(self.id(), generation);
+        // The copy is its own, and it refers to the rest by itself.
+        drop(origin);
         self.restore(FIRST, steps).await
     }
 

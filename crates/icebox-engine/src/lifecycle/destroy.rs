@@ -2,7 +2,8 @@
 //!
 //! 1. Commit `Nowhere`: from here on, every start finishes the job.
 //! 2. Shut the gate, end the VMM, and give back every hold down to the directory.
-//! 3. Move the directory to the trash: that is when the sandbox does not exist any more.
+//! 3. Wait, but not for long, until forks that are being made have what they need of its generations.
+//! 4. Move the directory to the trash: that is when the sandbox does not exist any more.
 
 use crate::deadline::{self, within};
 use crate::error::Error;
@@ -45,6 +46,13 @@ impl Sandbox {
             self.making(vec![Object::Layer(layer.clone())]);
         }
         self.discard_unnamed().await;
+        let copied = self.shared.catalog.generations_unpinned(self.id());
+        if tokio::time::timeout(deadline::COPIES, copied)
+            .await
+            .is_err()
+        {
+            tracing::warn!(sandbox = %self.id(), "forks that have not begun will find nothing to begin with");
+        }
         let trashed = self.shared.host.store.trash(&object);
         within(deadline::STORE, "moving the sandbox to the trash", trashed)
             .await

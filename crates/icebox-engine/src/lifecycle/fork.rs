@@ -5,6 +5,8 @@
 //!    own, a copy of the device state, a head over the layer, a private mapping of the memory. O(1) each, and they
 //!    share nothing that they write (INV-38).
 //!
+//! Until each fork has its copy, the generation is neither retired nor destroyed with the sandbox.
+//!
 //! Step 1 is the sandbox's; step 2 is [`crate::Engine`]'s, one creation for each fork, and each is all or nothing.
 
 use crate::error::Error;
@@ -70,7 +72,9 @@ impl Sandbox {
                     &steps,
                 );
                 self.named(&object);
-                Ok(self.origin(object, capture))
+                let origin = self.origin(object, capture);
+                self.retire_generations().await;
+                Ok(origin)
             }
             Err(error) => {
                 self.abandon_capture(&*machine, attempt).await?;
@@ -84,6 +88,7 @@ impl Sandbox {
         let objects = [
             Object::Layer(capture.layer.clone()),
             Object::Memory(capture.memory.clone()),
+            object.clone(),
         ];
         let pin = self.shared.catalog.pin(objects);
         Origin {

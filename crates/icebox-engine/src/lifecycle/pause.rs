@@ -85,14 +85,19 @@ impl Sandbox {
         Ok(Outcome::Changed)
     }
 
-    /// Forgets the oldest generations beyond the number that is kept. What they alone referred to is collected later.
-    async fn retire_generations(&mut self) {
+    /// Forgets the oldest generations beyond the number that is kept, unless forks are being made from them. What they
+    /// alone referred to is collected later.
+    pub(super) async fn retire_generations(&mut self) {
         let keep = self.shared.config.keep_generations.max(1);
         let excess = self.record().generations.len().saturating_sub(keep);
-        let retired: Vec<GenerationNo> = self.record().generations[..excess].to_vec();
+        let catalog = &self.shared.catalog;
+        let object = |number| Object::Generation(self.id().clone(), number);
+        let mut retired = self.record().generations[..excess].to_vec();
+        retired.retain(|number| !catalog.is_pinned(&object(*number)));
+        let retire = |number: &GenerationNo| !retired.contains(number);
         if retired.is_empty()
             || self
-                .update(|record| drop(record.generations.drain(..excess)))
+                .update(|record| record.generations.retain(retire))
                 .await
                 .is_err()
         {

@@ -29,7 +29,7 @@ pub(super) fn error(error: &Error) -> ApiError {
         Error::Refused(Refusal::Broken { .. }) => ErrorCode::Broken,
         Error::Refused(_) => ErrorCode::WrongPhase,
         Error::Invalid { .. } => ErrorCode::Invalid,
-        Error::InUse { .. } => ErrorCode::InUse,
+        Error::InUse { .. } | Error::Busy { .. } => ErrorCode::InUse,
         Error::Exhausted { .. } => ErrorCode::Exhausted,
         Error::Incompatible { .. } => ErrorCode::Unsupported,
         Error::Step { source, .. } => kind(source.kind()),
