@@ -38,6 +38,9 @@ struct Inner {
     sandboxes: BTreeMap<SandboxId, Entry>,
     template_names_in_making: BTreeSet<Name>,
     pins: BTreeMap<u64, BTreeSet<Object>>,
+    /// What a start could not read, or did not find though something refers to it, and why. Nothing that needs one of
+    /// these is used, and while something does, nothing is collected: what they need themselves is not known.
+    flawed: BTreeMap<Object, String>,
     /// Forgotten, and not removed yet: nobody can come to need them, and every collection tries again.
     condemned: BTreeSet<Object>,
     next_pin: u64,
@@ -152,19 +155,15 @@ impl Catalog {
     }
 
     pub(crate) fn layer_driver(&self, id: &LayerId) -> Result<String, Error> {
-        let layer = lock(&self.inner)
-            .layers
-            .get(id)
-            .map(|layer| layer.driver.clone());
-        layer.ok_or_else(|| missing("layer", id.as_str()))
+        let inner = lock(&self.inner);
+        let layer = inner.layers.get(id).map(|layer| layer.driver.clone());
+        layer.ok_or_else(|| inner.absent("layer", &Object::Layer(id.clone()), id.as_str()))
     }
 
     pub(crate) fn memory(&self, id: &MemoryId) -> Result<Memory, Error> {
-        lock(&self.inner)
-            .memories
-            .get(id)
-            .cloned()
-            .ok_or_else(|| missing("memory", id.as_str()))
+        let inner = lock(&self.inner);
+        let memory = inner.memories.get(id).cloned();
+        memory.ok_or_else(|| inner.absent("memory", &Object::Memory(id.clone()), id.as_str()))
     }
 
     /// The chain under a head that sits on `under`, for a disk of `size`.
@@ -175,6 +174,9 @@ impl Catalog {
         loop {
             match next {
                 Under::Base(base) => {
+                    if let Some(why) = inner.flaw([Object::Base(base.clone())]) {
+                        return Err(unusable(Object::Base(base).to_string(), why));
+                    }
                     return Ok(Chain {
                         layers,
                         base: Some(base),
@@ -182,10 +184,9 @@ impl Catalog {
                     });
                 }
                 Under::Layer(id) => {
-                    let layer = inner
-                        .layers
-                        .get(&id)
-                        .ok_or_else(|| missing("layer", id.as_str()))?;
+                    let layer = inner.layers.get(&id).ok_or_else(|| {
+                        inner.absent("layer", &Object::Layer(id.clone()), id.as_str())
+                    })?;
                     layers.push(id);
                     next = match (&layer.parent, &layer.base) {
                         (Some(parent), _) => Under::Layer(parent.clone()),
@@ -228,8 +229,17 @@ impl Catalog {
         lock(&self.inner).templates.values().cloned().collect()
     }
 
-    /// Finds a template by name, id or unique prefix of an id, and pins what it holds.
+    /// Finds a template that can be used by name, id or unique prefix of an id, and pins what it holds.
     pub(crate) fn template(&self, wanted: &str) -> Result<(Template, Pin), Error> {
+        let (template, pin) = self.any_template(wanted)?;
+        match self.template_flaw(&template) {
+            None => Ok((template, pin)),
+            Some(why) => Err(unusable(format!("template {}", template.name), why)),
+        }
+    }
+
+    /// Finds a template, whether or not it can be used.
+    pub(crate) fn any_template(&self, wanted: &str) -> Result<(Template, Pin), Error> {
         let found = {
             let inner = lock(&self.inner);
             let named = inner
@@ -375,14 +385,26 @@ impl Catalog {
             .sandboxes
             .get(sandbox)
             .ok_or_else(|| missing("sandbox", sandbox.as_str()))?;
-        entry
-            .generations
-            .get(&wanted)
-            .cloned()
-            .ok_or_else(|| Error::NoGeneration {
-                wanted,
-                have: entry.generations.keys().copied().collect(),
-            })
+        let generation = inner.readable_generation(entry, wanted)?;
+        match inner.generation_flaw(sandbox, generation) {
+            None => Ok(generation.clone()),
+            Some(why) => Err(unusable(format!("generation {wanted}"), why)),
+        }
+    }
+
+    /// The disk of a generation, of which nothing else need be usable.
+    pub(crate) fn generation_disk(
+        &self,
+        sandbox: &SandboxId,
+        wanted: GenerationNo,
+    ) -> Result<LayerId, Error> {
+        let inner = lock(&self.inner);
+        let entry = inner
+            .sandboxes
+            .get(sandbox)
+            .ok_or_else(|| missing("sandbox", sandbox.as_str()))?;
+        let generation = inner.readable_generation(entry, wanted)?;
+        Ok(generation.capture.layer.clone())
     }
 
     pub(crate) fn sandboxes(&self) -> Vec<Entry> {
@@ -418,6 +440,9 @@ impl Catalog {
         let mut inner = lock(&self.inner);
         let unreachable = inner.unreachable();
         inner.condemned.extend(unreachable.iter().cloned());
+        inner
+            .flawed
+            .retain(|object, _| !unreachable.contains(object));
         for object in &unreachable {
             match object {
                 Object::Base(digest) => drop(inner.bases.remove(digest)),
@@ -427,6 +452,61 @@ impl Catalog {
             }
         }
         unreachable
+    }
+
+    /// What keeps everything from being collected, if something does, and why it cannot be read.
+    pub(crate) fn holds_back(&self) -> Option<String> {
+        let inner = lock(&self.inner);
+        let object = inner.holds_back()?;
+        inner.flawed.get(object).cloned()
+    }
+
+    // What cannot be used.
+
+    /// An object that a start found and cannot read.
+    pub(crate) fn add_flawed(&self, object: Object, why: String) {
+        lock(&self.inner).flawed.insert(object, why);
+    }
+
+    /// Finds out what manifests refer to and does not exist. For the start, before anything is in the making.
+    pub(crate) fn find_missing(&self) {
+        let mut inner = lock(&self.inner);
+        let intended: BTreeSet<Object> = inner
+            .sandboxes
+            .values()
+            .flat_map(|entry| intended_layer(&entry.record))
+            .collect();
+        let missing: Vec<Object> = inner
+            .referred_to()
+            .into_iter()
+            .filter(|object| !inner.exists(object) && !intended.contains(object))
+            .collect();
+        for object in missing {
+            let why = format!("{object} is missing");
+            inner.flawed.entry(object).or_insert(why);
+        }
+    }
+
+    /// Why a template cannot be used, if so.
+    pub(crate) fn template_flaw(&self, template: &Template) -> Option<String> {
+        lock(&self.inner).flaw(content_roots(template))
+    }
+
+    /// Which generations of a sandbox cannot be used, and why.
+    pub(crate) fn generation_flaws(&self, record: &Sandbox) -> BTreeMap<GenerationNo, String> {
+        let inner = lock(&self.inner);
+        if inner.flawed.is_empty() {
+            return BTreeMap::new();
+        }
+        let readable = inner.sandboxes.get(&record.id).map(|it| &it.generations);
+        let flaw = |number: &GenerationNo| match readable.and_then(|it| it.get(number)) {
+            Some(generation) => inner.generation_flaw(&record.id, generation),
+            None => inner.flaw([Object::Generation(record.id.clone(), *number)]),
+        };
+        let flaws = record.generations.iter();
+        flaws
+            .filter_map(|number| Some((*number, flaw(number)?)))
+            .collect()
     }
 
     /// Whether an object was forgotten and may still exist.
@@ -461,18 +541,25 @@ impl Inner {
         );
     }
 
-    fn unreachable(&self) -> Vec<Object> {
-        let mut reached: BTreeSet<Object> = self.pins.values().flatten().cloned().collect();
-        reached.extend(self.templates.values().flat_map(content_roots));
-        for entry in self.sandboxes.values() {
-            reached.extend(record_roots(&entry.record));
-            reached.extend(
-                entry
-                    .generations
-                    .values()
-                    .flat_map(|generation| capture_roots(&generation.capture)),
-            );
-        }
+    fn readable_generation<'a>(
+        &self,
+        entry: &'a Entry,
+        wanted: GenerationNo,
+    ) -> Result<&'a Generation, Error> {
+        entry.generations.get(&wanted).ok_or_else(|| {
+            let object = Object::Generation(entry.record.id.clone(), wanted);
+            match self.flawed.get(&object) {
+                Some(why) => unusable(format!("generation {wanted}"), why.clone()),
+                None => Error::NoGeneration {
+                    wanted,
+                    have: entry.generations.keys().copied().collect(),
+                },
+            }
+        })
+    }
+
+    /// What the objects in `reached` need, they themselves included.
+    fn closure(&self, mut reached: BTreeSet<Object>) -> BTreeSet<Object> {
         let mut frontier: Vec<Object> = reached.iter().cloned().collect();
         while let Some(object) = frontier.pop() {
             let needs: Vec<Object> = match &object {
@@ -492,14 +579,91 @@ impl Inner {
                     .filter(|need| reached.insert(need.clone())),
             );
         }
+        reached
+    }
+
+    /// What manifests refer to, other than what is still in the making.
+    fn referred_to(&self) -> BTreeSet<Object> {
+        let mut roots: BTreeSet<Object> = self.templates.values().flat_map(content_roots).collect();
+        for entry in self.sandboxes.values() {
+            roots.extend(record_roots(&entry.record));
+            roots.extend(
+                entry
+                    .generations
+                    .values()
+                    .flat_map(|generation| capture_roots(&generation.capture)),
+            );
+            let listed = entry.record.generations.iter();
+            let listed = listed.map(|number| Object::Generation(entry.record.id.clone(), *number));
+            roots.extend(listed);
+        }
+        self.closure(roots)
+    }
+
+    fn exists(&self, object: &Object) -> bool {
+        match object {
+            Object::Base(digest) => self.bases.contains_key(digest),
+            Object::Layer(id) => self.layers.contains_key(id),
+            Object::Memory(id) => self.memories.contains_key(id),
+            Object::Generation(sandbox, number) => self
+                .sandboxes
+                .get(sandbox)
+                .is_some_and(|entry| entry.generations.contains_key(number)),
+            Object::Kernel(_) | Object::Template(_) | Object::Sandbox(_) => true,
+        }
+    }
+
+    /// Why something that needs `roots` cannot be used, if so.
+    fn flaw(&self, roots: impl IntoIterator<Item = Object>) -> Option<String> {
+        if self.flawed.is_empty() {
+            return None;
+        }
+        let needed = self.closure(roots.into_iter().collect());
+        needed
+            .iter()
+            .find_map(|object| self.flawed.get(object).cloned())
+    }
+
+    fn generation_flaw(&self, sandbox: &SandboxId, generation: &Generation) -> Option<String> {
+        let itself = Object::Generation(sandbox.clone(), generation.number);
+        self.flaw(
+            capture_roots(&generation.capture)
+                .into_iter()
+                .chain([itself]),
+        )
+    }
+
+    fn absent(&self, kind: &'static str, object: &Object, id: &str) -> Error {
+        match self.flawed.get(object) {
+            Some(why) => unusable(object.to_string(), why.clone()),
+            None => missing(kind, id),
+        }
+    }
+
+    /// The first object that something reaches and that cannot be read: what it needs is not known.
+    fn holds_back(&self) -> Option<&Object> {
+        let reached = self.referred_to();
+        self.flawed.keys().find(|object| reached.contains(object))
+    }
+
+    fn unreachable(&self) -> Vec<Object> {
+        let condemned = self.condemned.iter().cloned();
+        if self.holds_back().is_some() {
+            return condemned.collect();
+        }
+        let mut reached = self.referred_to();
+        reached.extend(self.pins.values().flatten().cloned());
+        let reached = self.closure(reached);
         let bases = self.bases.keys().cloned().map(Object::Base);
         let layers = self.layers.keys().cloned().map(Object::Layer);
         let memories = self.memories.keys().cloned().map(Object::Memory);
+        let flawed = self.flawed.keys().cloned();
         bases
             .chain(layers)
             .chain(memories)
+            .chain(flawed)
             .filter(|object| !reached.contains(object))
-            .chain(self.condemned.iter().cloned())
+            .chain(condemned)
             .collect()
     }
 }
@@ -531,16 +695,21 @@ fn content_roots(template: &Template) -> Vec<Object> {
     }
 }
 
+/// The layer that an intent names, which need not exist yet.
+fn intended_layer(record: &Sandbox) -> Option<Object> {
+    record.intent.as_ref().map(|intent| match intent {
+        Intent::Freeze { layer, .. } | Intent::SetAside { layer, .. } => {
+            Object::Layer(layer.clone())
+        }
+    })
+}
+
 fn record_roots(record: &Sandbox) -> Vec<Object> {
     let heads = record.holds.iter().filter_map(|hold| match hold {
         Hold::Head { over, .. } => Some(under_root(over)),
         _ => None,
     });
-    let intent = record.intent.iter().map(|intent| match intent {
-        Intent::Freeze { layer, .. } | Intent::SetAside { layer, .. } => {
-            Object::Layer(layer.clone())
-        }
-    });
+    let intent = intended_layer(record);
     let branches = record
         .branches
         .iter()
@@ -555,6 +724,10 @@ pub(crate) fn display_name(record: &Sandbox) -> String {
         .name
         .as_ref()
         .map_or_else(|| record.id.to_string(), ToString::to_string)
+}
+
+fn unusable(what: String, why: String) -> Error {
+    Error::Unusable { what, why }
 }
 
 fn missing(kind: &'static str, wanted: &str) -> Error {

@@ -33,6 +33,12 @@ pub(crate) async fn collect(shared: &Arc<Shared>, dry_run: bool) -> Result<Plan,
     } else {
         shared.catalog.forget_unreachable()
     };
+    if let Some(why) = shared.catalog.holds_back() {
+        tracing::warn!(
+            why,
+            "nothing is collected while something refers to what cannot be read"
+        );
+    }
     let mut plan = Plan::default();
     let mut failed = None;
     for object in objects {

@@ -88,8 +88,10 @@ pub struct CreateRequest {
 pub struct SandboxView {
     /// Its record, as committed.
     pub record: Arc<v1::Sandbox>,
-    /// Its generations, oldest first.
+    /// Its generations that can be used, oldest first.
     pub generations: Vec<Generation>,
+    /// Its generations of which something is missing or cannot be read, and what.
+    pub unusable: BTreeMap<GenerationNo, String>,
     /// What is being done to it.
     pub busy: Option<&'static str>,
     /// Reaches its guest from the host, on any port.
@@ -408,10 +410,13 @@ impl Engine {
 
     fn view(&self, entry: Entry) -> SandboxView {
         let host_address = self.shared.host.network.host_address(entry.record.slot);
-        let generations = entry.generations.into_values().collect();
+        let unusable = self.shared.catalog.generation_flaws(&entry.record);
+        let usable = |generation: &Generation| !unusable.contains_key(&generation.number);
+        let generations = entry.generations.into_values().filter(usable).collect();
         SandboxView {
             record: entry.record,
             generations,
+            unusable,
             busy: entry.busy,
             host_address,
         }

@@ -87,6 +87,14 @@ pub enum Error {
         /// Its value here.
         here: String,
     },
+    /// It is there, but something that it needs is missing or cannot be read. Nothing of it was removed.
+    #[error("{what} cannot be used: {why}")]
+    Unusable {
+        /// The template, generation, layer…
+        what: String,
+        /// What it lacks.
+        why: String,
+    },
     /// There is no such generation.
     #[error("the sandbox has no generation {wanted} (it has {})", list(have))]
     NoGeneration {
@@ -166,6 +174,9 @@ impl Error {
             Self::NameTaken { kind, .. } => Some(format!("choose another name, or remove the {kind} first")),
             Self::Refused(refusal) => Some(refusal.hint().into()),
             Self::InUse { .. } => Some("remove what uses it first".into()),
+            Self::Unusable { .. } => Some(
+                "nothing of it was removed: put back what is missing and restart the daemon, or remove what needs it".into(),
+            ),
             Self::Busy { .. } => Some("ask again when they have ended; `icebox inspect` shows what it is doing".into()),
             Self::Incompatible { .. } => {
                 Some("restore it with what it was captured with, or boot its disk: `stop`, then `start`".into())

@@ -319,6 +319,11 @@ impl World {
         }
     }
 
+    /// Loses an object with all its files.
+    pub fn lose(&self, object: &Object) {
+        self.lock().objects.remove(object);
+    }
+
     /// Puts things on the host that no manifest holds: a box with a VMM, a network, a head, a staging directory.
     pub fn litter(
         &self,

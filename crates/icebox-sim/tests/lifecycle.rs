@@ -829,6 +829,96 @@ fn inv_44_a_manifest_of_a_newer_or_damaged_format_stops_the_start() {
 }
 
 #[test]
+fn inv_44_what_lacks_something_is_told_and_kept_and_not_used() {
+    let spoil = |world: &World, object: &Object, says: &str| match says {
+        "missing" => world.lose(object),
+        _ => world.overwrite_manifest(object, b"{"),
+    };
+    for says in ["missing", "damaged"] {
+        for freeze in [FreezeBy::Vmm, FreezeBy::Host] {
+            let world = World::new();
+            let (layer, memory) = life(async || {
+                let engine = open(world.host(freeze)).await;
+                import_image(&world, &engine).await;
+                create(&engine, "a").await;
+                engine.pause("a").await.unwrap();
+                engine.resume("a", None).await.unwrap();
+                engine.pause("a").await.unwrap();
+                create(&engine, "other").await;
+                let template = engine.snapshot("other", n("warm")).await.unwrap();
+                let TemplateContent::Snapshot { capture } = template.content else {
+                    panic!("a snapshot");
+                };
+                engine.stop("other").await.unwrap();
+                let generations = engine.inspect("a").unwrap().generations;
+                let memory = generations[1].capture.memory.clone();
+                (Object::Layer(capture.layer), Object::Memory(memory))
+            });
+            spoil(&world, &layer, says);
+            spoil(&world, &memory, says);
+            let before = world.objects();
+            life(async || {
+                let engine = open(world.host(freeze)).await;
+                assert_eq!(world.objects(), before, "nothing is removed for it");
+
+                let unusable = engine.unusable_templates();
+                assert_eq!(unusable[0].0.name, n("warm"));
+                assert!(!engine.templates().iter().any(|it| it.name == n("warm")));
+                let error = engine.create(from("warm")).await.unwrap_err();
+                let text = error.to_string();
+                assert!(
+                    matches!(error, Error::Unusable { .. })
+                        && text.contains(&layer.to_string())
+                        && text.contains(says),
+                    "{text}"
+                );
+
+                let view = engine.inspect("a").unwrap();
+                assert_eq!(view.generations.len(), 1);
+                let why = &view.unusable[&GenerationNo(2)];
+                assert!(why.contains(&memory.to_string()) && why.contains(says));
+                let error = engine.resume("a", None).await.unwrap_err();
+                assert!(matches!(error, Error::Unusable { .. }), "{error:?}");
+                let told = engine.events().kept(1).events;
+                for kind in ["template.unusable", "sandbox.generation-unusable"] {
+                    assert!(told.iter().any(|event| event.kind == kind), "{kind}");
+                }
+
+                // What does not need it goes on, and nothing that it may need goes.
+                engine.collect(false).await.unwrap();
+                assert_eq!(world.objects(), before);
+                engine.resume("a", Some(GenerationNo(1))).await.unwrap();
+                engine.pause("a").await.unwrap();
+                engine.destroy("a").await.unwrap();
+                engine.remove_template("warm").await.unwrap();
+                leave_nothing(&world, &engine).await;
+            });
+        }
+    }
+}
+
+#[test]
+fn a_generation_without_its_memory_still_has_its_disk() {
+    let world = World::new();
+    let capture = life(async || {
+        let engine = open(world.host(FreezeBy::Vmm)).await;
+        import_image(&world, &engine).await;
+        create(&engine, "a").await;
+        engine.pause("a").await.unwrap();
+        engine.inspect("a").unwrap().generations[0].capture.clone()
+    });
+    world.lose(&Object::Memory(capture.memory));
+    life(async || {
+        let engine = open(world.host(FreezeBy::Vmm)).await;
+        engine.resume("a", None).await.unwrap_err();
+        engine.flatten("a", n("flat")).await.unwrap();
+        engine.stop("a").await.unwrap();
+        engine.start("a").await.unwrap();
+        leave_nothing(&world, &engine).await;
+    });
+}
+
+#[test]
 fn inv_47_slots_never_wrap() {
     story(async |_, engine| {
         let capacity = engine.host().network.capacity();

@@ -11,21 +11,23 @@ use crate::catalog::Catalog;
 use crate::collect;
 use crate::deadline::{self, within};
 use crate::error::Error;
-use crate::event::Events;
+use crate::event::{Events, Steps};
 use crate::gate::Gate;
 use crate::host::Host;
 use crate::id::{GenerationNo, SandboxId};
 use crate::layout::Object;
 use crate::ledger::Ledger;
 use crate::manifest::v1::{self, Generation};
-use crate::manifest::{self, ManifestError};
-use crate::sandbox::{Fate, QUEUE, Sandbox, Shared};
+use crate::manifest::{self, Document, ManifestError};
+use crate::sandbox::{Chained, Fate, QUEUE, Sandbox, Shared};
 
 impl Engine {
     /// Opens the store, brings every sandbox to where its manifest says it rests, and removes what nothing holds.
     ///
     /// # Errors
-    /// The store cannot be read, or a manifest is damaged or newer than this build: nothing is touched then.
+    /// The store cannot be read, a manifest is newer than this build, or that of a sandbox or a template is damaged:
+    /// nothing is touched then. What lies below them may be damaged or missing: whatever needs it cannot be used, and is
+    /// kept (`template.unusable`, `sandbox.generation-unusable` among the [events](Self::events)).
     pub async fn open(host: Host, config: Config) -> Result<Self, Error> {
         let found = within(
             deadline::STORE,
@@ -52,16 +54,15 @@ impl Engine {
             let (object, bytes) = (&document.object, document.manifest.as_deref());
             match object {
                 Object::Kernel(_) => {}
-                Object::Base(_) => catalog.add_base(manifest::decode(object, bytes)?.1),
-                Object::Layer(_) => catalog.add_layer(manifest::decode(object, bytes)?.1),
-                Object::Memory(_) => catalog.add_memory(manifest::decode(object, bytes)?.1),
+                Object::Base(_) => or_flawed(catalog, object, bytes, Catalog::add_base)?,
+                Object::Layer(_) => or_flawed(catalog, object, bytes, Catalog::add_layer)?,
+                Object::Memory(_) => or_flawed(catalog, object, bytes, Catalog::add_memory)?,
                 Object::Template(_) => catalog.add_template(manifest::decode(object, bytes)?.1),
                 Object::Generation(sandbox, number) => {
-                    let (_, generation) = manifest::decode(object, bytes)?;
-                    generations
-                        .entry(sandbox.clone())
-                        .or_default()
-                        .insert(*number, generation);
+                    let listed = generations.entry(sandbox.clone()).or_default();
+                    or_flawed(catalog, object, bytes, |_, generation| {
+                        listed.insert(*number, generation);
+                    })?;
                 }
                 Object::Sandbox(_) => match manifest::decode::<v1::Sandbox>(object, bytes) {
                     Ok(record) => records.push(record),
@@ -82,7 +83,7 @@ impl Engine {
         mut strays: Vec<Object>,
     ) -> Result<(), Error> {
         let shared = &self.shared;
-        let mut recovering = JoinSet::new();
+        let mut sandboxes = Vec::new();
         for (revision, record) in records {
             let mut listed = generations.remove(&record.id).unwrap_or_default();
             // One that no commit has listed does not exist: the pause that wrote it did not happen.
@@ -100,7 +101,12 @@ impl Engine {
                 .catalog
                 .restore(record.clone(), listed, gate.clone(), mailbox);
             let ledger = Ledger::found(Arc::clone(&shared.host.store), revision, record);
-            let mut sandbox = Sandbox::new(Arc::clone(shared), ledger, gate);
+            sandboxes.push((Sandbox::new(Arc::clone(shared), ledger, gate), requests));
+        }
+        shared.catalog.find_missing();
+        self.report_flaws();
+        let mut recovering = JoinSet::new();
+        for (mut sandbox, requests) in sandboxes {
             if recovering.len() >= AT_ONCE {
                 joined(recovering.join_next().await);
             }
@@ -117,6 +123,44 @@ impl Engine {
         self.make_slots_ready();
         self.collect(false).await.map(drop)
     }
+
+    /// Says what there is and cannot be used.
+    fn report_flaws(&self) {
+        let Shared {
+            catalog, events, ..
+        } = &*self.shared;
+        for (template, why) in self.unusable_templates() {
+            let detail = format!("{}: {why}", template.name);
+            events.emit(None, "template.unusable", detail, &Steps::default());
+        }
+        for entry in catalog.sandboxes() {
+            for (number, why) in catalog.generation_flaws(&entry.record) {
+                let (of, kind) = (&entry.record.id, "sandbox.generation-unusable");
+                let detail = format!("generation {number}: {why}");
+                events.emit(Some(of), kind, detail, &Steps::default());
+            }
+        }
+    }
+}
+
+/// Reads a manifest, or notes why it cannot be read.
+fn or_flawed<T: Document>(
+    catalog: &Catalog,
+    object: &Object,
+    bytes: Option<&[u8]>,
+    add: impl FnOnce(&Catalog, T),
+) -> Result<(), Error> {
+    match manifest::decode(object, bytes) {
+        Ok((_, document)) => add(catalog, document),
+        // Whoever wrote it knows what it means.
+        Err(error @ ManifestError::TooNew { .. }) => return Err(error.into()),
+        Err(error) => {
+            let why = Chained(&error.into()).to_string();
+            tracing::error!(%object, why, "cannot be used");
+            catalog.add_flawed(object.clone(), why);
+        }
+    }
+    Ok(())
 }
 
 /// A task that panicked has been reported by the runtime; the others go on.

@@ -198,10 +198,24 @@ impl Engine {
         flat
     }
 
-    /// All templates.
+    /// All templates that can be used.
     #[must_use]
     pub fn templates(&self) -> Vec<Template> {
-        self.shared.catalog.templates()
+        let mut templates = self.shared.catalog.templates();
+        templates.retain(|template| self.shared.catalog.template_flaw(template).is_none());
+        templates
+    }
+
+    /// The templates of which something is missing or cannot be read, and what. They keep their names and what is left
+    /// of them until they are removed.
+    #[must_use]
+    pub fn unusable_templates(&self) -> Vec<(Template, String)> {
+        let catalog = &self.shared.catalog;
+        let flawed = |template: Template| {
+            let why = catalog.template_flaw(&template)?;
+            Some((template, why))
+        };
+        catalog.templates().into_iter().filter_map(flawed).collect()
     }
 
     /// One template, by name, id or unique prefix of an id.
@@ -217,7 +231,7 @@ impl Engine {
     /// # Errors
     /// Sandboxes that were created from it exist: they are named.
     pub async fn remove_template(&self, wanted: &str) -> Result<Template, Error> {
-        let (template, pin) = self.shared.catalog.template(wanted)?;
+        let (template, pin) = self.shared.catalog.any_template(wanted)?;
         self.detached("removing a template", |engine| async move {
             let removed = engine.trash_template(template).await;
             drop(pin);

@@ -21,11 +21,8 @@ impl Sandbox {
         self.admit(Verb::Flatten).await?;
         let layer = match (&self.life, &self.record().rests) {
             (_, Rest::Paused { generation }) => {
-                self.shared
-                    .catalog
-                    .generation(self.id(), *generation)?
-                    .capture
-                    .layer
+                let catalog = &self.shared.catalog;
+                catalog.generation_disk(self.id(), *generation)?
             }
             (Life::Running(machine), _) => {
                 let machine = Arc::clone(machine);

@@ -46,12 +46,7 @@ impl Sandbox {
 
     /// Puts a head over a generation's disk, and rests there.
     async fn unpack_disk(&mut self, generation: crate::id::GenerationNo) -> Result<(), Error> {
-        let layer = self
-            .shared
-            .catalog
-            .generation(self.id(), generation)?
-            .capture
-            .layer;
+        let layer = self.shared.catalog.generation_disk(self.id(), generation)?;
         let (number, over) = (self.record().next_head, Under::Layer(layer));
         self.update(|record| {
             record.holds.push(Hold::Head {
