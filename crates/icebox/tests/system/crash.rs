@@ -9,34 +9,18 @@ use std::time::Duration;
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::marks::entries;
-use crate::site::{Site, WARM, run};
+use crate::site::{SLOTS, Site, WARM, quietly, run};
 
-tests![
-    inv_11_a_pause_that_cannot_be_written_down_fails_and_the_guest_runs_on,
-    inv_30_a_killed_daemon_leaves_everything_at_rest,
-    inv_33_strays_of_ours_are_removed_and_nothing_else,
-    inv_44_other_versions_are_refused_with_an_explanation,
-    inv_46_guests_outlive_their_daemon,
-    a_second_daemon_is_refused,
-];
-
-fn inv_11_a_pause_that_cannot_be_written_down_fails_and_the_guest_runs_on(site: &mut Site) {
-    let id = site.create(WARM, "unwritten");
-    let count = site.count("unwritten");
-    let directory = site.traces.data.join("sandboxes").join(id);
-    run(Command::new("chattr").arg("+i").arg(&directory));
-    let refused = site.run(&["pause", "unwritten"]);
-    run(Command::new("chattr").arg("-i").arg(&directory));
-    assert!(!refused.status.success());
-    assert_eq!(site.state("unwritten"), "running");
-    let now = site.count("unwritten");
-    now.assert_goes_on_from(&count);
-    assert!(entries(&site.traces.data.join("staging")).is_empty());
-    site.get(&["pause", "unwritten"]);
-    site.get(&["resume", "unwritten"]);
-    site.count("unwritten").assert_goes_on_from(&now);
-    site.get(&["rm", "unwritten"]);
+tests! {
+    both:
+        inv_30_a_killed_daemon_leaves_everything_at_rest;
+    qcow2:
+        inv_33_inv_48_strays_of_ours_are_removed_and_nothing_else,
+        a_second_daemon_is_refused;
+    reflink:
+        inv_44_other_versions_are_refused_with_an_explanation,
+        inv_46_guests_outlive_their_daemon,
+        inv_47_slots_are_used_up_and_never_shared;
 }
 
 /// Each sandbox by name, with where it rests. Fails if one does not rest.
@@ -148,14 +132,55 @@ fn wake(site: &Site, sandbox: &str) {
     }
 }
 
-/// The tag of an installation that is not the one with `tag`.
-fn another(tag: &str) -> String {
-    let (first, rest) = tag.split_at(1);
-    let first = if first == "0" { "1" } else { "0" };
-    format!("{first}{rest}")
+/// A namespace, a link and a table as those of an installation that is not the one with `tag`.
+struct Foreign {
+    name: String,
+    table: String,
 }
 
-fn inv_33_strays_of_ours_are_removed_and_nothing_else(site: &mut Site) {
+impl Foreign {
+    fn add(tag: &str) -> Self {
+        let (first, rest) = tag.split_at(1);
+        let other = format!("{}{rest}", if first == "0" { "1" } else { "0" });
+        let foreign = Self {
+            name: format!("ibx{other}-77"),
+            table: format!("icebox_{other}"),
+        };
+        let Self { name, table } = &foreign;
+        let peer = format!("{name}p");
+        run(Command::new("ip").args(["netns", "add", name]));
+        run(Command::new("ip").args(["link", "add", name, "type", "veth", "peer", "name", &peer]));
+        run(Command::new("nft").args(["add", "table", "inet", table]));
+        foreign
+    }
+
+    fn removals(&self) -> [Command; 3] {
+        let command = |words: &[&str], name| {
+            let mut command = Command::new(words[0]);
+            command.args(&words[1..]).arg(name);
+            command
+        };
+        [
+            command(&["ip", "netns", "delete"], &self.name),
+            command(&["ip", "link", "delete"], &self.name),
+            command(&["nft", "delete", "table", "inet"], &self.table),
+        ]
+    }
+
+    /// Fails if one of them is not there.
+    fn remove(&self) {
+        self.removals().iter_mut().for_each(run);
+    }
+}
+
+impl Drop for Foreign {
+    /// A test that failed leaves nothing either.
+    fn drop(&mut self) {
+        self.removals().iter_mut().for_each(quietly);
+    }
+}
+
+fn inv_33_inv_48_strays_of_ours_are_removed_and_nothing_else(site: &mut Site) {
     let id = site.create(WARM, "resident");
     let count = site.count("resident");
     let before = site.marks();
@@ -164,10 +189,10 @@ fn inv_33_strays_of_ours_are_removed_and_nothing_else(site: &mut Site) {
     let last = if id.ends_with('a') { 'b' } else { 'a' };
     let stray_id = format!("{}{last}", &id[..id.len() - 1]);
     let ours = format!("ibx{tag}-77");
-    let foreign = format!("ibx{}-77", another(&tag));
-    for name in [&ours, &foreign] {
-        run(Command::new("ip").args(["netns", "add", name]));
-    }
+    run(Command::new("ip").args(["netns", "add", &ours]));
+    let foreign = Foreign::add(&tag);
+    let forwards = || fs::read_to_string("/proc/sys/net/ipv4/ip_forward").unwrap();
+    let forwarded = forwards();
     let groups = site.traces.cgroups();
     let group = groups.first().map(|group| group.with_file_name(&stray_id));
     if let Some(group) = &group {
@@ -186,9 +211,6 @@ fn inv_33_strays_of_ours_are_removed_and_nothing_else(site: &mut Site) {
     );
     assert!(group.is_none_or(|group| !group.exists()), "{}", site.said());
     assert!(!runtime.exists(), "{}", site.said());
-    let kept = Path::new("/run/netns").join(&foreign).exists();
-    run(Command::new("ip").args(["netns", "delete", &foreign]));
-    assert!(kept, "another installation's namespace is gone");
     if staged.exists() {
         // Its name is not one of ours: it is left alone.
         fs::remove_dir(&staged).unwrap();
@@ -196,6 +218,9 @@ fn inv_33_strays_of_ours_are_removed_and_nothing_else(site: &mut Site) {
     site.count("resident").assert_goes_on_from(&count);
     before.assert_same(&site.marks());
     site.get(&["rm", "resident"]);
+
+    foreign.remove();
+    assert_eq!(forwards(), forwarded);
 }
 
 /// Changes a manifest while no daemon runs, and returns what it was.
@@ -274,6 +299,35 @@ fn inv_46_guests_outlive_their_daemon(site: &mut Site) {
     site.get(&["resume", "survivor"]);
     site.count("survivor").assert_goes_on_from(&count);
     site.get(&["rm", "survivor"]);
+}
+
+fn inv_47_slots_are_used_up_and_never_shared(site: &mut Site) {
+    site.end_daemon(Signal::TERM);
+    site.configure(2);
+    site.start_daemon();
+    for name in ["first", "second"] {
+        site.create(WARM, name);
+        // It keeps its addresses.
+        site.get(&["pause", name]);
+    }
+    let addresses = ["first", "second"].map(|name| site.address(name));
+    assert_ne!(addresses[0], addresses[1]);
+    for _ in 0..2 {
+        let said = site.refused(&["create", WARM, "--name", "third"]);
+        assert!(said.contains("slot") && said.contains("hint:"), "{said}");
+        site.refused(&["inspect", "third"]);
+    }
+    site.get(&["rm", "first"]);
+    site.create(WARM, "third");
+    assert_eq!(site.address("third"), addresses[0]);
+    site.get(&["resume", "second"]);
+    assert_eq!(site.address("second"), addresses[1]);
+    site.exec("second", "true");
+    site.exec("third", "true");
+    site.get(&["rm", "second", "third"]);
+    site.end_daemon(Signal::TERM);
+    site.configure(SLOTS);
+    site.start_daemon();
 }
 
 fn a_second_daemon_is_refused(site: &mut Site) {

@@ -1,8 +1,8 @@
 //! The whole system, black box: the real daemon, the real command line, real guests.
 //!
-//! Every test runs with every volume driver: qcow2 on the file system of the temporary directory, reflink on an XFS of
-//! its own. Tests of one driver share a daemon and run one after the other, since each ends with a leak diff of the
-//! host: what was there before is there afterwards, and nothing else. Tests that end daemons have a site of their own.
+//! What has to do with disks runs with every volume driver: qcow2 on the file system of the temporary directory, reflink
+//! on an XFS of its own. Tests of one driver share a data directory and run one after the other, since each ends with a
+//! leak diff of the host: what was there before is there afterwards, and nothing else.
 //!
 //! Needs root, QEMU, mkfs.xfs and nft. A test that cannot run says why by name, where `cargo xtask check` reads it.
 
@@ -11,16 +11,25 @@
     reason = "a test fails by panicking, in helpers too"
 )]
 
-/// A table of tests, by name.
+/// A test by its name, and the drivers that it runs with.
+type Test = (&'static str, fn(&mut Site), &'static [Driver]);
+
+/// A table of tests: those that both drivers must pass, and those that have nothing to do with disks, shared out.
 macro_rules! tests {
-    ($($test:ident),* $(,)?) => {
-        pub(crate) const TESTS: &[(&str, fn(&mut Site))] = &[$((stringify!($test), $test)),*];
+    (@drivers both) => { &[$crate::Driver::Qcow2, $crate::Driver::Reflink] };
+    (@drivers qcow2) => { &[$crate::Driver::Qcow2] };
+    (@drivers reflink) => { &[$crate::Driver::Reflink] };
+    ($($drivers:ident: $($test:ident),+;)+) => {
+        pub(crate) const TESTS: &[$crate::Test] =
+            &[$($((stringify!($test), $test, tests!(@drivers $drivers))),+),+];
     };
 }
 
 mod crash;
+mod faults;
 mod lifecycle;
 mod marks;
+mod monitor;
 #[path = "../../../icebox-host/tests/support/mounts.rs"]
 mod mounts;
 mod site;
@@ -40,12 +49,16 @@ fn main() -> ExitCode {
     // One for each driver's site. More would make guests so slow that deadlines mean nothing.
     arguments.test_threads.get_or_insert(2);
     let mut trials = Vec::new();
-    let suites = [("lifecycle", lifecycle::TESTS), ("crash", crash::TESTS)];
+    let suites = [
+        ("lifecycle", lifecycle::TESTS),
+        ("faults", faults::TESTS),
+        ("crash", crash::TESTS),
+    ];
     let tests = suites
         .iter()
         .flat_map(|(suite, tests)| tests.iter().map(move |test| (suite, test)));
-    for (suite, &(name, test)) in tests {
-        for driver in [Driver::Qcow2, Driver::Reflink] {
+    for (suite, &(name, test, drivers)) in tests {
+        for &driver in drivers {
             let name = format!("{suite}::{name}::{}", driver.name());
             let runs = driver == Driver::Qcow2 || mounts::can_mount("xfs", &name);
             let trial = Trial::test(name, move || {

@@ -122,12 +122,22 @@ impl Marks {
         );
     }
 
-    /// Those with `word` in them.
-    pub(crate) fn with<'a>(&'a self, word: &'a str) -> impl Iterator<Item = &'a str> {
-        self.0
-            .iter()
-            .map(String::as_str)
-            .filter(move |mark| mark.contains(word))
+    /// The one path with `area` in it that came between `before` and `self`.
+    pub(crate) fn came_since(&self, before: &Self, area: &str) -> PathBuf {
+        let new = self.0.difference(&before.0);
+        let new: Vec<_> = new.filter(|mark| mark.contains(area)).collect();
+        assert_eq!(new.len(), 1, "{new:?}");
+        PathBuf::from(new[0])
+    }
+
+    /// Those that are not below one of `directories`.
+    pub(crate) fn outside(&self, directories: &[PathBuf]) -> impl Iterator<Item = &str> {
+        let marks = self.0.iter().map(String::as_str);
+        marks.filter(|mark| {
+            !directories
+                .iter()
+                .any(|directory| Path::new(mark).starts_with(directory))
+        })
     }
 }
 

@@ -3,6 +3,9 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::Ipv4Addr;
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
 
@@ -13,9 +16,12 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::marks::{Marks, Traces};
+use crate::monitor::Monitor;
 
 /// Of the file system that reflinks need; sparse.
 const FILE_SYSTEM_SIZE: u64 = 12 << 30;
+/// How many sandboxes a site has room for.
+pub(crate) const SLOTS: u32 = 128;
 /// The template of sandboxes that boot.
 pub(crate) const COLD: &str = "cold";
 /// The template of sandboxes that are restored, with a process that counts in them.
@@ -73,12 +79,16 @@ impl Count {
 }
 
 pub(crate) struct Site {
+    pub(crate) driver: Driver,
     pub(crate) traces: Traces,
     directory: tempfile::TempDir,
     mounted: bool,
+    agent: PathBuf,
+    /// The first three numbers of its addresses.
+    network: String,
     daemon: Option<Child>,
     /// Held while this site uses its network.
-    _network: File,
+    _lock: UnixListener,
 }
 
 impl Site {
@@ -117,22 +127,18 @@ impl Site {
             .join("kernels")
             .join(kernel.digest().as_str());
         run(Command::new("cp").arg("-a").args([&cached, &kernels]));
-        let (network, prefix) = network();
-        let settings = format!(
-            "data_dir = {:?}\nrun_dir = {:?}\nagent = {agent:?}\nvolume_driver = {:?}\n\
-             [network]\nprefix = \"{prefix}\"\npool = 0\n[defaults]\nmemory_mib = 256\n",
-            traces.data,
-            traces.run,
-            driver.name(),
-        );
-        fs::write(root.join("icebox.toml"), settings).unwrap();
+        let (lock, network) = network();
         let mut site = Self {
+            driver,
             traces,
             mounted: driver == Driver::Reflink,
             directory,
+            agent,
+            network,
             daemon: None,
-            _network: network,
+            _lock: lock,
         };
+        site.configure(SLOTS);
         site.start_daemon();
         site
     }
@@ -158,6 +164,22 @@ impl Site {
     }
 
     // The daemon.
+
+    /// Writes the settings of daemons that start from now on, with room for so many sandboxes.
+    pub(crate) fn configure(&self, slots: u32) {
+        // Each has two addresses.
+        let bits = 32 - (slots * 2).ilog2();
+        let settings = format!(
+            "data_dir = {:?}\nrun_dir = {:?}\nagent = {:?}\nvolume_driver = {:?}\n\
+             [network]\nprefix = \"{}.0/{bits}\"\npool = 0\n[defaults]\nmemory_mib = 256\n",
+            self.traces.data,
+            self.traces.run,
+            self.agent,
+            self.driver.name(),
+            self.network,
+        );
+        fs::write(self.scratch("icebox.toml"), settings).unwrap();
+    }
 
     /// Starts the daemon and waits until it is ready.
     pub(crate) fn start_daemon(&mut self) {
@@ -201,7 +223,7 @@ impl Site {
         let mut command = icebox();
         command
             .args(["serve", "--config"])
-            .arg(self.directory.path().join("icebox.toml"))
+            .arg(self.scratch("icebox.toml"))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
@@ -328,6 +350,22 @@ impl Site {
             .expect("a VMM runs it")
     }
 
+    /// Where the host reaches a sandbox.
+    #[track_caller]
+    pub(crate) fn address(&self, sandbox: &str) -> Ipv4Addr {
+        let address = self.inspect(sandbox)["address"].clone();
+        address.as_str().unwrap().parse().unwrap()
+    }
+
+    /// Restarts the daemon, with a [`Monitor`] between it and the VMM that runs `sandbox`, whose id this is.
+    pub(crate) fn monitor(&mut self, id: &str) -> Monitor {
+        self.end_daemon(Signal::TERM);
+        let socket = self.traces.run.join("vm").join(id).join("qmp.sock");
+        let monitor = Monitor::at(&socket, self.scratch(id));
+        self.start_daemon();
+        monitor
+    }
+
     /// What the counter in a sandbox from [`WARM`] shows.
     #[track_caller]
     pub(crate) fn count(&self, sandbox: &str) -> Count {
@@ -343,10 +381,29 @@ impl Site {
         }
     }
 
+    /// The kinds of what has happened after event `since`, oldest first.
+    pub(crate) fn happened(&self, since: u64) -> Vec<String> {
+        let since = since.to_string();
+        let output = self.run(&["events", "--no-follow", "--json", "--since", &since]);
+        let lines = String::from_utf8(output.stdout).unwrap();
+        lines
+            .lines()
+            .map(|line| {
+                let event: Value = serde_json::from_str(line).unwrap();
+                event["event"].as_str().unwrap().to_owned()
+            })
+            .collect()
+    }
+
+    /// The number of the newest event.
+    pub(crate) fn newest_event(&self) -> u64 {
+        let newest = self.get(&["events", "--no-follow"]);
+        newest["sequence"].as_u64().unwrap_or_default()
+    }
+
     /// What happens from now on.
     pub(crate) fn events(&self) -> Events {
-        let newest = self.get(&["events", "--no-follow"]);
-        let since = newest["sequence"].as_u64().unwrap_or_default().to_string();
+        let since = self.newest_event().to_string();
         let mut process = self
             .command(&["events", "--since", &since, "--json"])
             .stdout(Stdio::piped())
@@ -364,24 +421,17 @@ impl Site {
         self.traces.look()
     }
 
-    /// Ends the daemon of a site without sandboxes; nothing of it may be left on the host.
+    /// Ends the daemon of a site without sandboxes; nothing of it may be left on the host but what templates are made of.
     pub(crate) fn finish(mut self) {
         self.end_daemon(Signal::TERM);
+        let kept = ["bases", "layers", "memories", "templates"];
+        let kept = kept.map(|area| self.traces.data.join(area));
         let marks = self.traces.look();
-        let left: Vec<_> = [
-            "ibx",
-            "cgroup",
-            "process",
-            "mount",
-            "loop",
-            "/vm/",
-            "/sandboxes/",
-            "/staging/",
-            "/trash/",
-        ]
-        .iter()
-        .flat_map(|word| marks.with(word))
-        .collect();
+        // The host's rules, which are empty by now, are replaced by the next daemon.
+        let left: Vec<_> = marks
+            .outside(&kept)
+            .filter(|mark| !mark.starts_with("nft"))
+            .collect();
         assert!(left.is_empty(), "left behind: {left:#?}");
     }
 }
@@ -461,13 +511,13 @@ fn icebox() -> Command {
     command
 }
 
-/// A network that no other site on this machine uses while the file is open.
-fn network() -> (File, String) {
+/// A network of 256 addresses that no other site on this machine uses while the socket is open.
+fn network() -> (UnixListener, String) {
     for number in 0..250 {
-        let path = fixture::cache_dir().join(format!("network-{number}.lock"));
-        let file = File::create(path).unwrap();
-        if file.try_lock().is_ok() {
-            return (file, format!("10.217.{number}.0/24"));
+        let name = format!("icebox-test-network-{number}");
+        let lock = SocketAddr::from_abstract_name(name).unwrap();
+        if let Ok(lock) = UnixListener::bind_addr(&lock) {
+            return (lock, format!("10.217.{number}"));
         }
     }
     panic!("250 sites run on this machine");
@@ -486,7 +536,7 @@ pub(crate) fn run(command: &mut Command) {
 }
 
 /// Runs a tool whose failure does not matter.
-fn quietly(command: &mut Command) {
+pub(crate) fn quietly(command: &mut Command) {
     command.output().map(drop).unwrap_or_default();
 }
 

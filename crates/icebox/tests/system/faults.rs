@@ -1,0 +1,364 @@
+//! What holds when something fails: a VMM's command, a write, a file that has gone, the guest's agent, the VMM itself.
+
+use std::fs;
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+
+use crate::marks::entries;
+use crate::monitor::Refuse;
+use crate::site::{Count, Driver, Site, WARM, kill, run};
+
+tests! {
+    both:
+        inv_01_a_capture_that_fails_at_any_command_leaves_the_guest_running,
+        inv_01_inv_11_a_capture_that_cannot_be_written_fails_and_the_guest_runs_on,
+        inv_16_a_resume_that_fails_anywhere_leaves_it_paused,
+        inv_31_inv_51_a_dead_vmm_is_noticed_and_both_disks_are_kept;
+    qcow2:
+        inv_02_vcpus_that_cannot_be_resumed_break_the_sandbox;
+    reflink:
+        inv_05_a_wedged_agent_does_not_block_a_pause,
+        inv_06_inv_19_inv_21_a_wedged_vmm_holds_nobody_up;
+}
+
+/// The port of the agent in every guest.
+const AGENT: u16 = 49983;
+
+/// The guest goes on from `count`, and everything that serves a running sandbox does: the proxy's gate is open, its ports
+/// are reached, its use is measured.
+fn assert_runs(site: &Site, sandbox: &str, count: &Count) -> Count {
+    assert_eq!(site.state(sandbox), "running");
+    let now = site.count(sandbox);
+    now.assert_goes_on_from(count);
+    TcpStream::connect((site.address(sandbox), AGENT)).unwrap();
+    let used = site.get(&["stats", sandbox]);
+    assert!(used["metrics"]["mem_used"].as_u64() > Some(0), "{used}");
+    now
+}
+
+fn staged(site: &Site) -> Vec<PathBuf> {
+    entries(&site.traces.data.join("staging"))
+}
+
+fn inv_01_a_capture_that_fails_at_any_command_leaves_the_guest_running(site: &mut Site) {
+    let id = site.create(WARM, "stubborn");
+    let mut count = site.count("stubborn");
+    let sum = "sha256sum /root/data";
+    site.exec("stubborn", "head -c 1M /dev/urandom >/root/data; sync");
+    let data = site.exec("stubborn", sum);
+    for verb in [
+        &["snapshot", "stubborn", "--name", "at-last"][..],
+        &["pause", "stubborn"],
+    ] {
+        let monitor = site.monitor(&id);
+        let mut refused = Vec::new();
+        loop {
+            monitor.refuse(Refuse::Nth(refused.len()));
+            let done = site.run(verb).status.success();
+            let now = monitor.refused();
+            assert_eq!(
+                done,
+                now.is_empty(),
+                "{verb:?} with {now:?} refused\n{}",
+                site.said()
+            );
+            if done {
+                break;
+            }
+            refused.extend(now);
+            count = assert_runs(site, "stubborn", &count);
+            assert!(staged(site).is_empty(), "{refused:?}: {:?}", staged(site));
+        }
+        // Stop the vCPUs, save, and freeze if that is the VMM's.
+        let must = ["stop", "xen-save-devices-state", "blockdev-snapshot"];
+        let must = &must[..if site.driver == Driver::Qcow2 { 3 } else { 2 }];
+        for command in must {
+            assert!(
+                refused.iter().any(|refused| refused == command),
+                "{refused:?}"
+            );
+        }
+    }
+    site.get(&["resume", "stubborn"]);
+    assert_runs(site, "stubborn", &count);
+    assert_eq!(site.exec("stubborn", &dropping_caches(sum)), data);
+    site.create("at-last", "copy");
+    assert_eq!(site.exec("copy", sum), data);
+    site.get(&["rm", "stubborn", "copy"]);
+    site.get(&["template", "rm", "at-last"]);
+}
+
+/// Reads what is on the disk, not what the guest remembers of it.
+fn dropping_caches(script: &str) -> String {
+    format!("echo 3 >/proc/sys/vm/drop_caches; {script}")
+}
+
+/// A directory in which nothing can be made, renamed or removed until this is dropped.
+struct Immutable(PathBuf);
+
+impl Immutable {
+    fn make(directory: &Path) -> Self {
+        run(Command::new("chattr").arg("+i").arg(directory));
+        Self(directory.to_owned())
+    }
+}
+
+impl Drop for Immutable {
+    fn drop(&mut self) {
+        run(Command::new("chattr").arg("-i").arg(&self.0));
+    }
+}
+
+fn inv_01_inv_11_a_capture_that_cannot_be_written_fails_and_the_guest_runs_on(site: &mut Site) {
+    let id = site.create(WARM, "unwritten");
+    let mut count = site.count("unwritten");
+    // So that it has a generation, and where those are.
+    site.get(&["pause", "unwritten"]);
+    site.get(&["resume", "unwritten"]);
+    let data = site.traces.data.clone();
+    let own = data.join("sandboxes").join(&id);
+    for directory in [
+        own.clone(),
+        own.join("heads"),
+        own.join("generations"),
+        data.join("staging"),
+        data.join("memories"),
+        data.join("layers"),
+    ] {
+        for verb in [
+            &["pause", "unwritten"][..],
+            &["snapshot", "unwritten", "--name", "never"],
+        ] {
+            // A snapshot writes no generation.
+            if verb[0] == "snapshot" && directory.ends_with("generations") {
+                continue;
+            }
+            let closed = Immutable::make(&directory);
+            let said = site.refused(verb);
+            assert!(said.contains("not permitted"), "{directory:?}: {said}");
+            count = assert_runs(site, "unwritten", &count);
+            drop(closed);
+            site.refused(&["template", "inspect", "never"]);
+        }
+    }
+    site.get(&["pause", "unwritten"]);
+    assert!(staged(site).is_empty(), "{:?}", staged(site));
+    site.get(&["resume", "unwritten"]);
+    assert_runs(site, "unwritten", &count);
+    site.get(&["rm", "unwritten"]);
+}
+
+/// What is somewhere else until this is dropped.
+struct Away {
+    path: PathBuf,
+    aside: PathBuf,
+}
+
+impl Away {
+    fn put(path: PathBuf) -> Self {
+        let mut aside = path.clone().into_os_string();
+        aside.push(".aside");
+        let aside = PathBuf::from(aside);
+        fs::rename(&path, &aside).unwrap();
+        Self { path, aside }
+    }
+}
+
+impl Drop for Away {
+    fn drop(&mut self) {
+        fs::rename(&self.aside, &self.path).unwrap();
+    }
+}
+
+fn inv_16_a_resume_that_fails_anywhere_leaves_it_paused(site: &mut Site) {
+    let id = site.create(WARM, "asleep");
+    let count = site.count("asleep");
+    let before = site.traces.look();
+    site.get(&["pause", "asleep"]);
+    let rests = |site: &Site| {
+        let detail = site.inspect("asleep");
+        assert_eq!(detail["state"], "paused");
+        ["address", "generations", "holds", "branches"].map(|key| detail[key].clone())
+    };
+    let (at_rest, marks) = (rests(site), site.traces.look());
+    let new = |area: &str| marks.came_since(&before, area);
+    let (layer, memory) = (new("/layers/"), new("/memories/"));
+    let own = site.traces.data.join("sandboxes").join(&id);
+    let device_state = own.join("generations/1/device-state");
+    let runtime = site.traces.run.join("vm");
+
+    let check = |site: &Site, obstacle: &str| {
+        let said = site.refused(&["resume", "asleep"]);
+        assert!(!said.is_empty());
+        assert_eq!(rests(site), at_rest, "{obstacle}: {said}");
+        marks.assert_same(&site.traces.look());
+    };
+    for path in [layer, memory, device_state.clone()] {
+        let away = Away::put(path);
+        let said = site.refused(&["resume", "asleep"]);
+        drop(away);
+        assert_eq!(rests(site), at_rest, "{said}");
+        marks.assert_same(&site.traces.look());
+    }
+    {
+        let _away = Away::put(device_state.clone());
+        fs::write(&device_state, "no state of any device").unwrap();
+        check(site, "a device state that is none");
+    }
+    for directory in [own.join("heads"), own.clone(), runtime] {
+        let _closed = Immutable::make(&directory);
+        check(site, &directory.display().to_string());
+    }
+    site.get(&["resume", "asleep"]);
+    assert_runs(site, "asleep", &count);
+    site.get(&["rm", "asleep"]);
+}
+
+fn inv_02_vcpus_that_cannot_be_resumed_break_the_sandbox(site: &mut Site) {
+    for verb in [
+        &["pause", "stuck"][..],
+        &["snapshot", "stuck", "--name", "never"],
+    ] {
+        let id = site.create(WARM, "stuck");
+        let monitor = site.monitor(&id);
+        monitor.refuse(Refuse::Named(&["xen-save-devices-state", "cont"]));
+        let said = site.refused(verb);
+        assert!(said.contains("refused by the test"), "{said}");
+        let detail = site.inspect("stuck");
+        assert_eq!(detail["state"], "broken");
+        let why = detail["broken"].as_str().unwrap();
+        assert!(why.contains("vCPUs could not be resumed"), "{why}");
+        for verb in [
+            &["pause", "stuck"][..],
+            &["resume", "stuck"],
+            &["stop", "stuck"],
+            &["fork", "stuck"],
+            &["exec", "-n", "stuck", "--", "true"],
+        ] {
+            let said = site.refused(verb);
+            assert!(said.contains("broken"), "{verb:?}: {said}");
+        }
+        site.get(&["rm", "stuck"]);
+    }
+}
+
+fn inv_05_a_wedged_agent_does_not_block_a_pause(site: &mut Site) {
+    site.create(WARM, "wedged");
+    let count = site.count("wedged");
+    // The server cannot answer for the command that stops it.
+    let stop = "kill -STOP $PPID";
+    let mut client = site
+        .command(&["exec", "-n", "-u", "root", "wedged", "--", "sh", "-c", stop])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let begun = Instant::now();
+    site.get(&["pause", "wedged"]);
+    // 5 s for the command's connection, which does not end by itself, and 5 s for the guest's preparations.
+    let took = begun.elapsed();
+    assert!(took < Duration::from_secs(14), "{took:?}");
+    client.kill().unwrap();
+    client.wait().unwrap();
+    assert_eq!(site.state("wedged"), "paused");
+    assert!(count.count > 0);
+    site.get(&["rm", "wedged"]);
+}
+
+fn inv_06_inv_19_inv_21_a_wedged_vmm_holds_nobody_up(site: &mut Site) {
+    for name in ["wedged", "free"] {
+        site.create(WARM, name);
+    }
+    let (count, free) = (site.count("wedged"), site.count("free"));
+    let vmm = site.vmm_pid("wedged");
+    kill(vmm, Signal::STOP);
+    let begun = Instant::now();
+    let mut pause = site.command(&["pause", "wedged"]);
+    let pause = pause.stderr(Stdio::piped()).spawn().unwrap();
+    site.get(&["pause", "free"]);
+    site.get(&["resume", "free"]);
+    assert_runs(site, "free", &free);
+    let verb = site.inspect("wedged")["verb"].clone();
+    assert!(verb.is_string(), "it is still being tried");
+    let said = pause.wait_with_output().unwrap();
+    // 5 s for a guest that cannot prepare itself, 3 s for a VMM that does not answer.
+    assert!(
+        begun.elapsed() < Duration::from_secs(11),
+        "{:?}",
+        begun.elapsed()
+    );
+    assert!(!said.status.success());
+    let said = String::from_utf8(said.stderr).unwrap();
+    assert!(said.contains("did not answer"), "{said}");
+
+    kill(vmm, Signal::CONT);
+    let count = assert_runs(site, "wedged", &count);
+    site.get(&["pause", "wedged"]);
+    site.get(&["resume", "wedged"]);
+    assert_runs(site, "wedged", &count);
+
+    kill(site.vmm_pid("wedged"), Signal::STOP);
+    let begun = Instant::now();
+    site.get(&["rm", "wedged"]);
+    assert!(
+        begun.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        begun.elapsed()
+    );
+    site.get(&["rm", "free"]);
+}
+
+fn inv_31_inv_51_a_dead_vmm_is_noticed_and_both_disks_are_kept(site: &mut Site) {
+    site.create(WARM, "struck");
+    site.exec("struck", "echo paused >/root/data-when; sync");
+    let count = site.count("struck");
+    site.get(&["pause", "struck"]);
+    site.get(&["resume", "struck"]);
+    site.exec("struck", "echo later >/root/data-when; sync");
+    let vmm = site.vmm_pid("struck");
+    let mut events = site.events();
+    let struck = Instant::now();
+    kill(vmm, Signal::KILL);
+    events.wait_for("sandbox.crashed");
+    assert!(
+        struck.elapsed() < Duration::from_secs(1),
+        "{:?}",
+        struck.elapsed()
+    );
+    // A command waits for the verb under way: the holds are given back by then.
+    let detail = site.inspect("struck");
+    assert_eq!(detail["state"], "stopped");
+    assert!(detail["lastExit"].is_string(), "{detail}");
+
+    site.get(&["start", "struck"]);
+    assert_eq!(site.exec("struck", "cat /root/data-when"), "later");
+    let mut events = site.events();
+    kill(site.vmm_pid("struck"), Signal::KILL);
+    events.wait_for("sandbox.crashed");
+    site.get(&["resume", "struck", "--generation", "1"]);
+    assert_eq!(site.exec("struck", "cat /root/data-when"), "paused");
+    site.count("struck").assert_goes_on_from(&count);
+    let branches = site.inspect("struck")["branches"].clone();
+    assert_eq!(branches.as_array().map(Vec::len), Some(1), "{branches}");
+    // A generation that is older than another sets nothing aside, and the other stays.
+    site.exec("struck", "echo second >/root/data-when; sync");
+    site.get(&["pause", "struck"]);
+    site.get(&["resume", "struck", "--generation", "1"]);
+    assert_eq!(site.exec("struck", "cat /root/data-when"), "paused");
+    let listed = site.inspect("struck")["generations"].clone();
+    let numbers = listed.as_array().unwrap().iter().map(|one| &one["number"]);
+    assert!(
+        [1, 2]
+            .iter()
+            .all(|kept| numbers.clone().any(|number| number == kept)),
+        "{listed}"
+    );
+    site.get(&["pause", "struck"]);
+    site.get(&["resume", "struck", "--generation", "2"]);
+    assert_eq!(site.exec("struck", "cat /root/data-when"), "second");
+    site.get(&["rm", "struck"]);
+}
