@@ -3,7 +3,6 @@
 use std::any::Any;
 use std::net::Ipv4Addr;
 use std::pin::Pin;
-use std::task::{Context, Poll};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -88,7 +87,7 @@ pub struct Route {
     pub address: Ipv4Addr,
     /// What its agent asks for. Never logged.
     pub token: String,
-    /// Held for as long as the connection lives.
+    /// Held for exactly as long as a connection to the sandbox lives.
     pub pass: Pass,
 }
 
@@ -111,10 +110,5 @@ impl Pass {
     /// Completes when the connection must be cut, and is not to be awaited again then.
     pub async fn revoked(&mut self) {
         self.revoked.as_mut().await;
-    }
-
-    /// [`revoked`](Self::revoked), for hand-written futures and bodies.
-    pub fn poll_revoked(&mut self, task: &mut Context<'_>) -> Poll<()> {
-        self.revoked.as_mut().poll(task)
     }
 }

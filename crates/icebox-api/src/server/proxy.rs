@@ -4,8 +4,9 @@
 //! whose slot address it was made to. When a sandbox pauses or goes, what is in flight is cut *without* a proper end:
 //! E2B's SDKs tell a killed sandbox from a finished command by that.
 
+use std::io;
 use std::net::Ipv4Addr;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::task::{Context as TaskContext, Poll};
 use std::time::Duration;
 
@@ -15,13 +16,17 @@ use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::uri::PathAndQuery;
-use http::{StatusCode, Uri, Version};
+use http::{Method, StatusCode, Uri, Version};
 use hyper::body::{Body as HttpBody, Frame, Incoming};
 use hyper::client::conn::http1;
+use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use percent_encoding::percent_decode_str;
 use serde::Serialize;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
 
 use super::{Context, Edge};
 use crate::{
@@ -31,6 +36,12 @@ use crate::{
 
 /// How long a guest may take to accept a connection: far longer than a loaded one needs, short enough for a client.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long one side of an upgraded connection may be silent when the other has ended its half.
+const HALF_OPEN_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What is carried of an upgraded connection at a time, each way.
+const TUNNEL_CHUNK: usize = 16 << 10;
 
 /// Agent paths that only the daemon itself may use, E2B's and ours.
 const HOST_ONLY: [&str; 8] = [
@@ -182,6 +193,14 @@ pub(super) async fn forward(
     mut request: Request,
 ) -> Response {
     let Destination { sandbox, port } = destination;
+    if request.method() == Method::CONNECT {
+        let message =
+            "CONNECT is for proxies that lead anywhere; this one leads to ports of sandboxes";
+        return ApiError::new(ErrorCode::Invalid, message)
+            .status(StatusCode::METHOD_NOT_ALLOWED)
+            .hint("ask for an upgrade, or for the port itself at the sandbox's address")
+            .into_response();
+    }
     if port == AGENT_PORT && is_host_only(request.uri().path()) {
         return ApiError::new(
             ErrorCode::NotFound,
@@ -242,18 +261,22 @@ async fn carry(route: Route, port: u16, mut request: Request) -> Response {
             return not_open(&sandbox_id, port);
         }
     };
-    // Ends when both the exchange and whatever it was upgraded to have ended.
-    tokio::spawn(async move {
-        if let Err(error) = connection.with_upgrades().await {
-            tracing::debug!(%error, "connection to a guest's port ended");
-        }
-    });
+    let cut = CancellationToken::new();
+    let (switch, switched) = oneshot::channel();
+    tokio::spawn(hold(
+        pass,
+        cut.clone(),
+        connection.with_upgrades(),
+        switched,
+    ));
 
     let upgrade = upgrade_of(request.headers());
     let client_side = upgrade.is_some().then(|| hyper::upgrade::on(&mut request));
     let answer = tokio::select! {
+        // First, since a connection that is cut fails too.
+        biased;
+        () = cut.cancelled() => return not_found(&sandbox_id),
         answer = sender.send_request(to_guest(request, upgrade.as_ref())) => answer,
-        () = pass.revoked() => return not_found(&sandbox_id),
     };
     let mut answer = match answer {
         Ok(answer) => answer,
@@ -267,11 +290,44 @@ async fn carry(route: Route, port: u16, mut request: Request) -> Response {
             return not_open(&sandbox_id, port);
         };
         let guest_side = hyper::upgrade::on(&mut answer);
-        let switched = upgrade_of(answer.headers());
-        tokio::spawn(tunnel(client_side, guest_side, pass));
-        return to_client(answer, switched.as_ref(), |_| Body::empty());
+        let protocol = upgrade_of(answer.headers());
+        if switch.send((client_side, guest_side)).is_err() {
+            return not_found(&sandbox_id);
+        }
+        return to_client(answer, protocol.as_ref(), |_| Body::empty());
     }
-    to_client(answer, None, |body| Body::new(Carried { body, pass }))
+    to_client(answer, None, |body| Body::new(Carried { body, cut }))
+}
+
+/// Drives a connection to a guest, and has its pass for exactly as long as it lives: to the end of request and answer,
+/// however slowly the client takes them, and through what it was upgraded to. When the pass is revoked, it closes the
+/// connection, whether or not anybody waits for it just then.
+async fn hold(
+    mut pass: Pass,
+    cut: CancellationToken,
+    connection: impl Future<Output = hyper::Result<()>>,
+    switched: oneshot::Receiver<(OnUpgrade, OnUpgrade)>,
+) {
+    let carried = async {
+        if let Err(error) = connection.await {
+            tracing::debug!(%error, "connection to a guest's port ended");
+        }
+        // Nobody sends where nothing was upgraded.
+        if let Ok((client, guest)) = switched.await
+            && let Err(error) = tunnel(client, guest).await
+        {
+            tracing::debug!(%error, "an upgraded connection ended");
+        }
+    };
+    let revoked = async {
+        pass.revoked().await;
+        // Before the connection goes: what is read from it then looks like an end.
+        cut.cancel();
+    };
+    tokio::select! {
+        () = carried => {}
+        () = revoked => {}
+    }
 }
 
 async fn connect(address: Ipv4Addr, port: u16) -> Option<TcpStream> {
@@ -351,30 +407,66 @@ fn forwardable(headers: &mut HeaderMap, upgrade: Option<&HeaderValue>) {
     }
 }
 
-/// Carries an upgraded connection until either side ends it or the pass is revoked.
+/// Carries an upgraded connection until both sides have ended it, or one has and the other says no more.
 async fn tunnel(
-    client: hyper::upgrade::OnUpgrade,
-    guest: hyper::upgrade::OnUpgrade,
-    mut pass: Pass,
-) {
-    let carried = async {
-        let (client, guest) = tokio::try_join!(client, guest)?;
-        let (mut client, mut guest) = (TokioIo::new(client), TokioIo::new(guest));
-        tokio::io::copy_bidirectional(&mut client, &mut guest).await?;
-        Ok::<(), Box<dyn std::error::Error + Send + Sync>>(())
-    };
-    tokio::select! {
-        carried = carried => if let Err(error) = carried {
-            tracing::debug!(%error, "an upgraded connection ended");
-        },
-        () = pass.revoked() => {}
+    client: OnUpgrade,
+    guest: OnUpgrade,
+) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let (client, guest) = tokio::try_join!(client, guest)?;
+    Ok(relay(TokioIo::new(client), TokioIo::new(guest)).await?)
+}
+
+/// Carries bytes both ways. An end is passed on as one, and what comes the other way is still carried: but since whoever
+/// has gone for good looks just like that, no longer than it takes to be silent for [`HALF_OPEN_TIMEOUT`].
+async fn relay(
+    left: impl AsyncRead + AsyncWrite,
+    right: impl AsyncRead + AsyncWrite,
+) -> io::Result<()> {
+    let (left_reader, left_writer) = tokio::io::split(left);
+    let (right_reader, right_writer) = tokio::io::split(right);
+    let (left_ended, right_ended) = (CancellationToken::new(), CancellationToken::new());
+    tokio::try_join!(
+        pump(left_reader, right_writer, &left_ended, &right_ended),
+        pump(right_reader, left_writer, &right_ended, &left_ended),
+    )?;
+    Ok(())
+}
+
+async fn pump(
+    from: impl AsyncRead,
+    to: impl AsyncWrite,
+    ended: &CancellationToken,
+    other_ended: &CancellationToken,
+) -> io::Result<()> {
+    let (mut from, mut to) = (pin!(from), pin!(to));
+    let mut buffer = vec![0; TUNNEL_CHUNK];
+    loop {
+        let step = async {
+            let length = from.read(&mut buffer).await?;
+            to.write_all(&buffer[..length]).await?;
+            to.flush().await?;
+            io::Result::Ok(length)
+        };
+        let silence = async {
+            other_ended.cancelled().await;
+            tokio::time::sleep(HALF_OPEN_TIMEOUT).await;
+        };
+        let length = tokio::select! {
+            length = step => length?,
+            () = silence => return Ok(()),
+        };
+        if length == 0 {
+            to.shutdown().await?;
+            ended.cancel();
+            return Ok(());
+        }
     }
 }
 
-/// A guest's answer, cut when the pass is revoked.
+/// A guest's answer, cut when its pass is revoked.
 struct Carried {
     body: Incoming,
-    pass: Pass,
+    cut: CancellationToken,
 }
 
 /// Ends a body without a proper end: the server closes the connection on it.
@@ -391,12 +483,12 @@ impl HttpBody for Carried {
         task: &mut TaskContext<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         let this = self.get_mut();
-        if this.pass.poll_revoked(task).is_ready() {
+        // What ends by being cut wakes us; whether it was is asked afterwards, since it is said before.
+        let frame = std::task::ready!(Pin::new(&mut this.body).poll_frame(task));
+        if this.cut.is_cancelled() {
             return Poll::Ready(Some(Err(Cut.into())));
         }
-        Pin::new(&mut this.body)
-            .poll_frame(task)
-            .map_err(Into::into)
+        Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -478,6 +570,48 @@ mod tests {
         for path in ["/", "/health", "/files", "/initial", "/init/x"] {
             assert!(!is_host_only(path), "{path}");
         }
+    }
+
+    /// What the two sides of a relay see, and the relay.
+    fn relayed() -> (
+        tokio::io::DuplexStream,
+        tokio::io::DuplexStream,
+        tokio::task::JoinHandle<io::Result<()>>,
+    ) {
+        let (client, left) = tokio::io::duplex(64);
+        let (right, guest) = tokio::io::duplex(64);
+        (client, guest, tokio::spawn(relay(left, right)))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_half_that_has_ended_leaves_the_other_open_until_it_is_silent() {
+        let (mut client, mut guest, relay) = relayed();
+        // An hour of silence ends nothing while both halves are open.
+        tokio::time::sleep(Duration::from_secs(3600)).await;
+        client.write_all(b"question").await.expect("write");
+        client.shutdown().await.expect("end the half");
+        let mut asked = String::new();
+        guest.read_to_string(&mut asked).await.expect("read");
+        assert_eq!(asked, "question");
+        for _ in 0..10 {
+            tokio::time::sleep(HALF_OPEN_TIMEOUT / 2).await;
+            guest.write_all(b"answer").await.expect("write");
+            let mut answer = [0; 6];
+            client.read_exact(&mut answer).await.expect("an answer");
+        }
+        let silent = tokio::time::Instant::now();
+        relay.await.expect("no panic").expect("no error");
+        assert_eq!(silent.elapsed(), HALF_OPEN_TIMEOUT);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_relay_ends_when_both_sides_have() {
+        let (mut client, mut guest, relay) = relayed();
+        let begun = tokio::time::Instant::now();
+        client.shutdown().await.expect("end the half");
+        guest.shutdown().await.expect("end the half");
+        relay.await.expect("no panic").expect("no error");
+        assert_eq!(begun.elapsed(), Duration::ZERO);
     }
 
     #[test]
