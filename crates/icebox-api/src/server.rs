@@ -4,6 +4,7 @@
 //! daemon adds a sandbox's token to requests for its agent. The *public* edge is TCP: REST needs the key, and a
 //! sandbox's ports need its full id.
 
+mod connections;
 mod events;
 mod extract;
 mod host;
@@ -13,18 +14,23 @@ mod sandboxes;
 mod templates;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{Request, State};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{delete, get, post};
+use axum::serve::Listener;
 use http::StatusCode;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::key::KeyHash;
 use crate::types::SandboxDetail;
 use crate::{API_KEY_HEADER, ApiError, Daemon, ErrorCode};
+
+pub use connections::{CONNECTIONS_MAX, FIRST_REQUEST_TIMEOUT, IDLE_TIMEOUT, Limits};
 
 /// Who is on the other side of a listener.
 #[derive(Clone, Debug)]
@@ -44,18 +50,82 @@ struct Context {
     daemon: Arc<dyn Daemon>,
     edge: Edge,
     verbs: TaskTracker,
+    leaving: CancellationToken,
 }
 
-/// All routes of `daemon`, as seen from `edge`, and the verbs that are under way: who stops serving waits for those
-/// (their clients may be gone long since, so connections tell nothing).
-pub fn router(daemon: Arc<dyn Daemon>, edge: Edge) -> (Router, TaskTracker) {
-    let verbs = TaskTracker::new();
-    let context = Context {
-        daemon,
-        edge,
-        verbs: verbs.clone(),
-    };
-    let router = Router::new()
+/// A daemon, served at one edge. Needs a tokio runtime.
+pub struct Server {
+    router: Router,
+    limits: Limits,
+    /// Verbs under way. Their clients may be gone long since, so connections tell nothing of them.
+    verbs: TaskTracker,
+    connections: TaskTracker,
+    leaving: CancellationToken,
+}
+
+impl Server {
+    /// All routes of `daemon`, as seen from `edge`.
+    pub fn new(daemon: Arc<dyn Daemon>, edge: Edge) -> Self {
+        let context = Context {
+            daemon,
+            edge,
+            verbs: TaskTracker::new(),
+            leaving: CancellationToken::new(),
+        };
+        Self {
+            limits: Limits::default(),
+            verbs: context.verbs.clone(),
+            connections: TaskTracker::new(),
+            leaving: context.leaving.clone(),
+            router: router(context),
+        }
+    }
+
+    /// With other bounds on connections.
+    #[must_use]
+    pub fn with_limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
+    }
+
+    /// Serves whoever comes to `listener`, in the background, until [`leave`](Self::leave).
+    pub fn listen<L: Listener>(&self, listener: L) {
+        self.connections.spawn(connections::accept(
+            listener,
+            self.router.clone(),
+            self.limits,
+            self.leaving.clone(),
+            self.connections.clone(),
+        ));
+    }
+
+    /// Closes the listeners at once, so that nothing new begins; waits up to `verbs` for the verbs under way to end, and
+    /// up to `requests` more for the answers under way to be sent. What is still connected then is the caller's to cut,
+    /// by ending the runtime. Returns whether all verbs have ended.
+    #[must_use]
+    pub async fn leave(&self, verbs: Duration, requests: Duration) -> bool {
+        self.leaving.cancel();
+        self.verbs.close();
+        self.connections.close();
+        if tokio::time::timeout(verbs, self.verbs.wait())
+            .await
+            .is_err()
+        {
+            return false;
+        }
+        let answered = tokio::time::timeout(requests, self.connections.wait()).await;
+        if answered.is_err() {
+            tracing::info!(
+                cut = self.connections.len(),
+                "cut connections that do not end"
+            );
+        }
+        true
+    }
+}
+
+fn router(context: Context) -> Router {
+    Router::new()
         .route("/health", get(host::health))
         .route("/version", get(host::version))
         .route("/doctor", get(host::doctor))
@@ -86,8 +156,7 @@ pub fn router(daemon: Arc<dyn Daemon>, edge: Edge) -> (Router, TaskTracker) {
         .fallback(no_such_route)
         .method_not_allowed_fallback(no_such_method)
         .with_state(context.clone())
-        .layer(middleware::from_fn_with_state(context, enter));
-    (router, verbs)
+        .layer(middleware::from_fn_with_state(context, enter))
 }
 
 /// Decides what a request is for, and whether it may pass.

@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
 use icebox_api::client::{Client, ClientError};
 use icebox_api::key::KeyHash;
-use icebox_api::server::{Edge, router};
+use icebox_api::server::{Edge, Limits, Server};
 use icebox_api::types::*;
 use icebox_api::{ApiError, BoxStream, Daemon, ErrorCode, Pass, Route};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -19,6 +20,10 @@ use tokio::sync::{Notify, watch};
 
 const ID: &str = "iaaaaaaaaaaaaaaaaaaaa";
 const KEY: &str = "e2b_0123456789";
+/// For what must happen, and soon.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// For what must not happen, and would at once.
+const DOUBT: Duration = Duration::from_millis(100);
 
 /// One running sandbox named `web`, whose ports are the test's own listeners.
 struct Script {
@@ -30,6 +35,24 @@ struct Script {
     running: watch::Sender<bool>,
     /// Where the sandbox's ports are.
     address: Ipv4Addr,
+    /// Passes that are held.
+    held: watch::Sender<u32>,
+}
+
+/// Counts a pass for as long as it is held.
+struct Held(watch::Sender<u32>);
+
+impl Held {
+    fn new(count: &watch::Sender<u32>) -> Self {
+        count.send_modify(|held| *held += 1);
+        Self(count.clone())
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.send_modify(|held| *held -= 1);
+    }
 }
 
 impl Script {
@@ -41,7 +64,16 @@ impl Script {
             paused: Notify::new(),
             running: watch::channel(true).0,
             address: Ipv4Addr::LOCALHOST,
+            held: watch::channel(0).0,
         })
+    }
+
+    /// Waits until this many passes are held.
+    async fn holds(&self, passes: u32) {
+        let mut held = self.held.subscribe();
+        let held = held.wait_for(|held| *held == passes);
+        let held = tokio::time::timeout(PATIENCE, held).await;
+        held.expect("in time").expect("the script lives");
     }
 
     /// With ports at an address of their own, so that the agent's well-known one is free.
@@ -185,7 +217,7 @@ impl Daemon for Script {
                 async move {
                     running.wait_for(|running| !running).await.ok();
                 },
-                (),
+                Held::new(&self.held),
             ),
         })
     }
@@ -208,17 +240,20 @@ impl Daemon for Script {
     async fn import_kernel(&self, _: NewKernel) -> Result<BoxStream<KernelEvent>, ApiError> {
         never()
     }
-    async fn events(&self, since: Option<u64>, _: bool) -> Result<BoxStream<Event>, ApiError> {
+    async fn events(&self, since: Option<u64>, follow: bool) -> Result<BoxStream<Event>, ApiError> {
         let first = since.unwrap_or(0) + 1;
-        Ok(stream::iter((first..first + 3).map(|sequence| Event {
+        let events = stream::iter((first..first + 3).map(|sequence| Event {
             sequence,
             time: "2026-01-01T00:00:00Z".parse().expect("a time"),
             event: "created".to_owned(),
             sandbox_id: Some(ID.to_owned()),
             detail: String::new(),
             steps: Vec::new(),
-        }))
-        .boxed())
+        }));
+        Ok(match follow {
+            true => events.chain(stream::pending()).boxed(),
+            false => events.boxed(),
+        })
     }
     async fn doctor(&self) -> Result<Report, ApiError> {
         Ok(Report::default())
@@ -235,20 +270,36 @@ impl Daemon for Script {
 struct Served {
     directory: tempfile::TempDir,
     public: std::net::SocketAddr,
+    inside: Server,
+    outside: Server,
 }
 
 impl Served {
     async fn new(script: &Arc<Script>) -> Self {
+        Self::within(Limits::default(), script).await
+    }
+
+    async fn within(limits: Limits, script: &Arc<Script>) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         let unix = UnixListener::bind(directory.path().join("socket")).expect("bind");
         let tcp = TcpListener::bind("127.0.0.1:0").await.expect("bind");
         let public = tcp.local_addr().expect("an address");
-        let (admin, _) = router(script.clone(), Edge::Admin);
+        let inside = Server::new(script.clone(), Edge::Admin).with_limits(limits);
         let key = KeyHash::of(KEY);
-        let (outside, _) = router(script.clone(), Edge::Public { key });
-        tokio::spawn(async move { axum::serve(unix, admin).await });
-        tokio::spawn(async move { axum::serve(tcp, outside).await });
-        Self { directory, public }
+        let outside = Server::new(script.clone(), Edge::Public { key }).with_limits(limits);
+        inside.listen(unix);
+        outside.listen(tcp);
+        Self {
+            directory,
+            public,
+            inside,
+            outside,
+        }
+    }
+
+    /// A connection from outside that stays.
+    async fn connect(&self) -> TcpStream {
+        TcpStream::connect(self.public).await.expect("connect")
     }
 
     fn socket(&self) -> PathBuf {
@@ -283,6 +334,34 @@ async fn exchange(
     let mut answer = String::new();
     stream.read_to_string(&mut answer).await.expect("read");
     answer
+}
+
+/// Sends a request on a connection that stays.
+async fn send(stream: &mut (impl tokio::io::AsyncWrite + Unpin), request: &str) {
+    let request = format!("{}\r\n\r\n", request.replace('\n', "\r\n"));
+    stream.write_all(request.as_bytes()).await.expect("write");
+}
+
+/// Reads up to `end`.
+async fn read_until(stream: &mut (impl tokio::io::AsyncRead + Unpin), end: &str) -> String {
+    let mut read = Vec::new();
+    let reading = async {
+        while !read.ends_with(end.as_bytes()) {
+            read.push(stream.read_u8().await.expect("more"));
+        }
+    };
+    tokio::time::timeout(PATIENCE, reading)
+        .await
+        .expect("in time");
+    String::from_utf8(read).expect("text")
+}
+
+/// What still comes before the other side ends, however it does.
+async fn rest(stream: &mut (impl tokio::io::AsyncRead + Unpin)) -> String {
+    let mut rest = Vec::new();
+    let reading = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut rest));
+    reading.await.expect("in time").ok();
+    String::from_utf8(rest).expect("text")
 }
 
 fn status(answer: &str) -> &str {
@@ -637,4 +716,272 @@ async fn an_upgraded_connection_is_carried_both_ways_and_cut() {
     let mut rest = Vec::new();
     stream.read_to_end(&mut rest).await.ok();
     assert_eq!(rest, b"");
+}
+
+const SILENT_STREAM: &str = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n";
+
+#[tokio::test]
+async fn a_silent_stream_holds_its_pass_until_its_client_goes() {
+    let script = Script::new();
+    let served = Served::new(&script).await;
+    let (port, _heads) = guest_port(SILENT_STREAM).await;
+    let mut stream = served.connect().await;
+    send(
+        &mut stream,
+        &format!("GET / HTTP/1.1\nhost: {port}-{ID}.example.org"),
+    )
+    .await;
+    read_until(&mut stream, "hello\r\n").await;
+    script.holds(1).await;
+    // Beside it, an exchange that ends gives its pass back although its connection stays.
+    let (quick, _heads) = guest_port("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nhi").await;
+    let mut other = served.connect().await;
+    for _ in 0..2 {
+        send(
+            &mut other,
+            &format!("GET / HTTP/1.1\nhost: {quick}-{ID}.example.org"),
+        )
+        .await;
+        read_until(&mut other, "hi").await;
+        script.holds(1).await;
+    }
+    drop(stream);
+    script.holds(0).await;
+}
+
+#[tokio::test]
+async fn an_upload_holds_its_pass_when_the_answer_has_come_already() {
+    let script = Script::new();
+    let served = Served::new(&script).await;
+    let guest = TcpListener::bind("127.0.0.1:0").await.expect("bind");
+    let port = guest.local_addr().expect("an address").port();
+    let reading = tokio::spawn(async move {
+        let (mut stream, _) = guest.accept().await.expect("a connection");
+        read_until(&mut stream, "\r\n\r\n").await;
+        let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nhi";
+        stream.write_all(answer).await.expect("answer");
+        read_until(&mut stream, "the end").await;
+    });
+    let mut stream = served.connect().await;
+    send(
+        &mut stream,
+        &format!("POST / HTTP/1.1\nhost: {port}-{ID}.example.org\ncontent-length: 14"),
+    )
+    .await;
+    read_until(&mut stream, "hi").await;
+    script.holds(1).await;
+    stream.write_all(b"not yet").await.expect("write");
+    script.holds(1).await;
+    stream.write_all(b"the end").await.expect("write");
+    reading.await.expect("the guest got everything");
+    script.holds(0).await;
+}
+
+#[tokio::test]
+async fn an_upgraded_connection_holds_its_pass_until_both_sides_have_gone() {
+    let script = Script::new();
+    let served = Served::new(&script).await;
+    let (port, _heads) = guest_port(
+        "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\n",
+    )
+    .await;
+    let request = format!(
+        "GET / HTTP/1.1\nhost: {port}-{ID}.example.org\nconnection: upgrade\nupgrade: echo"
+    );
+    let mut stream = served.connect().await;
+    send(&mut stream, &request).await;
+    read_until(&mut stream, "\r\n\r\n").await;
+    script.holds(1).await;
+    stream.write_all(b"ping").await.expect("write");
+    read_until(&mut stream, "ping").await;
+    script.holds(1).await;
+    // Half of it: the guest still has something to say.
+    stream.write_all(b"last").await.expect("write");
+    stream.shutdown().await.expect("end the half");
+    assert_eq!(rest(&mut stream).await, "last");
+    script.holds(0).await;
+
+    let mut stream = served.connect().await;
+    send(&mut stream, &request).await;
+    read_until(&mut stream, "\r\n\r\n").await;
+    drop(stream);
+    script.holds(0).await;
+}
+
+#[tokio::test]
+async fn inv_07_a_client_that_takes_nothing_does_not_keep_a_connection_that_is_cut() {
+    let script = Script::new();
+    let served = Served::new(&script).await;
+    let guest = TcpListener::bind("127.0.0.1:0").await.expect("bind");
+    let port = guest.local_addr().expect("an address").port();
+    let (full, mut is_full) = tokio::sync::mpsc::unbounded_channel();
+    let writing = tokio::spawn(async move {
+        let (mut stream, _) = guest.accept().await.expect("a connection");
+        read_until(&mut stream, "\r\n\r\n").await;
+        let head = b"HTTP/1.1 200 OK\r\ncontent-length: 1000000000000\r\n\r\n";
+        stream.write_all(head).await.expect("write");
+        let piece = vec![b'x'; 1 << 16];
+        loop {
+            match tokio::time::timeout(DOUBT, stream.write_all(&piece)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_cut)) => return,
+                Err(_no_room) => full.send(()).expect("the test waits"),
+            }
+        }
+    });
+    let mut stream = served.connect().await;
+    send(
+        &mut stream,
+        &format!("GET / HTTP/1.1\nhost: {port}-{ID}.example.org"),
+    )
+    .await;
+    is_full.recv().await.expect("nobody reads");
+    script.holds(1).await;
+    script.running.send_replace(false);
+    script.holds(0).await;
+    let cut = tokio::time::timeout(PATIENCE, writing).await;
+    cut.expect("in time").expect("no panic");
+}
+
+#[tokio::test]
+async fn connect_leads_nowhere() {
+    let script = Script::new();
+    let served = Served::new(&script).await;
+    let (port, _heads) = guest_port("HTTP/1.1 200 OK\r\n\r\n").await;
+    let answer = served
+        .ask(&format!(
+            "CONNECT {port}-{ID}.example.org:80 HTTP/1.1\nhost: {port}-{ID}.example.org"
+        ))
+        .await;
+    assert_eq!(status(&answer), "405", "{answer}");
+    script.holds(0).await;
+}
+
+#[tokio::test]
+async fn a_connection_that_does_not_ask_is_closed() {
+    let script = Script::new();
+    let limits = Limits {
+        first_request: DOUBT,
+        idle: 3 * DOUBT,
+        ..Limits::default()
+    };
+    let served = Served::within(limits, &script).await;
+    for begun in [
+        "",
+        "GET /health HT",
+        "GET /health HTTP/1.1\r\nhost: h\r\nx-slow: ",
+    ] {
+        let mut stream = served.connect().await;
+        stream.write_all(begun.as_bytes()).await.expect("write");
+        assert_eq!(rest(&mut stream).await, "", "{begun:?}");
+    }
+    let mut idle = UnixStream::connect(served.socket()).await.expect("connect");
+    for _ in 0..2 {
+        send(&mut idle, "GET /health HTTP/1.1\nhost: h").await;
+        read_until(&mut idle, "\r\n\r\n").await;
+        // Longer than a first request may take.
+        tokio::time::sleep(2 * DOUBT).await;
+    }
+    assert_eq!(rest(&mut idle).await, "");
+    // What is being answered may take as long as it takes.
+    let client = served.client();
+    let pausing = tokio::spawn(async move { client.pause("web").await });
+    script.pausing.notified().await;
+    tokio::time::sleep(5 * DOUBT).await;
+    script.may_pause.notify_one();
+    pausing.await.expect("no panic").expect("it is answered");
+}
+
+#[tokio::test]
+async fn connections_beyond_the_most_wait_for_others_to_go() {
+    let script = Script::new();
+    let limits = Limits {
+        connections: 2,
+        ..Limits::default()
+    };
+    let served = Served::within(limits, &script).await;
+    let request = format!("GET /health HTTP/1.1\nhost: h\nx-api-key: {KEY}");
+    let mut streams = Vec::new();
+    for _ in 0..3 {
+        let mut stream = served.connect().await;
+        send(&mut stream, &request).await;
+        streams.push(stream);
+    }
+    let mut waiting = streams.pop().expect("three");
+    for stream in &mut streams {
+        read_until(stream, "\r\n\r\n").await;
+    }
+    let too_early = tokio::time::timeout(DOUBT, waiting.read_u8()).await;
+    assert!(too_early.is_err(), "it has no place yet");
+    // The socket has places of its own.
+    served.client().version().await.expect("an answer");
+    drop(streams);
+    let answer = read_until(&mut waiting, "\r\n\r\n").await;
+    assert_eq!(status(&answer), "204");
+}
+
+#[tokio::test]
+async fn leaving_refuses_what_is_new_and_finishes_what_is_under_way() {
+    let script = Script::new();
+    let served = Served::new(&script).await;
+    let mut idle = served.connect().await;
+    send(
+        &mut idle,
+        &format!("GET /health HTTP/1.1\nhost: h\nx-api-key: {KEY}"),
+    )
+    .await;
+    read_until(&mut idle, "\r\n\r\n").await;
+    let mut silent = served.connect().await;
+    let mut following = UnixStream::connect(served.socket()).await.expect("connect");
+    send(&mut following, "GET /events?follow=true HTTP/1.1\nhost: h").await;
+    read_until(&mut following, "}\n\r\n").await;
+    let client = served.client();
+    let pausing = tokio::spawn(async move { client.pause("web").await });
+    script.pausing.notified().await;
+
+    let (public, socket) = (served.public, served.socket());
+    let leaving = tokio::spawn(async move {
+        let left = tokio::join!(
+            served.outside.leave(PATIENCE, PATIENCE),
+            served.inside.leave(PATIENCE, PATIENCE),
+        );
+        // Its directory goes with it.
+        (left, served)
+    });
+    assert_eq!(rest(&mut idle).await, "");
+    assert_eq!(rest(&mut silent).await, "");
+    let cut = rest(&mut following).await;
+    assert!(!cut.ends_with("0\r\n\r\n"), "that would be an end: {cut}");
+    let refused = TcpStream::connect(public).await.map(drop);
+    assert!(refused.is_err(), "nobody listens any more");
+    assert!(UnixStream::connect(&socket).await.is_err());
+    assert!(!leaving.is_finished(), "a verb is under way");
+    script.may_pause.notify_one();
+    let paused = pausing.await.expect("no panic").expect("an answer");
+    assert_eq!(paused.outcome, Outcome::Changed);
+    let (left, _served) = leaving.await.expect("no panic");
+    assert_eq!(left, (true, true));
+}
+
+#[tokio::test]
+async fn leaving_is_bounded() {
+    let script = Script::new();
+    let served = Served::new(&script).await;
+    let (port, _heads) = guest_port(SILENT_STREAM).await;
+    let mut stream = served.connect().await;
+    send(
+        &mut stream,
+        &format!("GET / HTTP/1.1\nhost: {port}-{ID}.example.org"),
+    )
+    .await;
+    read_until(&mut stream, "hello\r\n").await;
+    assert!(served.outside.leave(PATIENCE, DOUBT).await, "no verb");
+    let client = served.client();
+    let pausing = tokio::spawn(async move { client.pause("web").await });
+    script.pausing.notified().await;
+    assert!(
+        !served.inside.leave(DOUBT, PATIENCE).await,
+        "a verb does not end"
+    );
+    pausing.abort();
 }

@@ -1,7 +1,8 @@
 //! `icebox serve`: the daemon.
 //!
 //! It is not in the data path of sandboxes' lives: they live in processes of their own, and a daemon that starts finds
-//! them again. So stopping is simple: stop listening, let the verbs under way end, leave.
+//! them again. So stopping is simple: stop listening, let the verbs and answers under way end, leave. What then serves no
+//! sandbox any more is taken off the host.
 //!
 //! ```text
 //!   config -> log -> sockets -> host -> engine (recovers) -> READY -> serve … SIGTERM -> verbs end -> leave
@@ -21,29 +22,29 @@ mod sys;
 mod translate;
 mod workshop;
 
-use std::io;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use icebox_api::server::{Edge, router};
+use icebox_api::server::{Edge, Server};
 use icebox_api::types::Report;
 use icebox_engine::host::Host;
 use icebox_engine::layout::Layout;
 use icebox_engine::unit::Geometry;
 use icebox_engine::{Engine, Error};
+use icebox_host::network::NetworkSlots;
+use rustix::process::{Resource, getrlimit, setrlimit};
 use sd_notify::NotifyState;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::task::JoinSet;
-use tokio_util::task::TaskTracker;
 
 use crate::commands::Ended;
 use crate::failure::Failure;
 use crate::output::Output;
 use config::Config;
 use daemon::Icebox;
+use listen::SocketFile;
 use workshop::Workshop;
 
 pub(crate) use config::{Args, Settings};
@@ -52,6 +53,10 @@ pub(crate) use translate::host_error;
 /// How long verbs under way may take to end when the daemon is told to. One that takes longer is finished, or undone,
 /// by the next daemon.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How long answers under way may take to be sent after that. Verbs have theirs by then; what takes longer is a stream
+/// from a sandbox, and would never end by itself.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Looks at this machine, for when no daemon does.
 ///
@@ -66,6 +71,16 @@ pub(crate) async fn survey(settings: &Settings, socket: Option<&Path>) -> Result
 struct Ground {
     host: Host,
     workshop: Arc<dyn Workshop>,
+    /// What to ask to take off the host what only a daemon needs. A simulation leaves nothing.
+    network: Option<Arc<NetworkSlots>>,
+}
+
+/// How serving ended.
+enum Left {
+    /// Nothing is under way.
+    Clean,
+    /// Verbs are, and may still set up what they need.
+    VerbsUnderWay,
 }
 
 /// Serves until told to stop.
@@ -86,6 +101,7 @@ pub(crate) fn run(args: &Args, socket: Option<&Path>, output: Output) -> Ended {
 }
 
 async fn serve(config: Config, args: &Args, output: Output) -> Ended {
+    raise_file_limit();
     let (unix, socket_file) = listen::unix(&config.socket).await?;
     let tcp = match config.listen {
         Some(address) => Some(listen::tcp(address).await?),
@@ -97,6 +113,32 @@ async fn serve(config: Config, args: &Args, output: Output) -> Ended {
     } else {
         real::ground(&config, &layout).await?
     };
+    let network = ground.network.clone();
+    let left = attend(ground, layout, &config, (unix, tcp), socket_file, output).await;
+    match (&left, network) {
+        // What a verb under way sets up would be without its rules.
+        (Ok(Left::VerbsUnderWay), _) | (_, None) => {}
+        (Ok(Left::Clean) | Err(_), Some(network)) => {
+            if let Err(error) = network.close().await {
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "rules stay on the host"
+                );
+            }
+        }
+    }
+    left.map(|_| ExitCode::SUCCESS)
+}
+
+/// Brings the sandboxes back, and serves until told to stop.
+async fn attend(
+    ground: Ground,
+    layout: Layout,
+    config: &Config,
+    (unix, tcp): (UnixListener, Option<TcpListener>),
+    socket_file: SocketFile,
+    output: Output,
+) -> Result<Left, Failure> {
     let engine = Engine::open(ground.host, engine_config())
         .await
         .map_err(|error| opening_failed(&error))?;
@@ -114,11 +156,9 @@ async fn serve(config: Config, args: &Args, output: Output) -> Ended {
 
     let mut terminate = signals(SignalKind::terminate())?;
     let mut interrupt = signals(SignalKind::interrupt())?;
-    let (admin, verbs) = router(daemon.clone(), Edge::Admin);
-    // Aborted when the daemon leaves: nothing new begins while verbs under way end.
-    let mut accepting = JoinSet::new();
-    accepting.spawn(async move { axum::serve(unix, admin).await });
-    let mut trackers = vec![verbs];
+    let admin = Server::new(daemon.clone(), Edge::Admin);
+    admin.listen(unix);
+    let mut servers = vec![admin];
     let mut places = config.socket.display().to_string();
     let mut url = None;
     if let Some(tcp) = tcp {
@@ -127,7 +167,7 @@ async fn serve(config: Config, args: &Args, output: Output) -> Ended {
             places.push_str(&format!(" and {address}"));
             url = Some(address);
         }
-        trackers.push(public(tcp, daemon, &config, output, &mut accepting)?);
+        servers.push(public(tcp, daemon, config, output)?);
     }
     output.announce(
         format!("icebox {} is ready on {places}", env!("CARGO_PKG_VERSION")),
@@ -142,17 +182,15 @@ async fn serve(config: Config, args: &Args, output: Output) -> Ended {
     tracing::info!("leaving; running sandboxes go on");
     notify(NotifyState::Stopping);
     drop(socket_file);
-    accepting.abort_all();
-    let ending = async {
-        for verbs in &trackers {
-            verbs.close();
-            verbs.wait().await;
-        }
-    };
-    if tokio::time::timeout(LEAVE_TIMEOUT, ending).await.is_err() {
+    let leaving = servers
+        .iter()
+        .map(|server| server.leave(LEAVE_TIMEOUT, ANSWER_TIMEOUT));
+    let ended = futures_util::future::join_all(leaving).await;
+    if ended.contains(&false) {
         tracing::warn!("verbs are still under way; the next daemon finishes or undoes them");
+        return Ok(Left::VerbsUnderWay);
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(Left::Clean)
 }
 
 /// Serves on TCP, for who has the key.
@@ -161,8 +199,7 @@ fn public(
     daemon: Arc<Icebox>,
     config: &Config,
     output: Output,
-    accepting: &mut JoinSet<io::Result<()>>,
-) -> Result<TaskTracker, Failure> {
+) -> Result<Server, Failure> {
     let given = std::env::var(key::VARIABLE).ok();
     // Set by systemd.exec(5) where the output is connected to the journal.
     let in_journal = std::env::var_os("JOURNAL_STREAM").is_some();
@@ -176,15 +213,24 @@ fn public(
             &serde_json::json!({ "apiKey": made }),
         )?;
     }
-    let (router, verbs) = router(daemon, Edge::Public { key: key.hash });
-    let listener = axum::serve::ListenerExt::tap_io(listener, |stream| {
+    let server = Server::new(daemon, Edge::Public { key: key.hash });
+    server.listen(axum::serve::ListenerExt::tap_io(listener, |stream| {
         // Events are small and each of them matters when it happens.
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "TCP_NODELAY");
         }
-    });
-    accepting.spawn(async move { axum::serve(listener, router).await });
-    Ok(verbs)
+    }));
+    Ok(server)
+}
+
+/// Allows as many descriptors as this process may have at all. Services are started with 1024 for the sake of programs
+/// that use select(2); a connection that is carried to a sandbox takes two.
+fn raise_file_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::debug!(%error, "the limit of open files stays");
+    }
 }
 
 fn engine_config() -> icebox_engine::Config {

@@ -20,5 +20,5 @@ pub(super) async fn events(
     Query(range): Query<Range>,
 ) -> Result<Response, ApiError> {
     let events = context.daemon.events(range.since, range.follow).await?;
-    Ok(extract::lines(events))
+    Ok(extract::lines_until(events, context.leaving))
 }

@@ -6,12 +6,13 @@ use axum::body::Body;
 use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
-use futures_util::{Stream, StreamExt as _};
+use futures_util::{Stream, StreamExt as _, stream};
 use http::header::CONTENT_TYPE;
 use http::request::Parts;
 use http_body_util::{BodyExt as _, Limited};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio_util::sync::CancellationToken;
 
 use crate::{ApiError, ErrorCode};
 
@@ -74,12 +75,42 @@ impl<S: Send + Sync> FromRequestParts<S> for WantsSandbox {
 
 /// A response of JSON lines, sent as they come.
 pub(super) fn lines<T: Serialize>(items: impl Stream<Item = T> + Send + 'static) -> Response {
-    let lines = items.map(|item| {
-        serde_json::to_vec(&item).map(|mut line| {
-            line.push(b'\n');
-            Bytes::from(line)
+    answer(items.map(|item| line(&item)))
+}
+
+/// As [`lines`], of items that may never end: cut, without a proper end, when the daemon leaves.
+pub(super) fn lines_until<T: Serialize>(
+    items: impl Stream<Item = T> + Send + 'static,
+    leaving: CancellationToken,
+) -> Response {
+    let cut = {
+        let leaving = leaving.clone();
+        stream::once(async move {
+            leaving
+                .is_cancelled()
+                .then(|| Err(axum::Error::new(Leaving)))
         })
-    });
+    };
+    let lines = items
+        .map(|item| line(&item).map_err(axum::Error::new))
+        .take_until(leaving.cancelled_owned());
+    answer(lines.chain(cut.filter_map(std::future::ready)))
+}
+
+/// The client must not take what it has got for everything.
+#[derive(Debug, thiserror::Error)]
+#[error("the daemon is leaving")]
+struct Leaving;
+
+fn line(item: &impl Serialize) -> serde_json::Result<Bytes> {
+    let mut line = serde_json::to_vec(item)?;
+    line.push(b'\n');
+    Ok(line.into())
+}
+
+fn answer<E: Into<axum::BoxError>>(
+    lines: impl Stream<Item = Result<Bytes, E>> + Send + 'static,
+) -> Response {
     (
         [(CONTENT_TYPE, "application/x-ndjson")],
         Body::from_stream(lines),

@@ -118,14 +118,16 @@ impl NetworkSlots {
         })
     }
 
-    /// Removes the host's rules if no slot is left on the host; while there is one, they stay in force.
+    /// Removes the host's rules if no slot is left on the host; while there is one, they stay in force. No slot may be set
+    /// up afterwards.
     ///
     /// # Errors
     /// When slots cannot be listed or nft fails.
-    pub async fn close(self) -> Result<(), HostError> {
+    pub async fn close(&self) -> Result<(), HostError> {
+        let slots = Arc::clone(&self.slots);
         blocking(move || {
-            if self.slots.list()?.is_empty() {
-                rules::remove_host(self.slots.naming()).map_err(NetworkError::HostRules)?;
+            if slots.list()?.is_empty() {
+                rules::remove_host(slots.naming()).map_err(NetworkError::HostRules)?;
             }
             Ok(())
         })

@@ -1,9 +1,10 @@
 //! This machine as the ground that sandboxes run on: every part found, tried and put together once, at start.
 //!
 //! ```text
-//!   store (lock) -> kernels -> network -> boxes -> QEMU and its accelerator -> volume drivers that work
+//!   store (lock) -> kernels -> boxes -> QEMU and its accelerator -> volume drivers that work -> network
 //! ```
-//! The store comes first: its lock is what makes this daemon the only one that touches the rest.
+//! The store comes first: its lock is what makes this daemon the only one that touches the rest. The network comes last:
+//! its rules are on the host from then on, and a daemon that refuses to serve leaves none.
 
 mod job;
 mod workshop;
@@ -60,19 +61,20 @@ pub(super) async fn ground(config: &Config, layout: &Layout) -> Result<Ground, F
     }
     let kernels = KernelStore::new(places.clone(), agent, None);
     let instance = instance(layout);
-    let network = NetworkSlots::open(network(config, instance.clone())?)
-        .await
-        .map_err(|error| failed(&error))?;
     let boxes = boxes(layout, &instance);
     let qemu = find_qemu(config, layout, Arc::clone(&boxes), &kernels)
         .await
         .map_err(|error| failed(&error))?;
     let (volumes, findings) = volumes(config, layout).await?;
+    let network = NetworkSlots::open(network(config, instance)?)
+        .await
+        .map_err(|error| failed(&error))?;
+    let network = Arc::new(network);
     let host = Host {
         store: Arc::new(store),
         volumes,
         vmms: vec![Arc::new(qemu)],
-        network: Arc::new(network),
+        network: network.clone(),
         boxes,
         kernels: Arc::new(kernels),
         guest: Arc::new(AgentGuests),
@@ -83,7 +85,11 @@ pub(super) async fn ground(config: &Config, layout: &Layout) -> Result<Ground, F
         data: layout.data().to_owned(),
         findings,
     });
-    Ok(Ground { host, workshop })
+    Ok(Ground {
+        host,
+        workshop,
+        network: Some(network),
+    })
 }
 
 /// Looks at everything that [`ground`] needs, and goes on where that would stop: for a machine without a daemon.

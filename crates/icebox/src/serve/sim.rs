@@ -38,7 +38,11 @@ pub(super) fn ground(guests: Option<Ipv4Addr>) -> Ground {
         host: host.clone(),
         images: AtomicU64::new(0),
     });
-    Ground { host, workshop }
+    Ground {
+        host,
+        workshop,
+        network: None,
+    }
 }
 
 /// A network whose slots have chosen addresses.

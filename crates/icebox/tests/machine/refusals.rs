@@ -96,8 +96,13 @@ fn a_network_that_overlaps_or_is_none() {
         ("10.0.0.0".to_owned(), "no IPv4 network"),
     ];
     // A network that this machine is in, if it is in any: proc_pid_net(5) has them as numbers of this machine's order.
+    // Not one of other tests' sandboxes: those come and go.
     let routes = std::fs::read_to_string("/proc/net/route").unwrap();
-    let route = routes.lines().skip(1).find_map(|line| {
+    let mut lasting = routes
+        .lines()
+        .skip(1)
+        .filter(|line| !line.starts_with("ibx"));
+    let route = lasting.find_map(|line| {
         let number = |column: usize| {
             let text = line.split_whitespace().nth(column)?;
             u32::from_str_radix(text, 16).ok().map(u32::swap_bytes)
@@ -112,6 +117,33 @@ fn a_network_that_overlaps_or_is_none() {
         let said = place.refused(&mut serve);
         assert!(said.contains(word) && said.contains("hint:"), "{said}");
     }
+}
+
+#[test]
+fn a_daemon_that_leaves_takes_its_rules_with_it_and_not_those_of_a_sandbox() {
+    if !root("a_daemon_that_leaves_takes_its_rules_with_it_and_not_those_of_a_sandbox") {
+        return;
+    }
+    let place = Place::new();
+    let daemon = place.start(place.serve());
+    assert_eq!(place.rules().len(), 1);
+    daemon.stop();
+    assert_eq!(place.rules(), Vec::<String>::new());
+
+    // A slot that is set up, as one of a sandbox that runs on.
+    let daemon = place.start(place.serve());
+    let namespace = format!("ibx{}-0", place.instance());
+    let ip = |arguments: &[&str]| {
+        let status = Command::new("ip").args(arguments).status().unwrap();
+        assert!(status.success(), "ip {arguments:?}");
+    };
+    ip(&["netns", "add", &namespace]);
+    daemon.stop();
+    let left = place.rules();
+    ip(&["netns", "delete", &namespace]);
+    assert_eq!(left.len(), 1, "it would be without its rules");
+    // The next daemon finds no sandbox that it would belong to.
+    place.start(place.serve()).stop();
 }
 
 #[test]

@@ -127,10 +127,24 @@ impl Place {
         Daemon::start(self, serve)
     }
 
-    /// What this installation has on the host, beside its data.
+    pub(crate) fn instance(&self) -> Instance {
+        let data = self.data();
+        Instance::of_data_directory(&data.canonicalize().unwrap_or(data))
+    }
+
+    /// The rules that this installation has on the host while a daemon serves.
+    pub(crate) fn rules(&self) -> Vec<String> {
+        let instance = self.instance();
+        let tables = Command::new("nft").args(["list", "tables"]).output();
+        let tables = String::from_utf8(tables.unwrap().stdout).unwrap();
+        let ours = |table: &&str| table.contains(instance.as_str());
+        tables.lines().filter(ours).map(str::to_owned).collect()
+    }
+
+    /// What sandboxes of this installation have on the host, beside its data.
     pub(crate) fn holdings(&self) -> Vec<String> {
         let data = self.data().display().to_string();
-        let instance = Instance::of_data_directory(&self.data().canonicalize().unwrap_or_default());
+        let instance = self.instance();
         let mut found = Vec::new();
         for process in std::fs::read_dir("/proc").unwrap().flatten() {
             let arguments = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
@@ -181,6 +195,19 @@ impl Place {
             }
         }
         found
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let table = format!("icebox_{}", self.instance());
+            let delete = ["delete", "table", "inet", &table];
+            Command::new("nft").args(delete).output().ok();
+            return;
+        }
+        let left = [self.rules(), self.holdings()].concat();
+        assert_eq!(left, Vec::<String>::new(), "left on the host");
     }
 }
 
