@@ -7,6 +7,7 @@
 //! | 124 | `exec --timeout`: the time was over, as timeout(1) has it |
 //! | 125 | `exec` failed before or beside the guest's command |
 //! | 126, 127 | the guest's command is not executable, or not there, as shells have it |
+//! | 141 | the reader of the output has gone (`icebox ls \| head -1`): as if by SIGPIPE, without a word |
 
 use std::error::Error;
 use std::io;
@@ -23,12 +24,15 @@ pub(crate) const OURS: u8 = 125;
 pub(crate) const NOT_EXECUTABLE: u8 = 126;
 /// `exec`: there is no such program.
 pub(crate) const NOT_FOUND: u8 = 127;
+/// Nobody reads the output any more: 128 and the number of SIGPIPE, which ends other programs then.
+pub(crate) const UNREAD: u8 = 141;
 
 /// A command that failed.
 #[derive(Clone, Debug)]
 pub(crate) struct Failure {
     body: ErrorBody,
     exit: u8,
+    quiet: bool,
 }
 
 impl Failure {
@@ -43,6 +47,7 @@ impl Failure {
                 error_code: None,
             },
             exit: 1,
+            quiet: false,
         }
     }
 
@@ -72,6 +77,11 @@ impl Failure {
         self
     }
 
+    /// Whether nobody wants to be told.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.quiet
+    }
+
     pub(crate) fn body(&self) -> &ErrorBody {
         &self.body
     }
@@ -96,7 +106,11 @@ fn chain(mut error: Option<&(dyn Error + 'static)>) -> Vec<String> {
 
 impl From<ErrorBody> for Failure {
     fn from(body: ErrorBody) -> Self {
-        Self { body, exit: 1 }
+        Self {
+            body,
+            exit: 1,
+            quiet: false,
+        }
     }
 }
 
@@ -125,9 +139,16 @@ impl From<ClientError> for Failure {
     }
 }
 
-/// stdout that went away (`icebox ls | head`) is the reader's choice, but the writer still says so.
+/// The output could not be written. A reader that has gone (`icebox ls | head -1`) is no failure to speak of.
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
-        Self::because("cannot write the output", &error)
+        let failure = Self::because("cannot write the output", &error);
+        if error.kind() != io::ErrorKind::BrokenPipe {
+            return failure;
+        }
+        Self {
+            quiet: true,
+            ..failure.exit(UNREAD)
+        }
     }
 }

@@ -33,7 +33,9 @@ fn main() -> ExitCode {
     match commands::run(cli, output) {
         Ok(code) => code,
         Err(failure) => {
-            output.failure(&failure);
+            if !failure.is_quiet() {
+                output.failure(&failure);
+            }
             failure.exit_code()
         }
     }

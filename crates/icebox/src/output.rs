@@ -61,7 +61,7 @@ impl Output {
     /// A line for people, on stderr; not with `--json`.
     pub(crate) fn say(self, text: impl AsRef<str>) {
         if !self.json {
-            anstream::eprintln!("{}", text.as_ref());
+            tell(format_args!("{}", text.as_ref()));
         }
     }
 
@@ -70,15 +70,15 @@ impl Output {
         let body = failure.body();
         if self.json {
             let document = serde_json::json!({ "error": body });
-            anstream::eprintln!("{document}");
+            tell(format_args!("{document}"));
             return;
         }
-        anstream::eprintln!("{ERROR}error:{ERROR:#} {}", body.message);
+        tell(format_args!("{ERROR}error:{ERROR:#} {}", body.message));
         for cause in &body.causes {
-            anstream::eprintln!("  caused by: {cause}");
+            tell(format_args!("  caused by: {cause}"));
         }
         if let Some(hint) = &body.hint {
-            anstream::eprintln!("{HINT}hint:{HINT:#} {hint}");
+            tell(format_args!("{HINT}hint:{HINT:#} {hint}"));
         }
     }
 
@@ -91,6 +91,11 @@ impl Output {
         };
         Progress { output: self, bar }
     }
+}
+
+/// A line on stderr. Where that cannot be written there is nobody to tell, and the exit code says the rest.
+fn tell(line: std::fmt::Arguments<'_>) {
+    writeln!(anstream::stderr().lock(), "{line}").ok();
 }
 
 /// How far a long command is: a bar on a terminal, else a line per stage.

@@ -1,6 +1,6 @@
 //! `icebox completions`
 
-use std::io;
+use std::io::{self, Write as _};
 use std::process::ExitCode;
 
 use clap::CommandFactory as _;
@@ -17,11 +17,9 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Ended {
-    clap_complete::generate(
-        args.shell,
-        &mut Cli::command(),
-        "icebox",
-        &mut io::stdout().lock(),
-    );
+    // Into memory, since generating panics where writing fails.
+    let mut script = Vec::new();
+    clap_complete::generate(args.shell, &mut Cli::command(), "icebox", &mut script);
+    io::stdout().write_all(&script)?;
     Ok(ExitCode::SUCCESS)
 }

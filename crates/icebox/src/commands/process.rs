@@ -121,7 +121,12 @@ impl Running<'_> {
                 if let Err(error) = self.process.signal(Signal::SIGNAL_SIGTERM).await {
                     return Err(broken(&error));
                 }
-                return Err(Failure::from(error).exit(OURS));
+                let failure = Failure::from(error);
+                return Err(if failure.is_quiet() {
+                    failure
+                } else {
+                    failure.exit(OURS)
+                });
             }
         }
     }

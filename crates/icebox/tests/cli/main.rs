@@ -11,6 +11,7 @@ mod daemon;
 mod exec;
 mod lifecycle;
 mod offline;
+mod pipes;
 mod refusals;
 mod secrets;
 mod support;
