@@ -79,20 +79,29 @@ impl Process {
         Self::watch(pid, WaitIdOptions::EXITED)
     }
 
+    /// The process that has this pid now, whoever's child it is. `None` if there is none.
+    ///
+    /// Whether it is the one that a pid was read of is to be asked afterwards, of something that would know another
+    /// process apart: as long as this one has not ended, its pid is nobody else's.
+    ///
+    /// # Errors
+    /// Descriptors have run out.
+    pub fn open(pid: u32) -> io::Result<Option<Self>> {
+        // NOWAIT: if it is our child, the status belongs to the watcher that was there first.
+        match Self::watch(pid, WaitIdOptions::EXITED | WaitIdOptions::NOWAIT) {
+            Ok(process) => Ok(Some(process)),
+            Err(error) if is_gone(&error) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Finds a process that may be anybody's child. `None` if it has ended, or its pid belongs to another one now.
     ///
     /// # Errors
     /// Descriptors have run out.
     pub fn find(identity: &ProcessIdentity) -> io::Result<Option<Self>> {
-        // NOWAIT: if it is our child, the status belongs to the watcher that was there first.
-        let process = match Self::watch(identity.pid, WaitIdOptions::EXITED | WaitIdOptions::NOWAIT)
-        {
-            Ok(process) => process,
-            Err(error) if is_gone(&error) => return Ok(None),
-            Err(error) => return Err(error),
-        };
-        // Only now, since from here on the pidfd keeps meaning the process that was looked at.
-        Ok((process.identity == *identity).then_some(process))
+        // Compared only now, since from here on the pidfd keeps meaning the process that was looked at.
+        Ok(Self::open(identity.pid)?.filter(|process| process.identity == *identity))
     }
 
     fn watch(pid: u32, options: WaitIdOptions) -> io::Result<Self> {
@@ -204,12 +213,15 @@ mod tests {
         assert_eq!(process.ended().await, Ended::Signalled(9));
         assert_eq!(process.kill().unwrap(), Removed::AlreadyAbsent);
         assert!(Process::find(process.identity()).unwrap().is_none());
+        assert!(Process::open(process.identity().pid).unwrap().is_none());
     }
 
     #[tokio::test]
     async fn another_start_time_is_another_process() {
         let mut identity = identity_of(std::process::id()).unwrap();
         assert!(Process::find(&identity).unwrap().is_some());
+        let whoever = Process::open(identity.pid).unwrap().unwrap();
+        assert_eq!(*whoever.identity(), identity);
         identity.start_ticks += 1;
         assert!(Process::find(&identity).unwrap().is_none());
     }

@@ -134,21 +134,30 @@ impl Qemu {
         let mut identities: Vec<ProcessIdentity> = recorded.into_iter().cloned().collect();
         let pid_file = self.layout.vm(sandbox).join(PID_FILE);
         identities.extend(read_pid_file(&pid_file).map_err(failed)?);
-        for pid in self.boxes.cgroups().pids(sandbox)? {
-            match crate::launcher::identity_of(pid) {
-                Ok(identity) => identities.push(identity),
-                // It ended while we looked.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(failed(error)),
-            }
-        }
-        let mut found: Vec<Process> = Vec::new();
+        let mut found = self.members(sandbox)?;
         for identity in identities {
             if found.iter().all(|process| *process.identity() != identity) {
                 found.extend(Process::find(&identity).map_err(failed)?);
             }
         }
         Ok(found)
+    }
+
+    /// The processes in the sandbox's group.
+    ///
+    /// A pid that was read may be anybody's by the time it is used. So each is held first, and the group is asked again:
+    /// who holds a pid, is in the group and has not ended since is a member.
+    fn members(&self, sandbox: &SandboxId) -> Result<Vec<Process>, HostError> {
+        let failed = |error| HostError::io(format!("find the VMM of sandbox {sandbox}"), error);
+        let mut held = Vec::new();
+        for pid in self.boxes.cgroups().pids(sandbox)? {
+            held.extend(Process::open(pid).map_err(failed)?);
+        }
+        if !held.is_empty() {
+            let still = self.boxes.cgroups().pids(sandbox)?;
+            held.retain(|process| still.contains(&process.identity().pid) && !process.has_ended());
+        }
+        Ok(held)
     }
 
     async fn start(&self, plan: &LaunchPlan, runtime: &Path) -> Result<QemuMachine, HostError> {
