@@ -138,6 +138,7 @@ fn run(control: &mut UnixStream) -> Result<std::convert::Infallible, Failure> {
     let root = spec.pid_file.with_file_name("root");
     fs::create_dir_all(&root).step(|| format!("create {}", root.display()))?;
     world::enter(&root, &spec.binds, &spec.devices, spec.uid)?;
+    limit_resources(spec.file_bytes_max).step(|| "limit resources".into())?;
     drop_privileges(spec.uid).step(|| format!("become uid {}", spec.uid))?;
 
     send(control, &Report::Ready).step(|| "report".into())?;
@@ -227,25 +228,27 @@ fn arguments(templates: &[String], files: &[(String, OwnedFd)]) -> Vec<String> {
         .collect()
 }
 
+/// What no control group limits. A core file would hold the guest's memory, and nobody has asked for one.
+fn limit_resources(file_bytes_max: u64) -> io::Result<()> {
+    for (resource, most) in [
+        (Resource::Core, 0),
+        (Resource::Nofile, MAX_OPEN_FILES),
+        (Resource::Fsize, file_bytes_max),
+    ] {
+        let limit = Rlimit {
+            current: Some(most),
+            maximum: Some(most),
+        };
+        setrlimit(resource, limit)?;
+    }
+    sys::ignore_file_size_signal()
+}
+
 fn drop_privileges(uid: u32) -> io::Result<()> {
     if uid == 0 {
         return Err(io::Error::other("a VMM never runs as root"));
     }
     set_no_new_privs(true)?;
-    setrlimit(
-        Resource::Core,
-        Rlimit {
-            current: Some(0),
-            maximum: Some(0),
-        },
-    )?;
-    setrlimit(
-        Resource::Nofile,
-        Rlimit {
-            current: Some(MAX_OPEN_FILES),
-            maximum: Some(MAX_OPEN_FILES),
-        },
-    )?;
     for number in 0..u64::BITS {
         match remove_capability_from_bounding_set(CapabilitySet::from_bits_retain(1 << number)) {
             Ok(()) => {}

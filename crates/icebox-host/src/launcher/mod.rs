@@ -61,6 +61,9 @@ pub struct BoxSpec {
     pub network_namespace: Option<PathBuf>,
     /// The uid and gid that the VMM runs as. Not root's.
     pub uid: u32,
+    /// The largest file that the VMM can write, in bytes (`RLIMIT_FSIZE`): the disk's head. More is refused by an error
+    /// (`EFBIG`), not by the signal that would end the VMM. Pipes and devices have no such limit.
+    pub file_bytes_max: u64,
     /// Descriptors that the VMM inherits.
     pub files: Vec<OpenFile>,
     /// Where the VMM's stderr goes: a FIFO that somebody else drains.

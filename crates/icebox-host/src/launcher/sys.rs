@@ -2,7 +2,7 @@
 
 #![allow(
     unsafe_code,
-    reason = "unshare and close_range have no safe wrapper, and tokio wants a promise about descriptors"
+    reason = "unshare, close_range and signal have no safe wrapper, and tokio wants a promise about descriptors"
 )]
 
 use std::io;
@@ -37,6 +37,15 @@ pub(super) fn close_on_exec_from(first: u32) -> io::Result<()> {
     } else {
         Err(io::Error::last_os_error())
     }
+}
+
+/// Lets a write beyond `RLIMIT_FSIZE` fail instead of ending this process, and what it becomes by exec.
+pub(super) fn ignore_file_size_signal() -> io::Result<()> {
+    // SAFETY: a signal that is ignored runs no code of ours.
+    if unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) } == libc::SIG_ERR {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// Lets the runtime tell when a descriptor is readable.

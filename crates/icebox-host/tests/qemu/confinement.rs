@@ -9,7 +9,7 @@ use std::time::Duration;
 use icebox_engine::host::{BlockDevice, Machine, Vmm};
 use sha2::{Digest, Sha256};
 
-use crate::lab::{Lab, output};
+use crate::lab::{DISK_SIZE, Lab, output};
 
 fn digest(path: &PathBuf) -> Vec<u8> {
     Sha256::digest(fs::read(path).unwrap()).to_vec()
@@ -213,6 +213,26 @@ async fn a_box_holds_what_its_vmm_needs_and_no_more() {
             .unwrap()
             .contains("/run/icebox/box")
     );
+
+    // What no control group limits: its disk with some room, few files, no dump of the guest's memory.
+    let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+    let limit = |name: &str| {
+        let line = limits.lines().find(|line| line.starts_with(name)).unwrap();
+        let mut numbers = line[name.len()..].split_whitespace();
+        let soft = numbers.next().unwrap().to_owned();
+        assert_eq!(numbers.next().unwrap(), soft, "{line}");
+        soft.parse::<u64>().unwrap()
+    };
+    assert_eq!(limit("Max core file size"), 0);
+    assert_eq!(limit("Max open files"), 1024);
+    let file = limit("Max file size");
+    assert!(
+        (DISK_SIZE.0..DISK_SIZE.0 + (64 << 20)).contains(&file),
+        "{file}"
+    );
+    // SIGXFSZ, 25, would end it: proc_pid_status(5) has a bit for each ignored signal, from 1 on.
+    let ignored = u64::from_str_radix(&field("SigIgn"), 16).unwrap();
+    assert_ne!(ignored & 1 << (25 - 1), 0);
 
     // In its cgroup, where this host has any; in a session of its own.
     let pids = lab.boxes.cgroups().pids(&guest.id).unwrap();

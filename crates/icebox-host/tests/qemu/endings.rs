@@ -270,6 +270,7 @@ async fn inv_46_a_launcher_whose_daemon_dies_starts_no_vmm() {
         pid_file: runtime.join("pid"),
         network_namespace: Some(guest.network.namespace.clone()),
         uid: lab.boxes.uid(guest.slot),
+        file_bytes_max: 0,
         files: Vec::new(),
         stderr: runtime.join("stderr"),
         binds: Vec::new(),

@@ -39,7 +39,7 @@ const READY_DEADLINE: Duration = Duration::from_secs(120);
 const COMMAND_DEADLINE: Duration = Duration::from_secs(120);
 /// Slots, and so uids, of one lab.
 const SLOTS: u32 = 64;
-const DISK_SIZE: Bytes = Bytes::mib(1024);
+pub(crate) const DISK_SIZE: Bytes = Bytes::mib(1024);
 
 /// Everything round the guests of one test.
 pub(crate) struct Lab {

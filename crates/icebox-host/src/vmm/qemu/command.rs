@@ -47,12 +47,14 @@ pub(super) struct Common {
     pub(super) accelerator: Accelerator,
 }
 
-/// The launcher's orders for a plan. `runtime` is the VMM's runtime directory; `uid` the box's.
+/// The launcher's orders for a plan. `runtime` is the VMM's runtime directory; `uid` the box's;
+/// `file_bytes_max` what its head may grow to.
 pub(super) fn box_spec(
     common: &Common,
     plan: &LaunchPlan,
     runtime: &Path,
     uid: u32,
+    file_bytes_max: u64,
     cgroup_procs: Vec<PathBuf>,
 ) -> BoxSpec {
     let mut command = Command::default();
@@ -105,6 +107,7 @@ pub(super) fn box_spec(
         pid_file: runtime.join(PID_FILE),
         network_namespace: Some(plan.network.namespace.clone()),
         uid,
+        file_bytes_max,
         files: command.files,
         stderr: runtime.join(STDERR),
         binds,

@@ -18,17 +18,26 @@
 //! read by many sandboxes, and the page cache is where they share them; direct I/O would read them from disk once
 //! per sandbox. `aio=threads`, since io_uring is unavailable in many hosts' containers and `native` needs direct I/O.
 
+use std::fs::File;
 use std::path::Path;
 
-use icebox_engine::host::BlockDevice;
+use icebox_engine::host::{BlockDevice, ErrorKind, HostError};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
+
+use crate::volume::qcow2::format::{Overlay, SIZE_MAX};
 
 /// The disk's device: what `query-block` calls it.
 pub(super) const DISK_DEVICE: &str = "disk0";
 
 /// First number of the fdsets of disk files. Below are those of the console and of device state.
 const FIRST_FDSET: i64 = 16;
+
+/// Room that a head gets beyond the disk that it holds: qcow2's tables and refcounts take less than a four-thousandth of
+/// the disk, and clusters that were given up leave gaps.
+const HEAD_SLACK_SHARE: u64 = 256;
+/// The least such room, for small disks.
+const HEAD_SLACK_MIN: u64 = 16 << 20;
 
 /// Access that QEMU gets to a disk file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,6 +101,29 @@ pub(super) fn node_name(path: &Path) -> String {
         .map(|byte| format!("{byte:02x}"))
         .collect();
     format!("n{digits}")
+}
+
+/// The most that a disk's head may grow to, in bytes, whatever the VMM does to it. Reads the head's header.
+///
+/// # Errors
+/// The head cannot be read, or is none of ours.
+pub(super) fn head_bytes_max(disk: &BlockDevice) -> Result<u64, HostError> {
+    let (BlockDevice::Raw { path } | BlockDevice::Qcow2 { head: path, .. }) = disk;
+    let failed = |error| HostError::io(format!("read head {}", path.display()), error);
+    let file = File::open(path).map_err(failed)?;
+    let size = match disk {
+        BlockDevice::Raw { .. } => file.metadata().map_err(failed)?.len(),
+        BlockDevice::Qcow2 { .. } => Overlay::open(file, SIZE_MAX)
+            .map_err(|error| {
+                HostError::new(
+                    ErrorKind::Invalid,
+                    format!("{} is not a usable head", path.display()),
+                )
+                .caused_by(error)
+            })?
+            .size(),
+    };
+    Ok(size + HEAD_SLACK_MIN.max(size / HEAD_SLACK_SHARE))
 }
 
 /// The files of a disk, bottom first: the order in which nodes are made.
