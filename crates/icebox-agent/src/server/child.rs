@@ -2,11 +2,11 @@
 //!
 //! ```text
 //! stdout ─► pump ─┐                     ┌─► subscriber (bounded queue)
-//! stderr ─► pump ─┼─► publish ──────────┼─► subscriber
+//! stderr ─► pump ─┼─► subscribers ──────┼─► subscriber
 //! wait ───► end ──┘                     └─► …
 //! ```
 //!
-//! A subscriber that reads slowly slows the process down, as a pipe would; nothing is dropped for it. Output that
+//! What a slow subscriber does to the process and to others is the business of [`super::subscribers`]. Output that
 //! nobody subscribes to is read and discarded. A client that goes away takes nothing with it but its subscription.
 //!
 //! The end is told when the process has ended *and* its streams are read to the end. Streams that are still open
@@ -21,7 +21,7 @@ use std::{
     path::{Path, PathBuf},
     pin::pin,
     process::Stdio,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -42,6 +42,7 @@ use tokio::{
     time::timeout,
 };
 
+use super::subscribers::Subscribers;
 use crate::{
     THIS_PROGRAM,
     cgroup::{Cgroups, Tree},
@@ -53,8 +54,6 @@ use crate::{
 /// Size of one piece of output, at most. Those of envd.
 const PIPE_CHUNK: usize = 32 << 10;
 const TERMINAL_CHUNK: usize = 16 << 10;
-/// Pieces that wait for a subscriber before the process has to.
-const QUEUE: usize = 4;
 /// How long, in all, we wait for more output once the process has ended.
 const DRAIN: Duration = Duration::from_millis(250);
 /// A report of a launch is one short line.
@@ -144,12 +143,7 @@ pub(super) struct Process {
     tree: Tree,
     terminal: Option<Arc<AsyncFd<OwnedFd>>>,
     input: tokio::sync::Mutex<Sink>,
-    subscribers: Mutex<Subscribers>,
-}
-
-enum Subscribers {
-    Live(Vec<mpsc::Sender<Event>>),
-    Ended(End),
+    subscribers: Subscribers,
 }
 
 /// The streams of a process on our side.
@@ -191,7 +185,7 @@ impl Process {
             Streams::Terminal(master) => Some(master.clone()),
             Streams::Pipes(..) => None,
         };
-        let (sender, events) = mpsc::channel(QUEUE);
+        let (subscribers, events) = Subscribers::new();
         let process = Arc::new(Self {
             pid: id.as_raw_nonzero().get().cast_unsigned(),
             config: spec.config,
@@ -200,7 +194,7 @@ impl Process {
             tree,
             terminal,
             input: tokio::sync::Mutex::new(sink),
-            subscribers: Mutex::new(Subscribers::Live(vec![sender])),
+            subscribers,
         });
         Ok((
             Started {
@@ -297,19 +291,11 @@ impl Process {
 
     /// Follows the process from now on. An ended one yields its end alone.
     pub(super) fn subscribe(&self) -> mpsc::Receiver<Event> {
-        let (sender, receiver) = mpsc::channel(QUEUE);
-        match &mut *self.subscribers() {
-            Subscribers::Live(all) => all.push(sender),
-            // A new queue has room.
-            Subscribers::Ended(end) => {
-                sender.try_send(Event::End(*end)).ok();
-            }
-        }
-        receiver
+        self.subscribers.subscribe()
     }
 
     pub(super) fn has_ended(&self) -> bool {
-        matches!(*self.subscribers(), Subscribers::Ended(_))
+        self.subscribers.have_ended()
     }
 
     /// Writes to the process's input, for as long as it takes the process to read.
@@ -351,37 +337,6 @@ impl Process {
             // A group that is gone needs no signal.
             Ok(()) | Err(Errno::SRCH) => Ok(()),
             Err(errno) => Err(errno.into()),
-        }
-    }
-
-    fn subscribers(&self) -> std::sync::MutexGuard<'_, Subscribers> {
-        self.subscribers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    async fn publish(&self, stream: Stream, bytes: Bytes) {
-        let all = match &*self.subscribers() {
-            Subscribers::Live(all) => all.clone(),
-            Subscribers::Ended(_) => return,
-        };
-        let mut gone = false;
-        for subscriber in &all {
-            gone |= subscriber
-                .send(Event::Output(stream, bytes.clone()))
-                .await
-                .is_err();
-        }
-        if gone && let Subscribers::Live(all) = &mut *self.subscribers() {
-            all.retain(|subscriber| !subscriber.is_closed());
-        }
-    }
-
-    /// Makes the end known to whoever asks from now on. Who asked before is returned, to be told.
-    fn set_ended(&self, end: End) -> Vec<mpsc::Sender<Event>> {
-        match std::mem::replace(&mut *self.subscribers(), Subscribers::Ended(end)) {
-            Subscribers::Live(all) => all,
-            Subscribers::Ended(_) => Vec::new(),
         }
     }
 }
@@ -437,13 +392,10 @@ impl Started {
             // Every pump drops its sender when it has nothing more to tell.
             while drained.recv().await.is_some() {}
             let end = End { exit, timed_out };
-            let subscribers = process.set_ended(end);
+            let telling = process.subscribers.end(end);
             cgroups.release(&process.tree);
             ended();
-            for subscriber in subscribers {
-                // One that went away does not want to know.
-                subscriber.send(Event::End(end)).await.ok();
-            }
+            telling.await;
         };
         tokio::join!(pumps, end);
     }
@@ -542,8 +494,10 @@ async fn pump<S: Source>(
         };
         match read {
             Ok(1..) => {
+                let bytes = std::mem::take(&mut buffer).into();
                 process
-                    .publish(stream, std::mem::take(&mut buffer).into())
+                    .subscribers
+                    .publish(Event::Output(stream, bytes))
                     .await;
             }
             // A stream that cannot be read has nothing more to tell either.

@@ -25,6 +25,7 @@ mod metrics;
 mod paths;
 mod process;
 mod state;
+mod subscribers;
 mod watch;
 
 use std::{

@@ -432,8 +432,8 @@ fn events_of(
             Ok(Some(Event::End(end))) => return Some((Ok(wire(end.exit.to_event())), None)),
             Ok(None) => {
                 return Some((
-                    Err(ConnectError::internal(
-                        "the process is no longer looked after",
+                    Err(ConnectError::resource_exhausted(
+                        "this call took too little of the output for others who follow the process",
                     )),
                     None,
                 ));
