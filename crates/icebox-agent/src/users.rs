@@ -5,8 +5,13 @@
 
 use std::{
     collections::HashMap,
-    fs,
+    fs, io,
     path::{Path, PathBuf},
+};
+
+use rustix::{
+    process::{Gid, Uid},
+    thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid},
 };
 
 /// Someone who can own processes and files.
@@ -52,6 +57,35 @@ impl User {
         ids.sort_unstable();
         ids.dedup();
         ids
+    }
+
+    /// Does `work` with this user's rights to files and no others, on a thread that ends with it: rights are a thread's,
+    /// and so cannot be left behind on one that others use. Blocks. Needs root, unless the user is who we are.
+    pub(crate) fn act<T: Send>(
+        &self,
+        work: impl FnOnce() -> io::Result<T> + Send,
+    ) -> io::Result<T> {
+        std::thread::scope(|scope| {
+            let acting = std::thread::Builder::new()
+                .name(format!("as {}", self.uid))
+                .spawn_scoped(scope, || {
+                    self.become_on_this_thread()?;
+                    work()
+                })?;
+            acting
+                .join()
+                .unwrap_or_else(|_| Err(io::Error::other("the work panicked")))
+        })
+    }
+
+    /// The effective ids alone: with the real ones, the user's own processes could reach for ours.
+    fn become_on_this_thread(&self) -> io::Result<()> {
+        let groups: Vec<Gid> = self.groups().into_iter().map(Gid::from_raw).collect();
+        set_thread_groups(&groups)?;
+        set_thread_res_gid(Gid::ROOT, Gid::from_raw(self.gid), Gid::ROOT)?;
+        // Not being root any more takes the capabilities to pass over permissions.
+        set_thread_res_uid(Uid::ROOT, Uid::from_raw(self.uid), Uid::ROOT)?;
+        Ok(())
     }
 }
 

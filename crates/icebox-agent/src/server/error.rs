@@ -46,6 +46,7 @@ impl HttpError {
             Some(
                 Errno::ISDIR | Errno::NOTDIR | Errno::NAMETOOLONG | Errno::LOOP | Errno::INVAL,
             ) => StatusCode::BAD_REQUEST,
+            Some(Errno::ACCESS | Errno::PERM) => StatusCode::FORBIDDEN,
             _ => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Self::new(status, format!("{what}: {error}"))

@@ -26,7 +26,8 @@ use tokio::{task::AbortHandle, time::timeout};
 
 use super::{
     auth::acting_user,
-    entry, keepalive_of, paths,
+    entry, keepalive_of,
+    paths::{self, Anchored},
     state::Agent,
     watch::{self, Readiness, Watcher},
 };
@@ -129,8 +130,8 @@ impl proto::Filesystem for Service {
         ctx: RequestContext,
         request: ServiceRequest<'_, RemoveRequest>,
     ) -> ServiceResult<impl Encodable<RemoveResponse> + Send + use<'a>> {
-        let (_, path) = self.target(&ctx, request.path)?;
-        blocking(move || remove(&path)).await?;
+        let (user, path) = self.target(&ctx, request.path)?;
+        blocking(move || remove(&path, &user)).await?;
         Response::ok(RemoveResponse::default())
     }
 
@@ -371,16 +372,33 @@ fn make_dir(path: &Path, user: &User) -> Result<EntryInfo, ConnectError> {
         }
         Err(_) => {}
     }
-    paths::create_dirs(path, user).map_err(|error| io_error(path, &error))?;
+    paths::spelled_or_as(
+        user,
+        || Anchored::open(path, Some(user))?.make_dir(user),
+        || paths::create_dirs(path, user),
+    )
+    .map_err(|error| io_error(path, &error))?;
     describe(path)
 }
 
 fn rename(source: &Path, destination: &Path, user: &User) -> Result<EntryInfo, ConnectError> {
     fs::symlink_metadata(source).map_err(|error| io_error(source, &error))?;
-    if let Some(parent) = destination.parent() {
-        paths::create_dirs(parent, user).map_err(|error| io_error(parent, &error))?;
-    }
-    fs::rename(source, destination).map_err(|error| io_error(destination, &error))?;
+    // What is moved, and what is replaced, may itself be a link: neither is followed.
+    paths::spelled_or_as(
+        user,
+        || {
+            let from = Anchored::open(source, None)?;
+            let to = Anchored::open(destination, Some(user))?;
+            fs::rename(from.path(), to.path())
+        },
+        || {
+            if let Some(parent) = destination.parent() {
+                paths::create_dirs(parent, user)?;
+            }
+            fs::rename(source, destination)
+        },
+    )
+    .map_err(|error| io_error(destination, &error))?;
     describe(destination)
 }
 
@@ -420,17 +438,25 @@ fn walk(path: &Path, depth: u32, names: &Names, entries: &mut Vec<EntryInfo>) ->
     Ok(())
 }
 
-fn remove(path: &Path) -> Result<(), ConnectError> {
+fn remove(path: &Path, user: &User) -> Result<(), ConnectError> {
     if path == Path::new("/") {
         return Err(ConnectError::invalid_argument(
             "the root directory cannot be removed",
         ));
     }
-    let removed = match fs::symlink_metadata(path) {
-        Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),
-        Ok(_) => fs::remove_file(path),
-        Err(error) => Err(error),
+    // A link is removed, not what it leads to.
+    let remove = |path: &Path| {
+        if fs::symlink_metadata(path)?.is_dir() {
+            fs::remove_dir_all(path)
+        } else {
+            fs::remove_file(path)
+        }
     };
+    let removed = paths::spelled_or_as(
+        user,
+        || remove(&Anchored::open(path, None)?.path()),
+        || remove(path),
+    );
     match removed {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         result => result.map_err(|error| io_error(path, &error)),

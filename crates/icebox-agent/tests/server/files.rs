@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     fs,
     io::Write as _,
-    os::unix::fs::{MetadataExt as _, symlink},
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown, symlink},
     path::Path,
 };
 
@@ -223,6 +223,62 @@ async fn an_upload_creates_directories_and_keeps_the_inode() {
         .unwrap();
     assert_eq!(fs::read(&path).unwrap(), b"x");
     assert_eq!(fs::metadata(&path).unwrap().ino(), first.ino());
+}
+
+#[tokio::test]
+async fn inv_40_a_link_leads_an_upload_no_further_than_its_users_rights() {
+    let server = Server::start();
+    let directory = server.directory.path();
+    fs::set_permissions(directory, fs::Permissions::from_mode(0o755)).unwrap();
+    let (theirs, roots) = (directory.join("theirs"), directory.join("roots"));
+    fs::create_dir(&theirs).unwrap();
+    chown(&theirs, Some(1), Some(1)).unwrap();
+    fs::create_dir(&roots).unwrap();
+    let precious = roots.join("precious");
+    fs::write(&precious, "precious").unwrap();
+    symlink(&precious, theirs.join("file")).unwrap();
+    symlink(&roots, theirs.join("directory")).unwrap();
+    symlink(roots.join("new"), theirs.join("dangling")).unwrap();
+    fs::hard_link(&precious, theirs.join("second-name")).unwrap();
+    for path in [
+        "file",
+        "second-name",
+        "dangling",
+        "directory/precious",
+        "directory/new",
+        "directory/a/b",
+    ] {
+        let request = post(&format!(
+            "/files?username=daemon&path={}",
+            theirs.join(path).display()
+        ));
+        let refused = send(&server, request, "x").await;
+        assert_eq!(refused.status, StatusCode::FORBIDDEN, "{path}");
+    }
+    assert_eq!(fs::read_to_string(&precious).unwrap(), "precious");
+    assert_eq!(fs::metadata(&precious).unwrap().uid(), 0);
+    assert_eq!(fs::read_dir(&roots).unwrap().count(), 1);
+
+    // Links to what is theirs, and what anybody may write, lead there; and root's rights lead wherever root is asked for.
+    let shared = roots.join("shared");
+    fs::write(&shared, "").unwrap();
+    fs::set_permissions(&shared, fs::Permissions::from_mode(0o666)).unwrap();
+    symlink(&shared, theirs.join("to-shared")).unwrap();
+    symlink(&theirs, theirs.join("self")).unwrap();
+    for (user, path, lands, owner) in [
+        ("daemon", "self/own/deep", theirs.join("own/deep"), 1),
+        ("daemon", "to-shared", shared.clone(), 0),
+        ("root", "file", precious.clone(), 0),
+    ] {
+        let request = post(&format!(
+            "/files?username={user}&path={}",
+            theirs.join(path).display()
+        ));
+        let answer = send(&server, request, path).await;
+        assert_eq!(answer.status, StatusCode::OK, "{path}: {}", answer.text());
+        assert_eq!(fs::read_to_string(&lands).unwrap(), path);
+        assert_eq!(fs::metadata(&lands).unwrap().uid(), owner, "{path}");
+    }
 }
 
 #[tokio::test]

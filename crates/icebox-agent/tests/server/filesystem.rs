@@ -1,6 +1,10 @@
 //! Names and metadata of files.
 
-use std::{fs, os::unix::fs::symlink, path::Path};
+use std::{
+    fs,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown, symlink},
+    path::Path,
+};
 
 use connectrpc::{ErrorCode, client::CallOptions};
 use icebox_agent_api::{
@@ -142,6 +146,52 @@ async fn directories_are_made_with_their_parents_once() {
         make_dir(&client, &file.join("below")).await,
         Err(ErrorCode::InvalidArgument)
     );
+}
+
+#[tokio::test]
+async fn links_lead_changes_no_further_than_their_users_rights() {
+    let server = Server::start();
+    let directory = server.directory.path();
+    fs::set_permissions(directory, fs::Permissions::from_mode(0o755)).unwrap();
+    let (theirs, roots) = (directory.join("theirs"), directory.join("roots"));
+    fs::create_dir(&theirs).unwrap();
+    chown(&theirs, Some(1), Some(1)).unwrap();
+    fs::create_dir_all(roots.join("inner")).unwrap();
+    fs::write(roots.join("precious"), "precious").unwrap();
+    let link = theirs.join("link");
+    symlink(&roots, &link).unwrap();
+    let client = server.client().with_user("daemon").filesystem();
+    let denied = Some(ErrorCode::PermissionDenied);
+    assert_eq!(make_dir(&client, &link.join("a/b")).await.err(), denied);
+    for path in ["precious", "inner"] {
+        let path = link.join(path);
+        assert_eq!(remove(&client, &path).await.err(), denied);
+        assert_eq!(
+            rename(&client, &path, &theirs.join("got")).await.err(),
+            denied
+        );
+    }
+    fs::write(theirs.join("bad"), "bad").unwrap();
+    assert_eq!(
+        rename(&client, &theirs.join("bad"), &link.join("precious"))
+            .await
+            .err(),
+        denied
+    );
+    assert_eq!(
+        fs::read_to_string(roots.join("precious")).unwrap(),
+        "precious"
+    );
+    assert_eq!(fs::read_dir(&roots).unwrap().count(), 2);
+    // The link itself is theirs to move and to remove.
+    let moved = theirs.join("made/moved");
+    rename(&client, &link, &moved).await.unwrap();
+    assert_eq!(fs::metadata(theirs.join("made")).unwrap().uid(), 1);
+    remove(&client, &moved).await.unwrap();
+    assert_eq!(fs::read_dir(&roots).unwrap().count(), 2);
+    // As it is spelled, every path of the guest is reached.
+    make_dir(&client, &roots.join("a/b")).await.unwrap();
+    remove(&client, &roots.join("a")).await.unwrap();
 }
 
 #[tokio::test]

@@ -99,8 +99,13 @@ fn locate(path: &Path) -> Result<OwnedFd, HttpError> {
             &errno.into(),
         )
     })?;
-    match FileType::from_raw_mode(status.st_mode) {
-        FileType::RegularFile => Ok(handle),
+    require_regular(FileType::from_raw_mode(status.st_mode), path)?;
+    Ok(handle)
+}
+
+fn require_regular(kind: FileType, path: &Path) -> Result<(), HttpError> {
+    match kind {
+        FileType::RegularFile => Ok(()),
         FileType::Directory => Err(HttpError::bad_request(format!(
             "path '{}' is a directory",
             path.display()

@@ -21,17 +21,21 @@ use flate2::write::MultiGzDecoder;
 use http_body_util::BodyExt as _;
 use icebox_agent_api::{METADATA_HEADER_PREFIX, control::UploadedFile};
 use rustix::{
+    fs::{FileType, Mode, OFlags},
     io::Errno,
     process::{Gid, Uid},
 };
 use tokio::sync::mpsc;
 
 use super::{
-    Agent, FileQuery, HttpError, Operation, QUEUE, authorise, blocking, locate, owner, reopen,
-    resolve,
+    Agent, FileQuery, HttpError, Operation, QUEUE, authorise, blocking, owner, reopen,
+    require_regular, resolve,
 };
 use crate::{
-    server::{entry, paths},
+    server::{
+        entry,
+        paths::{self, Anchored},
+    },
     users::User,
 };
 
@@ -291,33 +295,93 @@ fn copy(chunks: &mut mpsc::Receiver<Bytes>, to: &mut impl Write) -> io::Result<(
     Ok(())
 }
 
-/// Opens a file to be overwritten, or creates it and what is missing above it; either way it is `user`'s. Blocks.
+/// What is done about a link where the file should be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Links {
+    Followed,
+    /// Refused with `ELOOP`, and with it a file that has a second name elsewhere and another owner.
+    Refused,
+}
+
+/// Opens a file to be overwritten, or creates it and what is missing above it; either way it is `user`'s, unless a link
+/// led to somebody else's. Blocks.
 fn open(path: &Path, user: &User) -> Result<fs::File, HttpError> {
-    let failed =
-        |error: io::Error| HttpError::io(&format!("failed to write '{}'", path.display()), &error);
-    let file = match locate(path) {
-        Ok(handle) => {
-            reopen(&handle, fs::OpenOptions::new().write(true).truncate(true)).map_err(failed)?
-        }
-        Err(error) if error.status == StatusCode::NOT_FOUND => {
+    let opened = paths::spelled_or_as(
+        user,
+        || {
+            let anchored = Anchored::open(path, Some(user))?;
+            let opened = open_at(&anchored.path(), path, user, Links::Refused)?;
+            opened
+                .map(|file| give(&file, user).map(|()| file))
+                .map_or_else(|refused| Ok(Err(refused)), |file| file.map(Ok))
+        },
+        || {
             if let Some(parent) = path.parent() {
-                paths::create_dirs(parent, user).map_err(failed)?;
+                paths::create_dirs(parent, user)?;
             }
-            fs::OpenOptions::new()
-                .write(true)
-                .create(true)
-                .truncate(true)
-                .mode(0o644)
-                .open(path)
-                .map_err(failed)?
-        }
-        Err(error) => return Err(error),
+            let opened = open_at(path, path, user, Links::Followed)?;
+            if user.uid == 0
+                && let Ok(file) = &opened
+            {
+                give(file, user)?;
+            }
+            Ok(opened)
+        },
+    );
+    opened.unwrap_or_else(|error| {
+        Err(HttpError::io(
+            &format!("failed to write '{}'", path.display()),
+            &error,
+        ))
+    })
+}
+
+fn give(file: &fs::File, user: &User) -> io::Result<()> {
+    let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
+    Ok(rustix::fs::fchown(file, Some(uid), Some(gid))?)
+}
+
+/// Opens the file at `path`, which the client called `shown`, or creates it.
+fn open_at(
+    path: &Path,
+    shown: &Path,
+    user: &User,
+    links: Links,
+) -> io::Result<Result<fs::File, HttpError>> {
+    let no_follow = match links {
+        Links::Followed => OFlags::empty(),
+        Links::Refused => OFlags::NOFOLLOW,
     };
-    rustix::fs::fchown(
-        &file,
-        Some(Uid::from_raw(user.uid)),
-        Some(Gid::from_raw(user.gid)),
-    )
-    .map_err(|errno| failed(errno.into()))?;
-    Ok(file)
+    loop {
+        let flags = OFlags::PATH | OFlags::CLOEXEC | no_follow;
+        let handle = match rustix::fs::open(path, flags, Mode::empty()) {
+            Ok(handle) => handle,
+            Err(Errno::NOENT) => {
+                let created = fs::OpenOptions::new()
+                    .write(true)
+                    .create(links == Links::Followed)
+                    .create_new(links == Links::Refused)
+                    .mode(0o644)
+                    .open(path);
+                match created {
+                    // Somebody else was faster: it is to be looked at first.
+                    Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
+                    created => return created.map(Ok),
+                }
+            }
+            Err(errno) => return Err(errno.into()),
+        };
+        let status = rustix::fs::fstat(&handle)?;
+        let kind = FileType::from_raw_mode(status.st_mode);
+        let elsewhere =
+            kind == FileType::RegularFile && status.st_nlink > 1 && status.st_uid != user.uid;
+        if links == Links::Refused && (kind == FileType::Symlink || elsewhere) {
+            return Err(Errno::LOOP.into());
+        }
+        if let Err(refused) = require_regular(kind, shown) {
+            return Ok(Err(refused));
+        }
+        let mut options = fs::OpenOptions::new();
+        return reopen(&handle, options.write(true).truncate(true)).map(Ok);
+    }
 }
