@@ -73,6 +73,8 @@ impl Guest for SimGuest {
                 return Some(Err(wrong_token()));
             }
             welcome.token.expose().clone_into(&mut vm.token);
+            let told = state.welcomes.entry(sandbox.clone()).or_default();
+            told.push(welcome.clone());
             Some(Ok(()))
         })
         .await

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use icebox_engine::host::{
     BlockDevice, Capabilities, DiskSwitch, ErrorKind, ExitReason, HostError, LaunchPlan, Machine,
-    ProcessIdentity, Removed, SavePlan, SavedMemory, SavedPages, Start, VcpuState, Vmm,
-    VmmIdentity,
+    MemorySource, ProcessIdentity, Removed, SavePlan, SavedMemory, SavedPages, Start, VcpuState,
+    Vmm, VmmIdentity,
 };
 use icebox_engine::id::{HeadId, SandboxId};
 use icebox_engine::layout::{MEMORY_BASE, MEMORY_DIFF};
@@ -14,7 +14,7 @@ use icebox_engine::unit::Bytes;
 use tokio::sync::watch;
 
 use crate::volume::head_of;
-use crate::world::{File, Vcpus, Vm, World};
+use crate::world::{File, State, Vcpus, Vm, World};
 
 pub(crate) struct SimVmm {
     world: World,
@@ -48,6 +48,26 @@ impl SimVmm {
             process: vm.process.clone(),
             exit: vm.exit.subscribe(),
         })
+    }
+}
+
+impl State {
+    /// The number and the page that a memory holds.
+    fn memory(&mut self, source: &MemorySource) -> Result<(u64, u64), HostError> {
+        let no_memory = || HostError::new(ErrorKind::Invalid, "that is no memory");
+        let File::Memory { value, page } = self.read(&source.base)? else {
+            return Err(no_memory());
+        };
+        match source.diff.as_ref().map(|diff| self.read(diff)) {
+            None => Ok((value, page)),
+            Some(changes) => match changes? {
+                File::Changes {
+                    value,
+                    page: changed,
+                } => Ok((value, changed.unwrap_or(page))),
+                _ => Err(no_memory()),
+            },
+        }
     }
 }
 
@@ -86,8 +106,8 @@ impl Vmm for SimVmm {
         }
         let head = head_of(&plan.disk)?;
         let disk = state.resolve(&head)?;
-        let (value, token, vcpus) = match &plan.start {
-            Start::Boot { token, .. } => (disk, token.expose().to_owned(), Vcpus::Running),
+        let (value, page, token, vcpus) = match &plan.start {
+            Start::Boot { token, .. } => (disk, 0, token.expose().to_owned(), Vcpus::Running),
             Start::Restore {
                 device_state,
                 memory,
@@ -103,18 +123,14 @@ impl Vmm for SimVmm {
                         "that is no device state",
                     ));
                 };
-                let base = state.read(&memory.base)?;
-                let pages = memory
-                    .diff
-                    .as_ref()
-                    .map_or(Ok(base), |diff| state.read(diff))?;
-                if pages != File::Memory(value) || disk != value || geometry != plan.geometry {
+                let (held, page) = state.memory(memory)?;
+                if held != value || disk != value || geometry != plan.geometry {
                     let message = format!(
-                        "devices of {value}, memory {pages:?}, disk of {disk}: not one instant"
+                        "devices of {value}, memory of {held}, disk of {disk}: not one instant"
                     );
                     return Err(HostError::new(ErrorKind::Invalid, message));
                 }
-                (value, token, Vcpus::Paused)
+                (value, page, token, Vcpus::Paused)
             }
         };
         state.next_pid += 1;
@@ -130,6 +146,7 @@ impl Vmm for SimVmm {
             wedged: false,
             head,
             value,
+            page,
             token,
             geometry: plan.geometry,
             exit,
@@ -217,14 +234,19 @@ impl Machine for SimMachine {
     }
 
     async fn save(&self, plan: SavePlan) -> Result<SavedMemory, HostError> {
-        let (value, token, geometry) = self
-            .with(|vm| (vm.value, vm.token.clone(), vm.geometry))
+        let (value, page, token, geometry) = self
+            .with(|vm| (vm.value, vm.page, vm.token.clone(), vm.geometry))
             .await?;
-        let (pages, file) = match plan.restored_from {
-            None => (SavedPages::Full, MEMORY_BASE),
-            Some(_) => (SavedPages::Diff, MEMORY_DIFF),
-        };
         let mut state = self.world.lock();
+        let (pages, file, memory) = match plan.restored_from {
+            None => (SavedPages::Full, MEMORY_BASE, File::Memory { value, page }),
+            Some(from) => {
+                let full = MemorySource { diff: None, ..from };
+                let changed = state.memory(&full)?.1 != page;
+                let page = changed.then_some(page);
+                (SavedPages::Diff, MEMORY_DIFF, File::Changes { value, page })
+            }
+        };
         if std::mem::take(&mut state.save_fails) {
             return Err(HostError::new(
                 ErrorKind::Exhausted,
@@ -239,7 +261,7 @@ impl Machine for SimMachine {
                 geometry,
             },
         )?;
-        state.write(&plan.memory.join(file), File::Memory(value))?;
+        state.write(&plan.memory.join(file), memory)?;
         Ok(SavedMemory {
             pages,
             changed_pages: 1,

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use icebox_engine::host::{ErrorKind, ExitReason, Host, HostError, ProcessIdentity};
+use icebox_engine::host::{ErrorKind, ExitReason, Host, HostError, ProcessIdentity, Welcome};
 use icebox_engine::id::{Digest, HeadId, SandboxId, Slot};
 use icebox_engine::layout::Object;
 use icebox_engine::unit::{Bytes, Geometry};
@@ -23,8 +23,10 @@ pub(crate) enum File {
     Image { content: u64, size: Bytes },
     /// A disk: the number that a guest wrote last.
     Disk(u64),
-    /// A memory: the number that a guest held.
-    Memory(u64),
+    /// A full memory: the number that a guest held, and its page for the tests.
+    Memory { value: u64, page: u64 },
+    /// What differs from a full memory. A page that is as it was is not in it; one that was zeroed is.
+    Changes { value: u64, page: Option<u64> },
     /// A device state.
     Devices {
         value: u64,
@@ -64,6 +66,8 @@ pub(crate) struct Vm {
     pub(crate) wedged: bool,
     pub(crate) head: HeadId,
     pub(crate) value: u64,
+    /// A page of its memory that only tests write to.
+    pub(crate) page: u64,
     pub(crate) token: String,
     pub(crate) geometry: Geometry,
     pub(crate) exit: watch::Sender<Option<ExitReason>>,
@@ -79,6 +83,7 @@ pub(crate) struct State {
     pub(crate) networks: BTreeSet<Slot>,
     pub(crate) boxes: BTreeSet<SandboxId>,
     pub(crate) vms: BTreeMap<SandboxId, Vm>,
+    pub(crate) welcomes: BTreeMap<SandboxId, Vec<Welcome>>,
     pub(crate) next_pid: u32,
     pub(crate) next_value: u64,
     pub(crate) low_space: bool,
@@ -263,6 +268,35 @@ impl World {
             return Err(format!("memory holds {} and the disk {disk}", vm.value));
         }
         Ok(disk)
+    }
+
+    /// Writes to a page of a running guest's memory that nothing else writes to.
+    pub fn write_page(&self, sandbox: &SandboxId, content: u64) {
+        if let Some(vm) = self.lock().vms.get_mut(sandbox) {
+            vm.page = content;
+        }
+    }
+
+    /// What [`write_page`](Self::write_page) wrote last, as the running guest has it.
+    #[must_use]
+    pub fn page(&self, sandbox: &SandboxId) -> Option<u64> {
+        self.lock().vms.get(sandbox).map(|vm| vm.page)
+    }
+
+    /// The process that runs a guest.
+    #[must_use]
+    pub fn process(&self, sandbox: &SandboxId) -> Option<ProcessIdentity> {
+        self.lock().vms.get(sandbox).map(|vm| vm.process.clone())
+    }
+
+    /// What the guests that were this sandbox have been told, in order.
+    #[must_use]
+    pub fn welcomes(&self, sandbox: &SandboxId) -> Vec<Welcome> {
+        self.lock()
+            .welcomes
+            .get(sandbox)
+            .cloned()
+            .unwrap_or_default()
     }
 
     /// Lets every running guest write once more.

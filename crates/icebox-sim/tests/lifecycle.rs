@@ -1,6 +1,8 @@
 //! The promises of the lifecycle that need a story rather than a fault at a step. One test, one promise.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+#[path = "support/story.rs"]
+mod stories;
 mod support;
 
 use std::time::Duration;
@@ -9,36 +11,11 @@ use icebox_engine::id::{GenerationNo, HeadId, LayerId, SandboxId, Slot};
 use icebox_engine::layout::Object;
 use icebox_engine::manifest::v1::{TemplateContent, Under};
 use icebox_engine::{Config, Engine, Error, Outcome, Phase};
-use icebox_sim::fault::{Fault, Injector, Kind, When, inject};
+use icebox_sim::fault::{Fault, Kind, When};
 use icebox_sim::{FreezeBy, World};
+use stories::{story, story_of_faults};
 use support::{IMAGE, create, from, import_image, leave_nothing, life, named, open, run};
 use tokio::time::Instant;
-
-/// Tells a story on both kinds of volume driver, and ends it with nothing left.
-fn story(tell: impl AsyncFn(&World, &Engine)) {
-    for freeze in [FreezeBy::Vmm, FreezeBy::Host] {
-        life(async || {
-            let world = World::new();
-            let engine = open(world.host(freeze)).await;
-            import_image(&world, &engine).await;
-            tell(&world, &engine).await;
-            leave_nothing(&world, &engine).await;
-        });
-    }
-}
-
-/// A story on a host of which steps can be broken.
-fn story_of_faults(tell: impl AsyncFn(&World, &Injector, &Engine)) {
-    for freeze in [FreezeBy::Vmm, FreezeBy::Host] {
-        life(async || {
-            let (world, injector) = (World::new(), Injector::new());
-            let engine = open(inject(world.host(freeze), &injector)).await;
-            import_image(&world, &engine).await;
-            tell(&world, &injector, &engine).await;
-            leave_nothing(&world, &engine).await;
-        });
-    }
-}
 
 /// For a step of which every call fails.
 fn broken_forever() -> impl Iterator<Item = Option<When>> + Send + 'static {

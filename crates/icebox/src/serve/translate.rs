@@ -34,7 +34,7 @@ pub(super) fn error(error: &Error) -> ApiError {
         Error::Incompatible { .. } => ErrorCode::Unsupported,
         Error::Step { source, .. } => kind(source.kind()),
         Error::Deadline { .. } => ErrorCode::Timeout,
-        Error::Stuck { .. } => ErrorCode::Broken,
+        Error::Stuck { .. } | Error::Unusable { .. } => ErrorCode::Broken,
         _ => ErrorCode::Internal,
     };
     let answer = ApiError::from_error(code, error);
