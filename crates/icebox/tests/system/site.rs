@@ -427,11 +427,7 @@ impl Site {
         let kept = ["bases", "layers", "memories", "templates"];
         let kept = kept.map(|area| self.traces.data.join(area));
         let marks = self.traces.look();
-        // The host's rules, which are empty by now, are replaced by the next daemon.
-        let left: Vec<_> = marks
-            .outside(&kept)
-            .filter(|mark| !mark.starts_with("nft"))
-            .collect();
+        let left: Vec<_> = marks.outside(&kept).collect();
         assert!(left.is_empty(), "left behind: {left:#?}");
     }
 }
