@@ -37,6 +37,12 @@ pub enum ParseIdError {
         /// What was given, cut to a readable length.
         found: String,
     },
+    /// A name of an id's form: `rm` of one sandbox's id would remove the sandbox that is called so.
+    #[error("{found:?} cannot be a name: it has the form of an id")]
+    NameLikeId {
+        /// What was given.
+        found: String,
+    },
     /// Not a SHA-256 in lower-case hexadecimal.
     #[error("{found:?} is not a digest (expected 64 characters 0-9, a-f)")]
     Digest {
@@ -157,13 +163,17 @@ impl FromStr for Name {
             .bytes()
             .next()
             .is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
-        if first_ok && text.len() <= NAME_MAX && text.bytes().all(allowed) && !text.contains("..") {
-            Ok(Self(text.to_owned()))
-        } else {
-            Err(ParseIdError::Name {
+        if !first_ok || text.len() > NAME_MAX || !text.bytes().all(allowed) || text.contains("..") {
+            return Err(ParseIdError::Name {
                 found: excerpt(text),
-            })
+            });
         }
+        if text.parse::<SandboxId>().is_ok() || text.parse::<TemplateId>().is_ok() {
+            return Err(ParseIdError::NameLikeId {
+                found: text.to_owned(),
+            });
+        }
+        Ok(Self(text.to_owned()))
     }
 }
 string_conversions!(Name);
@@ -290,6 +300,15 @@ mod tests {
             assert!(
                 bad.parse::<Digest>().is_err(),
                 "{bad:?} must not be a digest"
+            );
+        }
+        for like_id in [
+            SandboxId::random().to_string(),
+            TemplateId::random().to_string(),
+        ] {
+            assert!(
+                like_id.parse::<Name>().is_err(),
+                "{like_id:?} must not be a name"
             );
         }
         for good in ["a", "0", "python-3.11", "my_box", "a.b"] {
