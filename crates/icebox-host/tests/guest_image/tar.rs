@@ -99,6 +99,12 @@ fn refuse(data: &Data, content: &[u8]) -> String {
 }
 
 #[test]
+fn a_file_that_is_no_archive_is_not_repeated() {
+    let said = refuse(&Data::new(), &[0x9b; 4096]);
+    assert!(said.ends_with("it is no tar archive"), "{said}");
+}
+
+#[test]
 fn an_archive_becomes_a_root_however_it_is_compressed() {
     let data = Data::new();
     let plain = friendly();

@@ -69,8 +69,15 @@ pub(super) fn unpack(
     loop {
         allowance.set(MAX_HEADER_BYTES);
         let Some(entry) = entries.next() else { break };
-        allowance.set(u64::MAX);
-        let mut entry = entry.map_err(|error| bad(error.to_string()))?;
+        let too_long = allowance.replace(u64::MAX) == 0;
+        let mut entry = entry.map_err(|error| {
+            // The crate repeats the bytes that should have been a number, and of a foreign file they are anything.
+            bad(if members == 0 && !too_long {
+                "it is no tar archive".to_owned()
+            } else {
+                error.to_string()
+            })
+        })?;
         let name = entry
             .path()
             .map_err(|error| bad(error.to_string()))?
