@@ -27,10 +27,11 @@ pub enum AgentError {
         message: String,
     },
     /// A Connect error. `NotFound` and `PermissionDenied` from a start mean what 127 and 126 mean to a shell.
-    #[error("failed to {operation}: {}", .source.message.as_deref().unwrap_or(.source.code.as_str()))]
+    /// The answer is told whole here, and is therefore no cause to be told after it.
+    #[error("failed to {operation}: {}", .answer.message.as_deref().unwrap_or(.answer.code.as_str()))]
     Rpc {
         operation: &'static str,
-        source: ConnectError,
+        answer: ConnectError,
     },
     #[error("failed to {operation}: no answer within {after:?}")]
     TimedOut {
@@ -50,7 +51,7 @@ impl AgentError {
     #[must_use]
     pub fn code(&self) -> Option<ErrorCode> {
         match self {
-            Self::Rpc { source, .. } => Some(source.code),
+            Self::Rpc { answer, .. } => Some(answer.code),
             _ => None,
         }
     }
@@ -66,7 +67,7 @@ impl AgentError {
 }
 
 pub(super) fn rpc(operation: &'static str) -> impl FnOnce(ConnectError) -> AgentError {
-    move |source| AgentError::Rpc { operation, source }
+    move |answer| AgentError::Rpc { operation, answer }
 }
 
 /// Turns an answer that is no success into the error it carries.
