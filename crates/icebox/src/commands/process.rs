@@ -2,6 +2,7 @@
 
 use std::io::Read as _;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::HeaderValue;
@@ -16,6 +17,9 @@ use tokio::sync::mpsc;
 use super::{Context, Ended, verb};
 use crate::failure::{Failure, NOT_EXECUTABLE, NOT_FOUND, OURS, TIMED_OUT};
 use crate::terminal::{self, RawMode};
+
+/// How long a guest may take to accept a signal. A wedged one must not keep who presses Ctrl-C from leaving.
+const SIGNAL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What one read of stdin takes at most.
 const CHUNK: usize = 32 << 10;
@@ -175,15 +179,25 @@ impl Running<'_> {
             tokio::select! {
                 event = self.process.next() => return event.map_err(|error| broken(&error)),
                 interrupt = self.interrupts.next() => {
-                    let passed_on = match interrupt {
-                        Interrupt::Signal(signal) => self.process.signal(signal).await,
-                        Interrupt::Resized => match terminal::size() {
-                            Some(size) => self.process.resize(size).await,
-                            None => Ok(()),
-                        },
+                    let passing_on = async {
+                        match interrupt {
+                            Interrupt::Signal(signal) => self.process.signal(signal).await,
+                            Interrupt::Resized => match terminal::size() {
+                                Some(size) => self.process.resize(size).await,
+                                None => Ok(()),
+                            },
+                        }
                     };
-                    // Fails if the process has just ended: its last event is on its way.
-                    passed_on.ok();
+                    match tokio::time::timeout(SIGNAL_TIMEOUT, passing_on).await {
+                        // An error says that the process has just ended: its last event is on its way.
+                        Ok(_) => {}
+                        Err(_) if matches!(interrupt, Interrupt::Resized) => {}
+                        Err(_) => return Err(Failure::new(
+                            "the sandbox does not answer: the command was not told to end, and may go on",
+                        )
+                        .hint("`icebox inspect` and `icebox logs` show how the sandbox is; `icebox stop` ends it")
+                        .exit(OURS)),
+                    }
                 }
             }
         }

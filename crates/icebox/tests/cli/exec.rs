@@ -142,6 +142,33 @@ fn interrupts_are_passed_on() {
 }
 
 #[test]
+fn a_sandbox_that_does_not_answer_can_be_left() {
+    let daemon = Daemon::start().with_guest();
+    let mut child = daemon
+        .command(&["exec", "web", "--", "sh", "-c", "echo ready; exec sleep 60"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap())
+        .read_line(&mut line)
+        .unwrap();
+    assert_eq!(line, "ready\n");
+    for agent in daemon.agents() {
+        signal(agent, "STOP");
+    }
+    signal(child.id(), "INT");
+    let (status, _, said) = finish(child);
+    for agent in daemon.agents() {
+        signal(agent, "CONT");
+    }
+    assert_eq!(status.code(), Some(125));
+    assert!(said.contains("the sandbox does not answer"), "{said}");
+}
+
+#[test]
 fn a_terminal_is_a_terminal() {
     let daemon = Daemon::start().with_guest();
     let output = daemon.run(&[

@@ -189,6 +189,11 @@ impl Daemon {
         assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
     }
 
+    /// The processes of the agents that were started.
+    pub(crate) fn agents(&self) -> impl Iterator<Item = u32> {
+        self.agents.iter().map(Child::id)
+    }
+
     /// A sandbox's token, as the API tells it to who has the key.
     pub(crate) fn token_of(&self, sandbox: &str) -> String {
         let key = format!("x-api-key: {}\r\n", self.api_key());
