@@ -13,6 +13,9 @@ use crate::serve;
 /// Where the daemon listens unless told otherwise.
 pub(crate) const DEFAULT_SOCKET: &str = "/run/icebox/icebox.sock";
 
+/// Where help lists the options that every command has: below the command's own.
+const LAST: usize = 900;
+
 /// Run untrusted code in microVM sandboxes, and freeze them.
 #[derive(Debug, Parser)]
 #[command(
@@ -33,12 +36,13 @@ pub(crate) struct Cli {
         global = true,
         env = "ICEBOX_SOCKET",
         value_name = "PATH",
-        hide_env_values = true
+        hide_env_values = true,
+        display_order = LAST
     )]
     pub(crate) socket: Option<PathBuf>,
 
     /// Print JSON: one document per line on stdout, and errors as JSON on stderr.
-    #[arg(long, global = true)]
+    #[arg(long, global = true, display_order = LAST)]
     pub(crate) json: bool,
 
     #[command(subcommand)]
