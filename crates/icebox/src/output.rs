@@ -1,5 +1,6 @@
 //! What commands print: data on stdout, messages on stderr, colour and progress only where a person looks.
 
+use std::borrow::Cow;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::time::Duration;
 
@@ -61,7 +62,7 @@ impl Output {
     /// A line for people, on stderr; not with `--json`.
     pub(crate) fn say(self, text: impl AsRef<str>) {
         if !self.json {
-            tell(format_args!("{}", text.as_ref()));
+            tell(format_args!("{}", printable(text.as_ref())));
         }
     }
 
@@ -73,12 +74,15 @@ impl Output {
             tell(format_args!("{document}"));
             return;
         }
-        tell(format_args!("{ERROR}error:{ERROR:#} {}", body.message));
+        tell(format_args!(
+            "{ERROR}error:{ERROR:#} {}",
+            printable(&body.message)
+        ));
         for cause in &body.causes {
-            tell(format_args!("  caused by: {cause}"));
+            tell(format_args!("  caused by: {}", printable(cause)));
         }
         if let Some(hint) = &body.hint {
-            tell(format_args!("{HINT}hint:{HINT:#} {hint}"));
+            tell(format_args!("{HINT}hint:{HINT:#} {}", printable(hint)));
         }
     }
 
@@ -167,6 +171,11 @@ impl Table {
         self.rows.push(cells.into_iter().collect());
     }
 
+    /// Whether there is more than a header.
+    pub(crate) fn has_rows(&self) -> bool {
+        self.rows.len() > 1
+    }
+
     /// Prints the table; the first row bold if it is a header.
     pub(crate) fn print(&self, header: bool) -> io::Result<()> {
         let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
@@ -189,7 +198,7 @@ impl Table {
                     line.push_str(&format!("{cell:<width$}  ", width = widths[at]));
                 }
             }
-            let line = line.trim_end();
+            let line = printable(line.trim_end());
             if header && number == 0 {
                 writeln!(out, "{HEADER}{line}{HEADER:#}")?;
             } else {
@@ -217,6 +226,29 @@ pub(crate) fn age(then: Timestamp) -> String {
     }
 }
 
+/// A moment, to the second.
+pub(crate) fn instant(then: Timestamp) -> String {
+    then.strftime("%FT%TZ").to_string()
+}
+
+/// `text` as a terminal may show it. Some of what errors repeat was chosen by a guest or stands in a file, and must
+/// not move the cursor or recolour what follows.
+pub(crate) fn printable(text: &str) -> Cow<'_, str> {
+    let harmless = |c: char| !c.is_control() || c == '\n' || c == '\t';
+    if text.chars().all(harmless) {
+        return Cow::Borrowed(text);
+    }
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        if harmless(c) {
+            shown.push(c);
+        } else {
+            shown.extend(c.escape_default());
+        }
+    }
+    Cow::Owned(shown)
+}
+
 /// A number of bytes, for people.
 pub(crate) fn bytes(n: u64) -> String {
     indicatif::BinaryBytes(n).to_string()
@@ -225,4 +257,18 @@ pub(crate) fn bytes(n: u64) -> String {
 /// A number of MiB, for people.
 pub(crate) fn mib(n: u64) -> String {
     bytes(n << 20)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::printable;
+
+    #[test]
+    fn what_a_terminal_would_obey_is_escaped() {
+        assert_eq!(printable("two\n\tlines, ü"), "two\n\tlines, ü");
+        assert_eq!(
+            printable("\x1b[2Jgone\r\u{9b}1m"),
+            "\\u{1b}[2Jgone\\r\\u{9b}1m"
+        );
+    }
 }

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use icebox_api::types::SandboxDetail;
 
 use super::{Context, Ended, reference};
-use crate::output::{NONE, Table, bytes, mib};
+use crate::output::{NONE, Table, bytes, instant, mib};
 
 /// Show everything about one sandbox.
 #[derive(Debug, clap::Args)]
@@ -47,7 +47,7 @@ fn page(sandbox: &SandboxDetail) -> Table {
         None => listed.template_id.clone(),
     };
     row("template", template);
-    row("created", listed.started_at.to_string());
+    row("created", instant(listed.started_at));
     row("cpus", listed.cpu_count.to_string());
     row("memory", mib(listed.memory_mb.into()));
     row(
@@ -94,14 +94,17 @@ fn page(sandbox: &SandboxDetail) -> Table {
             format!(
                 "{}  {}  {} changed pages, {}",
                 generation.number,
-                generation.created_at,
+                instant(generation.created_at),
                 generation.changed_pages,
                 bytes(generation.allocated_bytes)
             ),
         );
     }
     for branch in &sandbox.branches {
-        row("branch", format!("{}  {}", branch.name, branch.created_at));
+        row(
+            "branch",
+            format!("{}  {}", branch.name, instant(branch.created_at)),
+        );
     }
     for hold in &sandbox.holds {
         row("holds", hold.clone());

@@ -53,7 +53,7 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Ended {
             }
         }
     }
-    if !context.output.is_json() {
+    if !context.output.is_json() && (table.has_rows() || ended == ExitCode::SUCCESS) {
         table.print(true)?;
     }
     Ok(ended)

@@ -6,7 +6,7 @@ use icebox_api::types::Template;
 
 use super::{Context, Ended};
 use crate::commands::reference;
-use crate::output::{NONE, Table, bytes, mib};
+use crate::output::{NONE, Table, bytes, instant, mib};
 
 /// Show everything about one template.
 #[derive(Debug, clap::Args)]
@@ -37,7 +37,7 @@ fn page(template: &Template) -> Table {
     };
     row("names", names);
     row("kind", template.kind.to_string());
-    row("created", template.created_at.to_string());
+    row("created", instant(template.created_at));
     if let Some(origin) = &template.origin {
         row("from", origin.clone());
     }
