@@ -40,7 +40,8 @@ pub(crate) struct Args {
     #[arg(value_parser = Place::parse)]
     to: Place,
 
-    /// Copy as this user of the sandbox instead of its default one.
+    /// Whose home relative paths begin at, and whom single files that are copied in belong to, instead of the sandbox's
+    /// default user.
     #[arg(short, long)]
     user: Option<String>,
 }

@@ -1,5 +1,6 @@
 //! `icebox doctor`
 
+use std::io;
 use std::process::ExitCode;
 
 use icebox_api::client::ClientError;
@@ -35,7 +36,12 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Ended {
         }
         Err(ClientError::Connect { source, .. }) => {
             let detail = format!("none on {}: {source}", socket.display());
-            let hint = "start it with `icebox serve`".to_owned();
+            let hint = if source.kind() == io::ErrorKind::PermissionDenied {
+                "the socket belongs to root: run this with sudo"
+            } else {
+                "start it with `icebox serve`"
+            }
+            .to_owned();
             let report = serve::survey(&args.settings, Some(socket)).await?;
             (report, (CheckResult::Absent, detail, Some(hint)))
         }

@@ -226,10 +226,14 @@ impl Start {
                         tail.drain(..excess);
                     }
                     Event::Exited(exit) if exit.shell_code() != 0 => {
+                        let said = String::from_utf8_lossy(&tail);
+                        let said = match said.trim_end() {
+                            "" => "it printed nothing",
+                            said => said,
+                        };
                         return Err(ApiError::new(ErrorCode::Invalid, format!(
-                            "the start command ended with code {}: {}",
+                            "the start command ended with code {}: {said}",
                             exit.shell_code(),
-                            String::from_utf8_lossy(&tail).trim_end()
                         )));
                     }
                     Event::Exited(_) if self.ready.is_none() => return Ok(()),
