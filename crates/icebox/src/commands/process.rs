@@ -278,14 +278,20 @@ fn not_started(program: &str, error: &AgentError) -> Failure {
         Some(Code::PermissionDenied) => {
             Failure::new(format!("{program}: not executable in the sandbox")).exit(NOT_EXECUTABLE)
         }
+        Some(Code::DeadlineExceeded) => time_over(),
         _ => Failure::of(error).exit(OURS),
     }
+}
+
+/// A command that had not ended, or not even started, when the time that `--timeout` gave it was over.
+fn time_over() -> Failure {
+    Failure::new("the command's time is over; it was killed").exit(TIMED_OUT)
 }
 
 /// A command that was under way.
 fn broken(error: &AgentError) -> Failure {
     if error.code() == Some(connectrpc::ErrorCode::DeadlineExceeded) {
-        return Failure::new("the command's time is over; it was killed").exit(TIMED_OUT);
+        return time_over();
     }
     Failure::because(
         "lost the command: its sandbox paused, stopped or went away",

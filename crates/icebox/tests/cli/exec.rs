@@ -35,6 +35,7 @@ fn exit_codes_and_streams() {
             "echo $COLOR; pwd",
         ])
         .run("exec --timeout 0.2 web -- sleep 60")
+        .run("exec --timeout 0.000001 web -- sleep 60")
         .run("exec --timeout 0 web -- true")
         .run_arguments(&[
             "--json",
