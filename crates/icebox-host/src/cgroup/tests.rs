@@ -8,6 +8,7 @@ use std::time::Instant;
 use icebox_engine::unit::Geometry;
 
 use super::*;
+use crate::skip::skip;
 
 /// Groups of an installation of their own, gone without a trace at the end.
 struct Lab {
@@ -25,12 +26,12 @@ fn fresh_instance() -> Instance {
 fn lab(controller: Controller) -> Option<Lab> {
     let lab = lab_with(Cgroups::detect(&fresh_instance()));
     if !rustix::process::geteuid().is_root() {
-        println!("skipped: control groups need root");
+        skip("control groups need root");
         return None;
     }
     if lab.cgroups.group_of(controller, &lab.sandbox).is_none() {
         let in_force = lab.cgroups.limits_in_force();
-        println!("skipped: no {controller} controller: {}", in_force.detail);
+        skip(&format!("no {controller} controller: {}", in_force.detail));
         return None;
     }
     Some(lab)
@@ -255,7 +256,7 @@ fn a_group_that_cannot_be_limited_is_not_left_behind() {
         .group_of(Controller::Cpu, &lab.sandbox)
         .is_none()
     {
-        println!("skipped: no cpu controller to refuse a quota");
+        skip("no cpu controller to refuse a quota");
         return;
     }
     let error = lab
@@ -359,7 +360,7 @@ fn version_2_is_limited_by_its_files() {
 #[test]
 fn version_2_groups_come_and_go_on_a_real_kernel() {
     if !rustix::process::geteuid().is_root() {
-        println!("skipped: control groups need root");
+        skip("control groups need root");
         return;
     }
     let Some(root) = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
@@ -367,7 +368,7 @@ fn version_2_groups_come_and_go_on_a_real_kernel() {
         .into_iter()
         .find(|root| root.join("cgroup.controllers").exists())
     else {
-        println!("skipped: no unified hierarchy is mounted");
+        skip("no unified hierarchy is mounted");
         return;
     };
     let mechanism = Mechanism::V2 {

@@ -290,9 +290,7 @@ mod tests {
         use std::{fs::File, io::Write};
 
         if !rustix::process::geteuid().is_root() {
-            eprintln!(
-                "SKIPPED the_tools_of_a_killed_process_die_with_it: pid namespaces need root"
-            );
+            crate::skip::skip("process namespaces need root");
             return;
         }
         let dir = tempfile::tempdir().unwrap();

@@ -12,6 +12,7 @@ use super::super::netlink::Netlink;
 use super::super::rules;
 use super::lab::{Elsewhere, Guest, INTERNET, Lab, Service, ask, in_lab, is_refused};
 use crate::network::NetworkSlots;
+use crate::skip::skip;
 
 fn ensure(lab: &Lab, network: &NetworkSlots, slot: u16, egress: Egress) -> SlotNetwork {
     lab.run(network.ensure(Slot(slot), egress)).unwrap()
@@ -369,11 +370,11 @@ fn inv_42_a_sandbox_gets_nothing_that_was_meant_for_the_slots_last_user() {
 
 #[test]
 fn there_is_no_ipv6() {
+    if !std::path::Path::new("/proc/sys/net/ipv6").exists() {
+        skip("this kernel has no IPv6");
+        return;
+    }
     in_lab(|lab| {
-        if !std::path::Path::new("/proc/sys/net/ipv6").exists() {
-            println!("skipped: this kernel has no IPv6");
-            return;
-        }
         let network = lab.open(0);
         let slot = ensure(lab, &network, 0, Egress::Internet);
         let namespace = Namespace::open(&slot.namespace).unwrap().unwrap();
