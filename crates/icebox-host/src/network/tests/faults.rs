@@ -12,6 +12,7 @@ use rustix::process::{Signal, getpid, kill_process};
 
 use super::super::NetworkSlots;
 use super::super::error::Step;
+use super::super::namespace::Namespace;
 use super::super::slots::Hook;
 use super::lab::{config, in_lab};
 
@@ -117,7 +118,9 @@ fn inv_48_teardown_tries_every_step_and_reports_all_that_failed() {
         lab.run(async {
             let before = lab.inventory();
             for step in taking_down {
-                network.ensure(SLOT, Egress::Deny).await.unwrap();
+                let slot = network.ensure(SLOT, Egress::Deny).await.unwrap();
+                // The kernel removes the link by and by when nothing holds the namespace any more.
+                let _held = Namespace::open(&slot.namespace).unwrap().unwrap();
                 *failing.lock().unwrap() = vec![step];
                 let error = network.release(SLOT).await.unwrap_err().to_string();
                 assert!(
