@@ -1,19 +1,24 @@
 # Two commands are all there is to know:
 #   make demo   installs what is missing, builds, and runs the main job on real input
 #   make test   installs what is missing, and passes every test
-# Both need root, Debian 12 or newer, and its package registries. Neither needs working KVM.
+# And a third, for the drivers that need a kernel of their own:
+#   make test-host   the same in a virtual Debian with device-mapper, ZFS and KVM
+# All need root, Debian 12 or newer, and its package registries. None needs working KVM.
 
 SHELL := /bin/bash
 TRIPLE := x86_64-unknown-linux-gnu
 export PATH := $(HOME)/.cargo/bin:$(PATH)
 
-.PHONY: demo test bench build agent setup install clean
+.PHONY: demo test test-host bench build agent setup install clean
 
 demo: build
 	demo/run
 
 test: setup
 	cargo xtask check
+
+test-host: setup
+	cargo xtask test-host
 
 bench: build
 	cargo xtask bench

@@ -1,10 +1,11 @@
-//! The project's own chores: `cargo xtask check`, `cargo xtask agent`, `cargo xtask bench`, `cargo xtask soak`.
+//! The project's own chores: `cargo xtask check`, `agent`, `test-host`, `bench`, `soak`.
 //!
 //! One small dependency, so that it builds in a moment and works before anything else does.
 
 mod bench;
 mod check;
 mod run;
+mod test_host;
 
 use std::process::ExitCode;
 
@@ -13,6 +14,7 @@ usage: cargo xtask <chore>
 
   check     format, lints, and every test this machine can run; what it cannot is named at the end
   agent     build the guest agent, static
+  test-host the tests that need a kernel with device-mapper, ZFS and KVM, in a virtual Debian; --keep, --shell
   bench     measure, beside what QEMU alone takes; --quick, --json FILE and more
   soak      boot guests, several at a time, and check each one's devices; -n BOOTS -j AT_ONCE
 ";
@@ -24,6 +26,7 @@ fn main() -> ExitCode {
     let done = match (chore.as_deref(), rest.as_slice()) {
         (Some("check"), []) => check::check(),
         (Some("agent"), []) => run::build_agent(),
+        (Some("test-host"), options) => test_host::test_host(options),
         (Some("bench"), options) => bench::bench(options),
         (Some("soak"), options) => bench::soak(options),
         _ => {
