@@ -22,7 +22,7 @@ tests! {
         inv_02_vcpus_that_cannot_be_resumed_break_the_sandbox;
     reflink:
         inv_05_a_wedged_agent_does_not_block_a_pause,
-        inv_06_inv_19_inv_21_a_wedged_vmm_holds_nobody_up;
+        inv_06_inv_21_a_wedged_vmm_holds_nobody_up;
 }
 
 /// The port of the agent in every guest.
@@ -269,7 +269,7 @@ fn inv_05_a_wedged_agent_does_not_block_a_pause(site: &mut Site) {
     site.get(&["rm", "wedged"]);
 }
 
-fn inv_06_inv_19_inv_21_a_wedged_vmm_holds_nobody_up(site: &mut Site) {
+fn inv_06_inv_21_a_wedged_vmm_holds_nobody_up(site: &mut Site) {
     for name in ["wedged", "free"] {
         site.create(WARM, name);
     }
@@ -277,23 +277,14 @@ fn inv_06_inv_19_inv_21_a_wedged_vmm_holds_nobody_up(site: &mut Site) {
     let vmm = site.vmm_pid("wedged");
     kill(vmm, Signal::STOP);
     let begun = Instant::now();
-    let mut pause = site.command(&["pause", "wedged"]);
-    let pause = pause.stderr(Stdio::piped()).spawn().unwrap();
+    let said = site.refused(&["pause", "wedged"]);
+    // 3 s for a VMM that does not answer, and at most 5 s for a guest that cannot prepare itself.
+    let took = begun.elapsed();
+    assert!(took < Duration::from_secs(11), "{took:?}");
+    assert!(said.contains("did not answer"), "{said}");
     site.get(&["pause", "free"]);
     site.get(&["resume", "free"]);
     assert_runs(site, "free", &free);
-    let verb = site.inspect("wedged")["verb"].clone();
-    assert!(verb.is_string(), "it is still being tried");
-    let said = pause.wait_with_output().unwrap();
-    // 5 s for a guest that cannot prepare itself, 3 s for a VMM that does not answer.
-    assert!(
-        begun.elapsed() < Duration::from_secs(11),
-        "{:?}",
-        begun.elapsed()
-    );
-    assert!(!said.status.success());
-    let said = String::from_utf8(said.stderr).unwrap();
-    assert!(said.contains("did not answer"), "{said}");
 
     kill(vmm, Signal::CONT);
     let count = assert_runs(site, "wedged", &count);
