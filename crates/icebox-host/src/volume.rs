@@ -1,8 +1,9 @@
-//! Volume drivers that keep disks in files.
+//! Volume drivers. All keep disks in files of the data directory.
 //!
 //! | driver | head | layer | freeze under a running guest | where |
 //! |---|---|---|---|---|
 //! | [`Qcow2`] | an overlay, `heads/<n>.qcow2` | the overlay, sealed | by the VMM, which opens a new overlay on top | anywhere |
+//! | [`DmSnapshot`] | a store of changed chunks, `heads/<n>.cow` | the store, sealed | by the host: the kernel moves a device | with device-mapper |
 //! | [`Reflink`] | a clone of what is below, `heads/<n>.raw` | a clone of the head | by the host: a clone and a rename | btrfs, XFS |
 //!
 //! Heads of all drivers lie in their sandbox's directory and move to the trash with it. The file's extension says whose
@@ -10,9 +11,11 @@
 //!
 //! Nothing here starts a process.
 
+mod dm_snapshot;
 mod heads;
 pub mod qcow2;
 mod reflink;
 
+pub use dm_snapshot::DmSnapshot;
 pub use qcow2::Qcow2;
 pub use reflink::Reflink;

@@ -19,6 +19,21 @@ pub(crate) fn can_mount(kind: &str, test: &str) -> bool {
     } else {
         return true;
     };
+    skip(test, &why);
+    false
+}
+
+/// Whether `test` can make device-mapper devices here. If not, it is said in the same way.
+#[allow(dead_code, reason = "not every test that mounts something does")]
+pub(crate) fn can_map(test: &str) -> bool {
+    let there = Path::new("/dev/mapper/control").exists();
+    if !there {
+        skip(test, "there is no device-mapper here (/dev/mapper/control)");
+    }
+    there
+}
+
+fn skip(test: &str, why: &str) {
     eprintln!("skipped: {why}");
     if let Some(list) = std::env::var_os("ICEBOX_SKIPPED") {
         let mut list = fs::OpenOptions::new()
@@ -28,7 +43,6 @@ pub(crate) fn can_mount(kind: &str, test: &str) -> bool {
             .unwrap();
         writeln!(list, "{test}: {why}").unwrap();
     }
-    false
 }
 
 fn kernel_knows(kind: &str) -> bool {

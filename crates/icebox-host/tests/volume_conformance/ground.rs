@@ -11,11 +11,12 @@ use icebox_engine::host::{BlockDevice, Chain, Ensured, LiveFreeze, Store as _, V
 use icebox_engine::id::{Digest, HeadId, LayerId, SandboxId};
 use icebox_engine::layout::{BASE_IMAGE, Layout, Object};
 use icebox_engine::unit::Bytes;
+use icebox_host::instance::Instance;
 use icebox_host::store::FileStore;
 use icebox_host::volume;
 use serde_json::{Value, json};
 
-use crate::mounts::can_mount;
+use crate::mounts::{can_map, can_mount};
 
 /// Set in the process that runs inside the private mount namespace; names the directory to work in.
 const INSIDE: &str = "ICEBOX_CONFORMANCE_DIRECTORY";
@@ -26,6 +27,7 @@ const FILE_SYSTEM_SIZE: u64 = 320 << 20;
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Driver {
+    DmSnapshot,
     Qcow2,
     Reflink,
 }
@@ -95,6 +97,9 @@ pub(crate) fn on(driver: Driver, file_system: FileSystem, test: &str, check: Che
         drop(runtime);
         return ground.leave();
     }
+    if matches!(driver, Driver::DmSnapshot) && !can_map(test) {
+        return;
+    }
     if !can_mount(file_system.kind(), test) {
         return;
     }
@@ -163,6 +168,10 @@ impl Ground {
         let layout = Layout::new(mount.join("data"), directory.join("run"));
         let store = FileStore::open(layout.clone()).unwrap();
         let driver: Box<dyn VolumeDriver> = match driver {
+            Driver::DmSnapshot => Box::new(volume::DmSnapshot::new(
+                layout.clone(),
+                &Instance::of_data_directory(layout.data()),
+            )),
             Driver::Qcow2 => Box::new(volume::Qcow2::new(layout.clone())),
             Driver::Reflink => Box::new(volume::Reflink::new(layout.clone())),
         };
@@ -178,6 +187,15 @@ impl Ground {
 
     /// Nothing is being made or removed any more, and nothing is there that the layout does not know.
     async fn assert_clean(&self) {
+        let ours = format!(
+            "icebox-{}-",
+            Instance::of_data_directory(self.layout.data())
+        );
+        for entry in fs::read_dir("/sys/block").unwrap() {
+            if let Ok(name) = fs::read_to_string(entry.unwrap().path().join("dm/name")) {
+                assert!(!name.starts_with(&ours), "device {name} is left");
+            }
+        }
         assert_eq!(self.store.list_staging().await.unwrap(), []);
         self.store.empty_trash().await.unwrap();
         let mut names: Vec<_> = fs::read_dir(self.layout.data())
@@ -364,7 +382,7 @@ impl Ground {
 
     /// The disk's content as a guest reads it.
     pub(crate) async fn read(&self, disk: &Disk) -> Vec<u8> {
-        match self.driver.attach(&disk.head, &disk.chain).await.unwrap() {
+        let content = match self.driver.attach(&disk.head, &disk.chain).await.unwrap() {
             BlockDevice::Raw { path } => fs::read(path).unwrap(),
             device @ BlockDevice::Qcow2 { .. } => {
                 let out = tempfile::NamedTempFile::new().unwrap();
@@ -374,7 +392,19 @@ impl Ground {
                     .arg(out.path()));
                 fs::read(out.path()).unwrap()
             }
-        }
+        };
+        self.driver.detach(&disk.head).await.unwrap();
+        content
+    }
+
+    /// The file that holds what was written to a head, whichever driver's it is.
+    pub(crate) fn head_file(&self, disk: &Disk) -> PathBuf {
+        let number = disk.head.number.to_string();
+        fs::read_dir(self.layout.heads(&disk.head.sandbox))
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .find(|path| path.file_stem().is_some_and(|stem| *stem == *number))
+            .unwrap()
     }
 
     pub(crate) async fn assert_content(&self, disk: &Disk) {

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod checks;
+mod devices;
 mod ground;
 mod live;
 #[path = "../support/mounts.rs"]
@@ -69,15 +70,17 @@ macro_rules! conformance {
 }
 
 conformance! {
+    dm_snapshot_on_ext4: DmSnapshot on Ext4,
+    dm_snapshot_on_xfs: DmSnapshot on Xfs,
     qcow2_on_ext4: Qcow2 on Ext4,
     qcow2_on_xfs: Qcow2 on Xfs,
     reflink_on_xfs: Reflink on Xfs,
     reflink_on_btrfs: Reflink on Btrfs,
 }
 
-/// Makes a test of one check in one place.
+/// Makes a test of one check of a module in one place.
 macro_rules! only {
-    ($($check:ident: $driver:ident on $file_system:ident,)*) => {
+    ($module:ident: $($check:ident: $driver:ident on $file_system:ident,)*) => {
         $(#[test]
         fn $check() {
             ground::on(
@@ -85,7 +88,7 @@ macro_rules! only {
                 ground::FileSystem::$file_system,
                 concat!(module_path!(), "::", stringify!($check)),
                 |ground| Box::pin(async move {
-                    live::$check(&ground).await;
+                    $module::$check(&ground).await;
                     ground
                 }),
             );
@@ -94,9 +97,19 @@ macro_rules! only {
 }
 
 only! {
+    live:
     inv_03_qemu_switches_to_a_qcow2_head_under_load: Qcow2 on Ext4,
+    inv_03_dm_snapshot_freezes_under_an_open_descriptor: DmSnapshot on Ext4,
     inv_25_a_hostile_qcow2_layer_is_refused: Qcow2 on Ext4,
     inv_03_reflink_freezes_under_an_open_descriptor_on_xfs: Reflink on Xfs,
     inv_03_reflink_freezes_under_an_open_descriptor_on_btrfs: Reflink on Btrfs,
     inv_26_reflink_is_refused_on_ext4: Reflink on Ext4,
+}
+
+only! {
+    devices:
+    inv_13_a_device_in_use_is_an_error_and_stays: DmSnapshot on Ext4,
+    inv_14_stale_devices_are_replaced_and_no_others: DmSnapshot on Ext4,
+    inv_15_heads_share_one_origin: DmSnapshot on Ext4,
+    inv_30_a_freeze_that_was_killed_ends_one_way_or_the_other: DmSnapshot on Ext4,
 }
