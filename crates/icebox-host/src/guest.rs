@@ -20,7 +20,7 @@ use icebox_engine::host::{
 use icebox_engine::id::SandboxId;
 use sha2::{Digest as _, Sha256};
 use tokio::net::TcpStream;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 /// How long one connection attempt waits for the guest's answer. An answer over a tap takes well under a millisecond;
 /// an emulated guest that is busy starting takes longer.
@@ -29,6 +29,11 @@ const CONNECT: Duration = Duration::from_millis(20);
 const BETWEEN: Duration = Duration::from_millis(2);
 /// How long one welcome may take once the agent has been reached: identity, clock, entropy, closing connections.
 const WELCOME: Duration = Duration::from_secs(10);
+/// A call that sets the clock and takes longer is made again: the guest's clock is behind by up to as much. Most of a
+/// first call's time is the guest's, which boots, or loads the pages that it needs.
+const PROMPT: Duration = Duration::from_millis(500);
+/// How often at most. A machine that takes longer even then has other troubles than its clock.
+const WELCOMES: usize = 3;
 /// How long the guest may prepare for a capture. The engine gives up a moment later (INV-05).
 const PREPARE: Duration = Duration::from_millis(4500);
 /// Random bytes that a guest is given: the size of the kernel's own seed, twice.
@@ -128,19 +133,29 @@ impl Guest for AgentGuests {
     async fn welcome(&self, at: GuestAddress, welcome: &Welcome) -> Result<(), HostError> {
         // The answer to an attempt that was carried out may have been lost: then the new token is in force already.
         let tokens = [&welcome.current_token, &welcome.token];
-        let mut refused = 0;
+        let (mut token, mut welcomed) = (0, 0);
         loop {
-            let attempt = client(at, tokens[refused % tokens.len()]);
+            let attempt = client(at, tokens[token]);
+            let asked = Instant::now();
             match attempt.init(&init(welcome)?, WELCOME).await {
                 Ok(report) => {
+                    welcomed += 1;
+                    token = tokens.len() - 1;
+                    let took = asked.elapsed();
+                    if took > PROMPT && welcomed < WELCOMES {
+                        continue;
+                    }
+                    if took > PROMPT {
+                        tracing::warn!(sandbox = %welcome.sandbox, behind_ms = took.as_millis(), "the guest's clock may be behind by as much");
+                    }
                     if !report.problems.is_empty() {
                         tracing::warn!(sandbox = %welcome.sandbox, problems = ?report.problems, "the guest is welcome, but not as it should be");
                     }
                     return Ok(());
                 }
                 Err(error) if error.status() == Some(UNAUTHORIZED) => {
-                    refused += 1;
-                    if refused == tokens.len() {
+                    token += 1;
+                    if token == tokens.len() {
                         return Err(failed(error));
                     }
                 }
@@ -190,7 +205,9 @@ async fn quiesce(at: GuestAddress, token: &Secret, trim: Trim) -> Result<(), Hos
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+    use std::net::Ipv4Addr;
 
+    use icebox_agent_api::control::InitReport;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     use tokio::net::TcpListener;
 
@@ -249,5 +266,49 @@ mod tests {
         stream.read_exact(&mut said).await.unwrap();
         assert_eq!(&said, b"hello");
         connecting.await.unwrap();
+    }
+
+    /// One call, as an agent that hands its clock out: the time that it was told, after `delay`.
+    async fn answer(listener: &TcpListener, delay: Duration) -> u64 {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut request = Vec::new();
+        let init = loop {
+            stream.read_buf(&mut request).await.unwrap();
+            let body = request.windows(4).position(|end| end == b"\r\n\r\n");
+            if let Some(init) =
+                body.and_then(|end| serde_json::from_slice::<Init>(&request[end + 4..]).ok())
+            {
+                break init;
+            }
+        };
+        sleep(delay).await;
+        let report = serde_json::to_string(&InitReport {
+            envd_version: String::new(),
+            agent_version: String::new(),
+            boot_id: String::new(),
+            clock_step_ns: 0,
+            connections_closed: 0,
+            problems: Vec::new(),
+        })
+        .unwrap();
+        let length = report.len();
+        let response = format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{report}");
+        stream.write_all(response.as_bytes()).await.unwrap();
+        init.clock_unix_ns
+    }
+
+    #[tokio::test]
+    async fn inv_37_a_guest_that_took_long_is_told_the_time_again() {
+        let ip = Ipv4Addr::new(127, 49, 98, 3);
+        let listener = TcpListener::bind((ip, AGENT_PORT)).await.unwrap();
+        let welcomed = tokio::spawn(async move {
+            let at = GuestAddress { ip };
+            AgentGuests.welcome(at, &welcome(GuestOrigin::Fork)).await
+        });
+        let slow = PROMPT + Duration::from_millis(100);
+        let first = answer(&listener, slow).await;
+        let second = answer(&listener, Duration::ZERO).await;
+        welcomed.await.unwrap().unwrap();
+        assert!(u128::from(second - first) >= slow.as_nanos());
     }
 }
