@@ -18,7 +18,8 @@ while True:
     os.fsync(records.fileno())
     if number % 20 == 0:
         with open(f"/root/many-{number}", "wb") as f: f.write(os.urandom(50000))
-    with open("/run/safe", "w") as f: f.write(f"{number}\n")
+    with open("/run/safe.new", "w") as f: f.write(f"{number}\n")
+    os.rename("/run/safe.new", "/run/safe")
 "#;
 
 /// Paths that the process can write to.
