@@ -381,11 +381,7 @@ impl Catalog {
         wanted: GenerationNo,
     ) -> Result<Generation, Error> {
         let inner = lock(&self.inner);
-        let entry = inner
-            .sandboxes
-            .get(sandbox)
-            .ok_or_else(|| missing("sandbox", sandbox.as_str()))?;
-        let generation = inner.readable_generation(entry, wanted)?;
+        let generation = inner.readable_generation(sandbox, wanted)?;
         match inner.generation_flaw(sandbox, generation) {
             None => Ok(generation.clone()),
             Some(why) => Err(unusable(format!("generation {wanted}"), why)),
@@ -399,11 +395,7 @@ impl Catalog {
         wanted: GenerationNo,
     ) -> Result<LayerId, Error> {
         let inner = lock(&self.inner);
-        let entry = inner
-            .sandboxes
-            .get(sandbox)
-            .ok_or_else(|| missing("sandbox", sandbox.as_str()))?;
-        let generation = inner.readable_generation(entry, wanted)?;
+        let generation = inner.readable_generation(sandbox, wanted)?;
         Ok(generation.capture.layer.clone())
     }
 
@@ -541,13 +533,17 @@ impl Inner {
         );
     }
 
-    fn readable_generation<'a>(
+    fn readable_generation(
         &self,
-        entry: &'a Entry,
+        sandbox: &SandboxId,
         wanted: GenerationNo,
-    ) -> Result<&'a Generation, Error> {
+    ) -> Result<&Generation, Error> {
+        let entry = self
+            .sandboxes
+            .get(sandbox)
+            .ok_or_else(|| missing("sandbox", sandbox.as_str()))?;
         entry.generations.get(&wanted).ok_or_else(|| {
-            let object = Object::Generation(entry.record.id.clone(), wanted);
+            let object = Object::Generation(sandbox.clone(), wanted);
             match self.flawed.get(&object) {
                 Some(why) => unusable(format!("generation {wanted}"), why.clone()),
                 None => Error::NoGeneration {
