@@ -10,8 +10,8 @@ pub mod guest_image;
 pub mod instance;
 pub mod launcher;
 pub mod network;
-#[cfg(test)]
-mod skip;
+#[cfg(any(test, feature = "fixture"))]
+pub mod skip;
 pub mod store;
 mod turns;
 pub mod vmm;

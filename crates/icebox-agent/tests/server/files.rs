@@ -18,10 +18,11 @@ use icebox_agent_api::{
     TOKEN_HEADER,
     client::{AgentError, FileReader, Upload},
 };
+use icebox_host::skip::skip;
 use rustix::mount::{MountFlags, UnmountFlags};
 use sha2::{Digest as _, Sha256};
 
-use crate::support::{BOOT_TOKEN, Server, skipped};
+use crate::support::{BOOT_TOKEN, Server};
 
 struct Answer {
     status: StatusCode,
@@ -297,7 +298,7 @@ async fn metadata_is_replaced_by_each_upload() {
     {
         assert!(message.contains("keeps no metadata"), "{message}");
         let why = format!("{} has no user attributes", path.display());
-        skipped("metadata_is_replaced_by_each_upload", &why);
+        skip("metadata_is_replaced_by_each_upload", &why);
         return;
     }
     assert_eq!(result.unwrap().metadata, upload.metadata);

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    io::{BufRead as _, BufReader, Write as _},
+    io::{BufRead as _, BufReader},
     net::SocketAddr,
     path::Path,
     process::{Child, Command, Stdio},
@@ -128,20 +128,5 @@ pub(crate) fn init(access_token: Option<&str>) -> Init {
         default_user: None,
         default_workdir: None,
         close_connections: true,
-    }
-}
-
-/// Says that a test could not do its work here: to the reader, and to the list of the whole run.
-pub(crate) fn skipped(test: &str, why: &str) {
-    eprintln!("skipped: {test}: {why}");
-    if let Some(list) = std::env::var_os("ICEBOX_SKIPPED") {
-        let mut list = std::fs::OpenOptions::new()
-            .append(true)
-            .create(true)
-            .open(list)
-            .unwrap();
-        // One write: tests append to it side by side.
-        list.write_all(format!("{test}: {why}\n").as_bytes())
-            .unwrap();
     }
 }

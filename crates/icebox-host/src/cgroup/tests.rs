@@ -8,7 +8,7 @@ use std::time::Instant;
 use icebox_engine::unit::Geometry;
 
 use super::*;
-use crate::skip::skip;
+use crate::skip::skip_this;
 
 /// Groups of an installation of their own, gone without a trace at the end.
 struct Lab {
@@ -26,12 +26,12 @@ fn fresh_instance() -> Instance {
 fn lab(controller: Controller) -> Option<Lab> {
     let lab = lab_with(Cgroups::detect(&fresh_instance()));
     if !rustix::process::geteuid().is_root() {
-        skip("control groups need root");
+        skip_this("control groups need root");
         return None;
     }
     if lab.cgroups.group_of(controller, &lab.sandbox).is_none() {
         let in_force = lab.cgroups.limits_in_force();
-        skip(&format!("no {controller} controller: {}", in_force.detail));
+        skip_this(&format!("no {controller} controller: {}", in_force.detail));
         return None;
     }
     Some(lab)
@@ -256,7 +256,7 @@ fn a_group_that_cannot_be_limited_is_not_left_behind() {
         .group_of(Controller::Cpu, &lab.sandbox)
         .is_none()
     {
-        skip("no cpu controller to refuse a quota");
+        skip_this("no cpu controller to refuse a quota");
         return;
     }
     let error = lab
@@ -360,7 +360,7 @@ fn version_2_is_limited_by_its_files() {
 #[test]
 fn version_2_groups_come_and_go_on_a_real_kernel() {
     if !rustix::process::geteuid().is_root() {
-        skip("control groups need root");
+        skip_this("control groups need root");
         return;
     }
     let Some(root) = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
@@ -368,7 +368,7 @@ fn version_2_groups_come_and_go_on_a_real_kernel() {
         .into_iter()
         .find(|root| root.join("cgroup.controllers").exists())
     else {
-        skip("no unified hierarchy is mounted");
+        skip_this("no unified hierarchy is mounted");
         return;
     };
     let mechanism = Mechanism::V2 {

@@ -290,7 +290,7 @@ mod tests {
         use std::{fs::File, io::Write};
 
         if !rustix::process::geteuid().is_root() {
-            crate::skip::skip("process namespaces need root");
+            crate::skip::skip_this("process namespaces need root");
             return;
         }
         let dir = tempfile::tempdir().unwrap();

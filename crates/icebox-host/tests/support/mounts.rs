@@ -1,9 +1,10 @@
 //! Whether this machine can mount a file system out of a file, and what to say if not.
 
 use std::fs;
-use std::io::Write as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
+
+use icebox_host::skip::skip;
 
 /// Whether `test` can mount a file system of this `kind` here. If not, the reason goes to standard error and to the list
 /// of skipped tests that `cargo xtask check` prints (the file that `ICEBOX_SKIPPED` names).
@@ -31,20 +32,6 @@ pub(crate) fn can_map(test: &str) -> bool {
         skip(test, "there is no device-mapper here (/dev/mapper/control)");
     }
     there
-}
-
-fn skip(test: &str, why: &str) {
-    eprintln!("skipped: {why}");
-    if let Some(list) = std::env::var_os("ICEBOX_SKIPPED") {
-        let mut list = fs::OpenOptions::new()
-            .append(true)
-            .create(true)
-            .open(list)
-            .unwrap();
-        // One write: tests append to it side by side.
-        list.write_all(format!("{test}: {why}\n").as_bytes())
-            .unwrap();
-    }
 }
 
 fn kernel_knows(kind: &str) -> bool {

@@ -6,18 +6,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use icebox_host::instance::Instance;
-
-/// Says by name why a test does not run here, where `cargo xtask check` reads it.
-pub(crate) fn skip(test: &str, why: &str) {
-    eprintln!("SKIPPED {test}: {why}");
-    if let Some(list) = std::env::var_os("ICEBOX_SKIPPED") {
-        use std::io::Write as _;
-        let mut list = std::fs::OpenOptions::new().append(true).open(list).unwrap();
-        // One write: tests append to it side by side.
-        list.write_all(format!("{test}: {why}\n").as_bytes())
-            .unwrap();
-    }
-}
+use icebox_host::skip::skip;
 
 /// Whether this is root; if not, says that `test` does not run.
 pub(crate) fn root(test: &str) -> bool {

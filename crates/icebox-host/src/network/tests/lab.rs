@@ -25,7 +25,7 @@ use super::super::{
     open_tap, sys,
 };
 use crate::instance::Instance;
-use crate::skip::skip;
+use crate::skip::skip_this;
 
 /// How long a connection that must come about is tried. It takes well under a millisecond; but the first packet over a
 /// link that has just come up may be lost, and is repeated after a second.
@@ -45,7 +45,7 @@ pub(super) struct Lab {
 /// Runs `test` in a lab, then requires that the lab's host is as it was. Needs root, and says so where it is missing.
 pub(super) fn in_lab(test: impl FnOnce(&mut Lab) + Send) {
     if !rustix::process::geteuid().is_root() {
-        skip("network namespaces need root");
+        skip_this("network namespaces need root");
         return;
     }
     thread::scope(|scope| {

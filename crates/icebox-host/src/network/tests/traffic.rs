@@ -12,7 +12,7 @@ use super::super::netlink::Netlink;
 use super::super::rules;
 use super::lab::{Elsewhere, Guest, INTERNET, Lab, Service, ask, in_lab, is_refused};
 use crate::network::NetworkSlots;
-use crate::skip::skip;
+use crate::skip::skip_this;
 
 fn ensure(lab: &Lab, network: &NetworkSlots, slot: u16, egress: Egress) -> SlotNetwork {
     lab.run(network.ensure(Slot(slot), egress)).unwrap()
@@ -371,7 +371,7 @@ fn inv_42_a_sandbox_gets_nothing_that_was_meant_for_the_slots_last_user() {
 #[test]
 fn there_is_no_ipv6() {
     if !std::path::Path::new("/proc/sys/net/ipv6").exists() {
-        skip("this kernel has no IPv6");
+        skip_this("this kernel has no IPv6");
         return;
     }
     in_lab(|lab| {
