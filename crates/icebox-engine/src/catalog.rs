@@ -453,6 +453,22 @@ impl Catalog {
         inner.flawed.get(object).cloned()
     }
 
+    /// Which of the objects that exist on the host nobody knows. None while something that cannot be read may need them.
+    pub(crate) fn strays(&self, found: impl IntoIterator<Item = Object>) -> Vec<Object> {
+        let inner = lock(&self.inner);
+        if inner.holds_back().is_some() {
+            return Vec::new();
+        }
+        let is_known = |object: &Object| {
+            inner.exists(object)
+                || inner.flawed.contains_key(object)
+                || inner.condemned.contains(object)
+                || inner.pins.values().any(|pinned| pinned.contains(object))
+        };
+        let found = found.into_iter();
+        found.filter(|object| !is_known(object)).collect()
+    }
+
     // What cannot be used.
 
     /// An object that a start found and cannot read.

@@ -63,14 +63,18 @@ pub(crate) async fn collect(shared: &Arc<Shared>, dry_run: bool) -> Result<Plan,
 
 /// Removes an object that the catalog has forgotten. The caller holds [`Shared::collecting`].
 pub(crate) async fn remove(shared: &Shared, object: &Object) -> Result<(), Error> {
-    if let Object::Base(digest) = object {
-        for driver in &shared.host.volumes {
-            within(
-                deadline::DISK,
-                "removing a base",
-                driver.remove_base(digest),
-            )
-            .await?;
+    for driver in &shared.host.volumes {
+        match object {
+            Object::Base(digest) => {
+                let removal = driver.remove_base(digest);
+                within(deadline::DISK, "removing a base", removal).await?;
+            }
+            // Whose it is may be in a manifest that cannot be read.
+            Object::Layer(layer) => {
+                let removal = driver.remove_layer(layer);
+                within(deadline::DISK, "removing a layer", removal).await?;
+            }
+            _ => {}
         }
     }
     within(
@@ -198,6 +202,22 @@ pub(crate) async fn sweep(shared: &Arc<Shared>, strays: Vec<Object>) {
                 }
             }
             Err(error) => unseen(shared, "disk heads", &error),
+        }
+        match driver.list_layers().await {
+            Ok(layers) => {
+                let layers = layers.into_iter().map(Object::Layer);
+                let strays = layers.filter(|layer| !held.layers_in_making.contains(layer));
+                for layer in shared.catalog.strays(strays) {
+                    report(shared, &format!("data of {layer}"), async {
+                        if let Object::Layer(id) = &layer {
+                            driver.remove_layer(id).await?;
+                        }
+                        Ok(())
+                    })
+                    .await;
+                }
+            }
+            Err(error) => unseen(shared, "layers", &error),
         }
     }
     match host.store.list_staging().await {

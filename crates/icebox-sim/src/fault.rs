@@ -17,7 +17,7 @@ use icebox_engine::host::{
     LimitsInForce, LiveFreeze, Machine, Network, ProcessIdentity, Removed, SavePlan, SavedMemory,
     Secret, SlotNetwork, Store, StoredDocument, VcpuState, Vmm, VmmIdentity, VolumeDriver, Welcome,
 };
-use icebox_engine::id::{Digest, HeadId, SandboxId, Slot};
+use icebox_engine::id::{Digest, HeadId, LayerId, SandboxId, Slot};
 use icebox_engine::layout::Object;
 use icebox_engine::unit::Bytes;
 use tokio::sync::Notify;
@@ -386,14 +386,29 @@ impl VolumeDriver for Faulty<dyn VolumeDriver> {
             .around("volume.flatten", self.inner.flatten(chain, out))
             .await
     }
+    async fn remove_layer(&self, layer: &LayerId) -> Result<Removed, HostError> {
+        self.injector
+            .around("volume.remove_layer", self.inner.remove_layer(layer))
+            .await
+    }
     async fn head_usage(&self, head: &HeadId) -> Result<Bytes, HostError> {
         self.injector
             .around("volume.head_usage", self.inner.head_usage(head))
             .await
     }
+    async fn layer_usage(&self, layer: &LayerId) -> Result<Bytes, HostError> {
+        self.injector
+            .around("volume.layer_usage", self.inner.layer_usage(layer))
+            .await
+    }
     async fn list_heads(&self) -> Result<Vec<HeadId>, HostError> {
         self.injector
             .around("volume.list_heads", self.inner.list_heads())
+            .await
+    }
+    async fn list_layers(&self) -> Result<Vec<LayerId>, HostError> {
+        self.injector
+            .around("volume.list_layers", self.inner.list_layers())
             .await
     }
 }

@@ -1,4 +1,5 @@
-//! Volumes in memory: one driver whose disks the host freezes, and one that needs the VMM for it.
+//! Volumes in memory: one driver whose disks the host freezes, and one that needs the VMM for it. The former keeps layers
+//! outside their directories.
 
 use std::path::Path;
 
@@ -7,11 +8,11 @@ use icebox_engine::host::{
     BlockDevice, Chain, Ensured, ErrorKind, FreezeByHost, HostError, LiveFreeze, Removed,
     VolumeDriver,
 };
-use icebox_engine::id::{Digest, HeadId};
+use icebox_engine::id::{Digest, HeadId, LayerId};
 use icebox_engine::layout::{LAYER_DISK, Object};
 use icebox_engine::unit::Bytes;
 
-use crate::world::{File, Head, World};
+use crate::world::{File, Head, State, World};
 
 /// Who freezes the disk of a running guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +31,30 @@ pub(crate) struct SimVolumes {
 impl SimVolumes {
     pub(crate) fn new(world: World, freeze: FreezeBy) -> Self {
         Self { world, freeze }
+    }
+
+    /// Keeps what a head holds as the data of the layer that `staging` is for.
+    fn keep(&self, state: &mut State, head: &HeadId, staging: &Path) -> Result<u64, HostError> {
+        let content = state.resolve(head)?;
+        match self.freeze {
+            FreezeBy::Host => {
+                let layer = staged_layer(staging)?;
+                state.pool.insert(layer, content);
+            }
+            FreezeBy::Vmm => state.write(&staging.join(LAYER_DISK), File::Disk(content))?,
+        }
+        Ok(content)
+    }
+}
+
+fn staged_layer(staging: &Path) -> Result<LayerId, HostError> {
+    let name = staging.file_name().and_then(|name| name.to_str());
+    match name.and_then(Object::from_flat_name) {
+        Some(Object::Layer(layer)) => Ok(layer),
+        _ => Err(HostError::new(
+            ErrorKind::Invalid,
+            format!("{} is not for a layer", staging.display()),
+        )),
     }
 }
 
@@ -195,8 +220,7 @@ impl VolumeDriver for SimVolumes {
             // Sealed already; the layer is staged or published.
             return Ok(());
         }
-        let content = state.resolve(head)?;
-        state.write(&staging.join(LAYER_DISK), File::Disk(content))?;
+        self.keep(&mut state, head, staging)?;
         state.heads.remove(head);
         Ok(())
     }
@@ -205,15 +229,7 @@ impl VolumeDriver for SimVolumes {
         let mut state = self.world.lock();
         state.tick();
         let source = under(chain)?;
-        let file = state
-            .objects
-            .get(&source)
-            .and_then(|directory| directory.files.values().next())
-            .cloned();
-        let Some(File::Disk(content) | File::Image { content, .. }) = file else {
-            let message = format!("{source} does not exist");
-            return Err(HostError::new(ErrorKind::NotFound, message));
-        };
+        let content = state.resolve_object(&source)?;
         state.write(
             out,
             File::Image {
@@ -221,6 +237,17 @@ impl VolumeDriver for SimVolumes {
                 size: chain.size,
             },
         )
+    }
+
+    async fn remove_layer(&self, layer: &LayerId) -> Result<Removed, HostError> {
+        let mut state = self.world.lock();
+        state.tick();
+        let was_there = self.freeze == FreezeBy::Host && state.pool.remove(layer).is_some();
+        Ok(if was_there {
+            Removed::Removed
+        } else {
+            Removed::AlreadyAbsent
+        })
     }
 
     async fn head_usage(&self, head: &HeadId) -> Result<Bytes, HostError> {
@@ -233,6 +260,10 @@ impl VolumeDriver for SimVolumes {
         Ok(Bytes(if written { 4096 } else { 0 }))
     }
 
+    async fn layer_usage(&self, _layer: &LayerId) -> Result<Bytes, HostError> {
+        Ok(Bytes(4096))
+    }
+
     async fn list_heads(&self) -> Result<Vec<HeadId>, HostError> {
         let state = self.world.lock();
         let ours = state
@@ -240,6 +271,13 @@ impl VolumeDriver for SimVolumes {
             .iter()
             .filter(|(_, head)| head.driver == self.name());
         Ok(ours.map(|(id, _)| id.clone()).collect())
+    }
+
+    async fn list_layers(&self) -> Result<Vec<LayerId>, HostError> {
+        if self.freeze == FreezeBy::Vmm {
+            return Ok(Vec::new());
+        }
+        Ok(self.world.lock().pool.keys().cloned().collect())
     }
 }
 
@@ -251,8 +289,7 @@ impl FreezeByHost for SimVolumes {
         if state.heads.contains_key(to) {
             return Ok(());
         }
-        let content = state.resolve(from)?;
-        state.write(&staging.join(LAYER_DISK), File::Disk(content))?;
+        let content = self.keep(&mut state, from, staging)?;
         let mut head = state
             .heads
             .remove(from)

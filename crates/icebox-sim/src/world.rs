@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use icebox_engine::host::{ErrorKind, ExitReason, Host, HostError, ProcessIdentity, Welcome};
-use icebox_engine::id::{Digest, HeadId, SandboxId, Slot};
-use icebox_engine::layout::Object;
+use icebox_engine::id::{Digest, HeadId, LayerId, SandboxId, Slot};
+use icebox_engine::layout::{LAYER_DISK, Object};
 use icebox_engine::unit::{Bytes, Geometry};
 use tokio::sync::watch;
 
@@ -80,6 +80,8 @@ pub(crate) struct State {
     pub(crate) trash: BTreeSet<Object>,
     pub(crate) loose_files: BTreeMap<PathBuf, File>,
     pub(crate) heads: BTreeMap<HeadId, Head>,
+    /// Layers whose data are outside their directories.
+    pub(crate) pool: BTreeMap<LayerId, u64>,
     pub(crate) networks: BTreeSet<Slot>,
     pub(crate) boxes: BTreeSet<SandboxId>,
     pub(crate) vms: BTreeMap<SandboxId, Vm>,
@@ -179,7 +181,12 @@ impl State {
     }
 
     /// What a guest would read from an immutable object. Reading through what does not exist is a lost disk.
-    fn resolve_object(&self, object: &Object) -> Result<u64, HostError> {
+    pub(crate) fn resolve_object(&self, object: &Object) -> Result<u64, HostError> {
+        if let Object::Layer(layer) = object
+            && let Some(content) = self.pool.get(layer)
+        {
+            return Ok(*content);
+        }
         let published = self.objects.get(object);
         match published.and_then(|directory| directory.files.values().next()) {
             Some(File::Disk(value)) => Ok(*value),
@@ -358,7 +365,8 @@ impl World {
         self.lock().objects.remove(object);
     }
 
-    /// Puts things on the host that no manifest holds: a box with a VMM, a network, a head, a staging directory.
+    /// Puts things on the host that no manifest holds: a box with a VMM, a network, a head, a staging directory, a layer's
+    /// data.
     pub fn litter(
         &self,
         box_of: &SandboxId,
@@ -379,6 +387,13 @@ impl World {
         };
         state.heads.insert(head.clone(), stray);
         state.staging.insert(staged.clone(), Directory::default());
+        drop(state);
+        self.litter_layer();
+    }
+
+    /// Puts a layer's data on the host that no manifest knows.
+    pub fn litter_layer(&self) {
+        self.lock().pool.insert(LayerId::random(), 1);
     }
 
     /// Everything on the host that is not an object at rest, in words: what a leak check compares.
@@ -400,12 +415,18 @@ impl World {
             .keys()
             .map(|object| format!("staged {object}"));
         let trash = state.trash.iter().map(|object| format!("trash {object}"));
+        let pool = state
+            .pool
+            .keys()
+            .filter(|layer| !state.objects.contains_key(&Object::Layer((*layer).clone())))
+            .map(|layer| format!("data of layer {layer}"));
         heads
             .chain(networks)
             .chain(boxes)
             .chain(vms)
             .chain(staging)
             .chain(trash)
+            .chain(pool)
             .collect()
     }
 
@@ -435,9 +456,13 @@ impl World {
     /// The content of an object's files, in words: what must not change in something immutable.
     #[must_use]
     pub fn content(&self, object: &Object) -> Option<String> {
-        self.lock()
-            .objects
-            .get(object)
-            .map(|directory| format!("{:?}", directory.files))
+        let state = self.lock();
+        let mut files = state.objects.get(object)?.files.clone();
+        if let Object::Layer(layer) = object
+            && let Some(content) = state.pool.get(layer)
+        {
+            files.insert(LAYER_DISK.to_owned(), File::Disk(*content));
+        }
+        Some(format!("{files:?}"))
     }
 }

@@ -613,11 +613,45 @@ fn inv_33_a_start_removes_strays_and_nothing_else() {
                 .events
                 .into_iter()
                 .filter(|e| e.kind == "stray.removed");
-            assert_eq!(removed.count(), 4, "each stray is reported");
+            assert_eq!(removed.count(), 5, "each stray is reported");
             world.guest_value(&kept).unwrap();
             leave_nothing(&world, &engine).await;
         });
     }
+}
+
+#[test]
+fn inv_33_data_that_something_unreadable_may_need_stay() {
+    let world = World::new();
+    let layer = life(async || {
+        let engine = open(world.host(FreezeBy::Host)).await;
+        import_image(&world, &engine).await;
+        create(&engine, "a").await;
+        let template = engine.snapshot("a", n("warm")).await.unwrap();
+        engine.destroy("a").await.unwrap();
+        let TemplateContent::Snapshot { capture } = template.content else {
+            panic!("a snapshot");
+        };
+        Object::Layer(capture.layer)
+    });
+    world.overwrite_manifest(&layer, b"{");
+    world.litter_layer();
+    let strays = || {
+        let in_use = world.in_use().into_iter();
+        in_use.filter(|what| what.starts_with("data of")).count()
+    };
+    life(async || {
+        let engine = open(world.host(FreezeBy::Host)).await;
+        assert_eq!(strays(), 1);
+        assert!(world.content(&layer).is_some());
+        engine.remove_template("warm").await.unwrap();
+        engine.collect(false).await.unwrap();
+        assert_eq!(world.content(&layer), None);
+    });
+    life(async || {
+        let engine = open(world.host(FreezeBy::Host)).await;
+        leave_nothing(&world, &engine).await;
+    });
 }
 
 #[test]

@@ -147,12 +147,13 @@ impl Scene {
 }
 
 /// Steps whose failure leaves a hold stuck, and so may break the sandbox until the next start.
-const RELEASES: [&str; 9] = [
+const RELEASES: [&str; 10] = [
     "vmm.kill",
     "boxes.release",
     "network.release",
     "volume.detach",
     "volume.remove_head",
+    "volume.remove_layer",
     "store.trash",
     "store.discard",
     "store.empty_trash",

@@ -107,11 +107,24 @@ pub trait VolumeDriver: Send + Sync {
     /// exist yet. Reads only what is allocated. The source is immutable, so guests keep running.
     async fn flatten(&self, chain: &Chain, out: &Path) -> Result<(), HostError>;
 
+    /// Removes a layer's data where it is not in the layer's directory, so that nothing is lost or left when that
+    /// directory goes next. Idempotent, and asked of every driver: whoever knows nothing of the layer answers
+    /// [`Removed::AlreadyAbsent`]. Layers go in any order; what other layers and heads need of it stays with them.
+    async fn remove_layer(&self, layer: &LayerId) -> Result<Removed, HostError>;
+
     /// Allocated bytes of a head.
     async fn head_usage(&self, head: &HeadId) -> Result<Bytes, HostError>;
 
+    /// Allocated bytes of a layer's data, wherever it is: what it added to what is below. A driver that cannot tell
+    /// whose shared bytes are answers what the layer stores alone.
+    async fn layer_usage(&self, layer: &LayerId) -> Result<Bytes, HostError>;
+
     /// Heads that exist on the host, whether or not a manifest holds them: what the sweep compares.
     async fn list_heads(&self) -> Result<Vec<HeadId>, HostError>;
+
+    /// Layers with data outside their directories, whether or not they have one: what the sweep compares. None for a
+    /// driver that keeps layers in their directories. A removal that was killed is finished first.
+    async fn list_layers(&self) -> Result<Vec<LayerId>, HostError>;
 }
 
 /// Live freeze without the VMM's help.

@@ -202,6 +202,22 @@ impl VolumeDriver for DmSnapshot {
     async fn list_heads(&self) -> Result<Vec<HeadId>, HostError> {
         self.heads.run(Heads::list).await
     }
+
+    /// A layer is a file in its directory.
+    async fn remove_layer(&self, _layer: &LayerId) -> Result<Removed, HostError> {
+        Ok(Removed::AlreadyAbsent)
+    }
+
+    async fn layer_usage(&self, layer: &LayerId) -> Result<Bytes, HostError> {
+        let layer = layer.clone();
+        self.heads
+            .run(move |heads| fs::allocated(&heads.layout().layer_disk(&layer)))
+            .await
+    }
+
+    async fn list_layers(&self) -> Result<Vec<LayerId>, HostError> {
+        Ok(Vec::new())
+    }
 }
 
 #[async_trait]

@@ -23,7 +23,7 @@ use async_trait::async_trait;
 use icebox_engine::host::{
     BlockDevice, Chain, Ensured, ErrorKind, HostError, LiveFreeze, Removed, VolumeDriver,
 };
-use icebox_engine::id::{Digest, HeadId};
+use icebox_engine::id::{Digest, HeadId, LayerId};
 use icebox_engine::layout::Layout;
 use icebox_engine::unit::Bytes;
 
@@ -153,6 +153,22 @@ impl VolumeDriver for Qcow2 {
 
     async fn list_heads(&self) -> Result<Vec<HeadId>, HostError> {
         self.heads.run(Heads::list).await
+    }
+
+    /// A layer is a file in its directory.
+    async fn remove_layer(&self, _layer: &LayerId) -> Result<Removed, HostError> {
+        Ok(Removed::AlreadyAbsent)
+    }
+
+    async fn layer_usage(&self, layer: &LayerId) -> Result<Bytes, HostError> {
+        let layer = layer.clone();
+        self.heads
+            .run(move |heads| fs::allocated(&heads.layout().layer_disk(&layer)))
+            .await
+    }
+
+    async fn list_layers(&self) -> Result<Vec<LayerId>, HostError> {
+        Ok(Vec::new())
     }
 }
 

@@ -21,7 +21,7 @@ use icebox_engine::host::{
     BlockDevice, Chain, Ensured, ErrorKind, FreezeByHost, HostError, LiveFreeze, Removed,
     VolumeDriver,
 };
-use icebox_engine::id::{Digest, HeadId};
+use icebox_engine::id::{Digest, HeadId, LayerId};
 use icebox_engine::layout::{LAYER_DISK, Layout};
 use icebox_engine::unit::Bytes;
 
@@ -150,6 +150,23 @@ impl VolumeDriver for Reflink {
 
     async fn list_heads(&self) -> Result<Vec<HeadId>, HostError> {
         self.heads.run(Heads::list).await
+    }
+
+    /// A layer is a file in its directory.
+    async fn remove_layer(&self, _layer: &LayerId) -> Result<Removed, HostError> {
+        Ok(Removed::AlreadyAbsent)
+    }
+
+    /// Bytes that the layer alone stores, as of a head.
+    async fn layer_usage(&self, layer: &LayerId) -> Result<Bytes, HostError> {
+        let layer = layer.clone();
+        self.heads
+            .run(move |heads| fs::allocated_exclusively(&heads.layout().layer_disk(&layer)))
+            .await
+    }
+
+    async fn list_layers(&self) -> Result<Vec<LayerId>, HostError> {
+        Ok(Vec::new())
     }
 }
 
