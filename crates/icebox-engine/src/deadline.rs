@@ -32,6 +32,8 @@ pub(crate) const COPIES: Duration = Duration::from_secs(60);
 /// Durable documents.
 pub(crate) const STORE: Duration = Duration::from_secs(120);
 
+/// Bringing a base to where a driver keeps its own: for some, a copy of the whole image.
+pub(crate) const IMPORT: Duration = Duration::from_secs(3600);
 /// Writing a whole disk out. In the background: nobody stands still for it.
 pub(crate) const FLATTEN: Duration = Duration::from_secs(3600);
 

@@ -43,13 +43,17 @@ impl Sandbox {
 
         // Independent of each other, so together. All of them end before a failure is reported, since giving back
         // must not race with taking.
-        let disk = within(deadline::DISK, "attaching the disk", async {
+        let disk = async {
             if let Some(base) = &chain.base {
-                volumes.ensure_base(base).await?;
+                let import = volumes.ensure_base(base);
+                within(deadline::IMPORT, "importing the base", import).await?;
             }
-            volumes.ensure_head(&head, &chain).await?;
-            volumes.attach(&head, &chain).await
-        });
+            within(deadline::DISK, "attaching the disk", async {
+                volumes.ensure_head(&head, &chain).await?;
+                volumes.attach(&head, &chain).await
+            })
+            .await
+        };
         let network = within(
             deadline::SETUP,
             "setting up the network",
