@@ -373,7 +373,7 @@ impl Guest<'_> {
         machine
     }
 
-    async fn ready(&self, machine: &dyn Machine) {
+    pub(crate) async fn ready(&self, machine: &dyn Machine) {
         let deadline = Instant::now() + READY_DEADLINE;
         let mut pause = tokio::time::interval(Duration::from_millis(10));
         while let Err(error) = self.agent().health(Duration::from_secs(5)).await {

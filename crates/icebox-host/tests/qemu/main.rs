@@ -6,6 +6,7 @@
 
 mod capture;
 mod confinement;
+mod devices;
 mod endings;
 mod lab;
 mod switching;

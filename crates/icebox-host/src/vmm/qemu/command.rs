@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use icebox_engine::host::{LaunchPlan, Start};
 use icebox_engine::unit::Geometry;
 
-use super::disk;
+use super::disk::{self, Storage};
 use crate::launcher::{BOX_DIRECTORY, Bind, BoxSpec, OpenFile, Source};
 use crate::vmm::qemu::Accelerator;
 
@@ -48,13 +48,13 @@ pub(super) struct Common {
 }
 
 /// The launcher's orders for a plan. `runtime` is the VMM's runtime directory; `uid` the box's;
-/// `file_bytes_max` what its head may grow to.
+/// `storage` what its disk is.
 pub(super) fn box_spec(
     common: &Common,
     plan: &LaunchPlan,
     runtime: &Path,
     uid: u32,
-    file_bytes_max: u64,
+    storage: Storage,
     cgroup_procs: Vec<PathBuf>,
 ) -> BoxSpec {
     let mut command = Command::default();
@@ -95,7 +95,7 @@ pub(super) fn box_spec(
     }
     command.console(runtime);
     command.monitor(runtime);
-    command.disk(plan);
+    command.disk(plan, storage);
     command.devices(plan);
 
     let mut binds = command.binds;
@@ -107,7 +107,7 @@ pub(super) fn box_spec(
         pid_file: runtime.join(PID_FILE),
         network_namespace: Some(plan.network.namespace.clone()),
         uid,
-        file_bytes_max,
+        file_bytes_max: storage.head_bytes_max,
         files: command.files,
         stderr: runtime.join(STDERR),
         binds,
@@ -250,8 +250,8 @@ impl Command {
         self.args(["-mon", "chardev=qmp,mode=control"]);
     }
 
-    fn disk(&mut self, plan: &LaunchPlan) {
-        let files = disk::files(&plan.disk);
+    fn disk(&mut self, plan: &LaunchPlan, storage: Storage) {
+        let files = disk::files(&plan.disk, storage);
         for file in &files {
             let read = format!("{}-r", file.node);
             self.fdset(file.fdset, &read, Source::Read(file.path.to_owned()));

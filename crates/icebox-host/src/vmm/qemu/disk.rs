@@ -14,11 +14,17 @@
 //! believed. Nodes are named after a hash of their path, so that a daemon that did not start this QEMU can tell which
 //! head is active.
 //!
-//! Cache mode: host page cache, guest flushes honoured (`cache.direct=off`, `cache.no-flush=off`). Bases and layers are
-//! read by many sandboxes, and the page cache is where they share them; direct I/O would read them from disk once
-//! per sandbox. `aio=threads`, since io_uring is unavailable in many hosts' containers and `native` needs direct I/O.
+//! Cache mode of files: host page cache, guest flushes honoured (`cache.direct=off`, `cache.no-flush=off`). Bases and layers
+//! are read by many sandboxes, and the page cache is where they share them; direct I/O would read them from disk once
+//! per sandbox. Of block devices: around the page cache (`cache.direct=on`). What sandboxes share is cached below the
+//! device, as the base's file; the device's own pages would be a second copy for each sandbox, and an error that comes when
+//! such a page is written would come after the guest was told that all is well.
+//!
+//! `aio=threads`, since io_uring is unavailable in many hosts' containers and `native` needs direct I/O.
 
 use std::fs::File;
+use std::io::{Seek as _, SeekFrom};
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
 
 use icebox_engine::host::{BlockDevice, ErrorKind, HostError};
@@ -60,12 +66,19 @@ pub(super) struct DiskFile<'a> {
     /// Name of its format node.
     pub(super) node: String,
     format: &'static str,
+    /// A block device of the host, not a file.
+    is_device: bool,
 }
 
 impl DiskFile<'_> {
     /// `blockdev-add` of this file over the node `backing`.
     fn node(&self, backing: Option<&str>) -> Value {
-        let cache = json!({ "direct": false, "no-flush": false });
+        let cache = json!({ "direct": self.is_device, "no-flush": false });
+        let driver = if self.is_device {
+            "host_device"
+        } else {
+            "file"
+        };
         let mut node = json!({
             "driver": self.format,
             "node-name": self.node,
@@ -75,7 +88,7 @@ impl DiskFile<'_> {
             // Inside, not a node of its own that this one refers to: only then does QEMU reopen it read-only together with
             // this one, and closes its writable descriptor.
             "file": {
-                "driver": "file",
+                "driver": driver,
                 "filename": format!("/dev/fdset/{}", self.fdset),
                 "aio": "threads",
                 "cache": cache,
@@ -103,37 +116,56 @@ pub(super) fn node_name(path: &Path) -> String {
     format!("n{digits}")
 }
 
-/// The most that a disk's head may grow to, in bytes, whatever the VMM does to it. Reads the head's header.
+/// What there is to know about a disk before QEMU opens it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Storage {
+    /// The most that its head may grow to, in bytes, whatever the VMM does to it.
+    pub(super) head_bytes_max: u64,
+    /// It is a block device of the host, not files.
+    pub(super) is_device: bool,
+}
+
+/// Looks at a disk's head.
 ///
 /// # Errors
-/// The head cannot be read, or is none of ours.
-pub(super) fn head_bytes_max(disk: &BlockDevice) -> Result<u64, HostError> {
+/// It cannot be read, or is none of ours.
+pub(super) fn look_at(disk: &BlockDevice) -> Result<Storage, HostError> {
     let (BlockDevice::Raw { path } | BlockDevice::Qcow2 { head: path, .. }) = disk;
     let failed = |error| HostError::io(format!("read head {}", path.display()), error);
-    let file = File::open(path).map_err(failed)?;
-    let size = match disk {
-        BlockDevice::Raw { .. } => file.metadata().map_err(failed)?.len(),
-        BlockDevice::Qcow2 { .. } => Overlay::open(file, SIZE_MAX)
-            .map_err(|error| {
+    let mut file = File::open(path).map_err(failed)?;
+    let (size, is_device) = match disk {
+        BlockDevice::Raw { .. } => {
+            let kind = file.metadata().map_err(failed)?.file_type();
+            // Also of a device, whose metadata do not say it.
+            let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
+            (size, kind.is_block_device())
+        }
+        BlockDevice::Qcow2 { .. } => {
+            let overlay = Overlay::open(file, SIZE_MAX).map_err(|error| {
                 HostError::new(
                     ErrorKind::Invalid,
                     format!("{} is not a usable head", path.display()),
                 )
                 .caused_by(error)
-            })?
-            .size(),
+            })?;
+            (overlay.size(), false)
+        }
     };
-    Ok(size + HEAD_SLACK_MIN.max(size / HEAD_SLACK_SHARE))
+    Ok(Storage {
+        head_bytes_max: size + HEAD_SLACK_MIN.max(size / HEAD_SLACK_SHARE),
+        is_device,
+    })
 }
 
 /// The files of a disk, bottom first: the order in which nodes are made.
-pub(super) fn files(disk: &BlockDevice) -> Vec<DiskFile<'_>> {
+pub(super) fn files(disk: &BlockDevice, storage: Storage) -> Vec<DiskFile<'_>> {
     let file = |path, access, format| DiskFile {
         path,
         access,
         fdset: 0,
         node: node_name(path),
         format,
+        is_device: storage.is_device,
     };
     let mut files = match disk {
         BlockDevice::Raw { path } => vec![file(path.as_path(), Access::ReadWrite, "raw")],
@@ -167,6 +199,8 @@ pub(super) fn head(disk: &BlockDevice, fdset: i64) -> DiskFile<'_> {
         fdset,
         node: node_name(path),
         format,
+        // Only a VMM that freezes by itself is given another head, and it does that with files.
+        is_device: false,
     }
 }
 
@@ -201,7 +235,11 @@ mod tests {
             layers: vec![PathBuf::from("/d/new"), PathBuf::from("/d/old")],
             base: PathBuf::from("/d/base"),
         };
-        let files = files(&disk);
+        let storage = Storage {
+            head_bytes_max: 0,
+            is_device: false,
+        };
+        let files = files(&disk, storage);
         let paths: Vec<_> = files
             .iter()
             .map(|file| file.path.to_str().unwrap())
@@ -231,6 +269,27 @@ mod tests {
             detached_node(&head(&disk, 20))["backing"].is_null(),
             "no header is believed"
         );
+    }
+
+    #[test]
+    fn a_block_device_is_opened_as_one_and_around_the_page_cache() {
+        let disk = BlockDevice::Raw {
+            path: PathBuf::from("/dev/dm-7"),
+        };
+        let node = |is_device| {
+            let storage = Storage {
+                head_bytes_max: 0,
+                is_device,
+            };
+            nodes(&files(&disk, storage)).remove(0)
+        };
+        let (device, file) = (node(true), node(false));
+        assert_eq!(device["file"]["driver"], "host_device");
+        assert_eq!(file["file"]["driver"], "file");
+        for (node, direct) in [(device, true), (file, false)] {
+            assert_eq!(node["cache"]["direct"], direct);
+            assert_eq!(node["file"]["cache"]["direct"], direct);
+        }
     }
 
     #[test]

@@ -169,7 +169,7 @@ impl Qemu {
             ));
         }
         check_memory(plan)?;
-        let file_bytes_max = disk::head_bytes_max(&plan.disk)?;
+        let storage = disk::look_at(&plan.disk)?;
         let outputs = Outputs::create(runtime).map_err(|error| {
             HostError::io(
                 format!("prepare runtime directory {}", runtime.display()),
@@ -188,7 +188,7 @@ impl Qemu {
             plan,
             runtime,
             self.boxes.uid(plan.slot),
-            file_bytes_max,
+            storage,
             self.boxes.cgroups().join_files(&plan.sandbox),
         );
         let process = self.launcher.launch(&spec).await?;
