@@ -24,7 +24,7 @@ use icebox_host::launcher::Launcher;
 use icebox_host::network::{NetworkConfig, NetworkSlots};
 use icebox_host::store::FileStore;
 use icebox_host::vmm::qemu::{Qemu, QemuConfig};
-use icebox_host::volume::{Qcow2, Reflink};
+use icebox_host::volume::{DmSnapshot, Qcow2, Reflink};
 use ipnet::Ipv4Net;
 
 use super::config::Config;
@@ -65,7 +65,7 @@ pub(super) async fn ground(config: &Config, layout: &Layout) -> Result<Ground, F
     let qemu = find_qemu(config, layout, Arc::clone(&boxes), &kernels)
         .await
         .map_err(|error| failed(&error))?;
-    let (volumes, findings) = volumes(config, layout).await?;
+    let (volumes, findings) = volumes(config, layout, &instance).await?;
     let network = NetworkSlots::open(network(config, instance)?)
         .await
         .map_err(|error| failed(&error))?;
@@ -119,6 +119,7 @@ pub(super) async fn survey(config: &Config) -> Report {
         Ok(qemu) => checks.extend(doctor::vmm(&qemu)),
         Err(error) => checks.push(doctor::fails("qemu", &error)),
     }
+    let volumes = all_volumes(&layout, &instance);
     let network = async {
         let config = network(config, instance).map_err(|failure| {
             HostError::new(ErrorKind::Invalid, failure.body().message.clone())
@@ -130,7 +131,7 @@ pub(super) async fn survey(config: &Config) -> Report {
     };
     checks.push(doctor::network(network.await));
     if layout.data().is_dir() {
-        for driver in all_volumes(&layout) {
+        for driver in volumes {
             checks.push(doctor::volume(driver.as_ref()).await);
         }
         checks.push(doctor::space(layout.data()));
@@ -266,8 +267,9 @@ fn host_kernel() -> Option<PathBuf> {
 }
 
 /// Every volume driver there is, the default first.
-fn all_volumes(layout: &Layout) -> Vec<Arc<dyn VolumeDriver>> {
+fn all_volumes(layout: &Layout, instance: &Instance) -> Vec<Arc<dyn VolumeDriver>> {
     vec![
+        Arc::new(DmSnapshot::new(layout.clone(), instance)),
         Arc::new(Reflink::new(layout.clone())),
         Arc::new(Qcow2::new(layout.clone())),
     ]
@@ -277,10 +279,11 @@ fn all_volumes(layout: &Layout) -> Vec<Arc<dyn VolumeDriver>> {
 async fn volumes(
     config: &Config,
     layout: &Layout,
+    instance: &Instance,
 ) -> Result<(Vec<Arc<dyn VolumeDriver>>, Vec<Check>), Failure> {
     let mut working = Vec::new();
     let mut findings = Vec::new();
-    let mut all = all_volumes(layout);
+    let mut all = all_volumes(layout, instance);
     if let Some(wanted) = &config.volume_driver {
         let names: Vec<_> = all.iter().map(|driver| driver.name()).collect();
         if !names.contains(&wanted.as_str()) {
