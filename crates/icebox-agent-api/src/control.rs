@@ -81,6 +81,22 @@ pub struct InitReport {
     pub problems: Vec<String>,
 }
 
+/// `POST /clock`: moves the guest's clock, and reads it. What a caller reads lies between the moments at which it asked and
+/// got its answer, so the difference to its own clock is known to half of that; the move itself may take as long as it
+/// likes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Clock {
+    /// Nanoseconds; positive is forward, zero only reads.
+    pub step_ns: i64,
+}
+
+/// Answer to [`Clock`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClockReport {
+    /// Nanoseconds since 1970, by the guest's clock, after the move.
+    pub unix_ns: u64,
+}
+
 /// `POST /prepare`: quiesce the guest before a capture. Best effort: whatever happens, the capture goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Prepare {

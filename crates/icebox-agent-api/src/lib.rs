@@ -6,7 +6,7 @@
 //! |---|---|---|
 //! | SDKs, CLI, daemon | Connect RPC `process.Process` and `filesystem.Filesystem` | `proto/`, generated into [`proto`] |
 //! | the same | files as plain HTTP, `GET` and `POST` [`FILES_PATH`]; [`HEALTH_PATH`]; [`METRICS_PATH`] | [`control`] for the JSON shapes |
-//! | the daemon only | [`INIT_PATH`] and [`PREPARE_PATH`] | [`control`] |
+//! | the daemon only | [`INIT_PATH`], [`CLOCK_PATH`] and [`PREPARE_PATH`] | [`control`] |
 //!
 //! The first two follow the public E2B `envd` protocol, so that its SDKs work unmodified; the third is ours.
 //!
@@ -65,6 +65,8 @@ pub const FILES_PATH: &str = "/files";
 pub const INIT_PATH: &str = "/init";
 /// `POST` [`control::Prepare`], answers [`control::PrepareReport`]. For the host only: a proxy must not forward it.
 pub const PREPARE_PATH: &str = "/prepare";
+/// Moves the guest's clock, and reads it.
+pub const CLOCK_PATH: &str = "/clock";
 
 /// Parameters of the kernel command line that the agent reads as process 1.
 pub mod cmdline {

@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use icebox_agent_api::client::{AgentClient, AgentError, Connector, IoStream};
-use icebox_agent_api::control::{Identity, Init, Origin, Prepare};
+use icebox_agent_api::control::{Clock, Identity, Init, Origin, Prepare};
 use icebox_agent_api::{AGENT_PORT, Token};
 use icebox_engine::host::{
     ErrorKind, Guest, GuestAddress, GuestOrigin, HostError, Secret, Welcome,
@@ -29,11 +29,15 @@ const CONNECT: Duration = Duration::from_millis(20);
 const BETWEEN: Duration = Duration::from_millis(2);
 /// How long one welcome may take once the agent has been reached: identity, clock, entropy, closing connections.
 const WELCOME: Duration = Duration::from_secs(10);
-/// A call that sets the clock and takes longer is made again: the guest's clock is behind by up to as much. Most of a
-/// first call's time is the guest's, which boots, or loads the pages that it needs.
+/// If the welcome took longer, the clock that it set is behind by up to as much, and is set right. Most of a first call's
+/// time is the guest's, which boots, or loads the pages that it needs.
 const PROMPT: Duration = Duration::from_millis(500);
-/// How often at most. A machine that takes longer even then has other troubles than its clock.
-const WELCOMES: usize = 3;
+/// What is close enough to the host's clock not to be looked at again.
+const CLOSE: Duration = Duration::from_millis(20);
+/// How often a guest's clock is read at most. The quickest answer counts.
+const READINGS: usize = 8;
+/// How long all of that may take.
+const CLOCK: Duration = Duration::from_secs(5);
 /// How long the guest may prepare for a capture. The engine gives up a moment later (INV-05).
 const PREPARE: Duration = Duration::from_millis(4500);
 /// Random bytes that a guest is given: the size of the kernel's own seed, twice.
@@ -89,9 +93,7 @@ fn machine_id(sandbox: &SandboxId) -> String {
 fn init(welcome: &Welcome) -> Result<Init, HostError> {
     let failed =
         |what: &str| HostError::new(ErrorKind::Other, format!("welcome the guest: {what}"));
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_err(|_| failed("the host's clock is before 1970"))?;
+    let now = unix_now()?;
     let mut entropy = vec![0; ENTROPY];
     let filled = rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty());
     if filled != Ok(ENTROPY) {
@@ -128,25 +130,69 @@ fn failed(error: AgentError) -> HostError {
     HostError::new(kind, "talk to the guest's agent").caused_by(error)
 }
 
+fn unix_now() -> Result<Duration, HostError> {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_err(|error| {
+            HostError::new(ErrorKind::Other, "the host's clock is before 1970").caused_by(error)
+        })
+}
+
+/// Moves the guest's clock by what it differs from the host's. Half of the quickest answer's time is how far it can be off
+/// then; how long the move takes does not matter.
+async fn set_clock_right(client: &AgentClient) -> Result<(), HostError> {
+    let until = Instant::now() + CLOCK;
+    let mut best: Option<(Duration, i128)> = None;
+    for _ in 0..READINGS {
+        let (asked, begun) = (unix_now()?, Instant::now());
+        let left = until.saturating_duration_since(begun);
+        let report = match client.clock(Clock { step_ns: 0 }, left).await {
+            Ok(report) => report,
+            Err(AgentError::TimedOut { .. }) if best.is_some() => break,
+            Err(error) => return Err(failed(error)),
+        };
+        let took = begun.elapsed();
+        if best.is_none_or(|(quickest, _)| took < quickest) {
+            // Integers of this size hold any two times and their difference.
+            let (then, guest) = ((asked + took / 2).as_nanos(), u128::from(report.unix_ns));
+            best = Some((took, then.cast_signed() - guest.cast_signed()));
+        }
+        if took <= CLOSE {
+            break;
+        }
+    }
+    let (took, behind) = best.unwrap_or_default();
+    if behind.unsigned_abs() <= CLOSE.as_nanos() {
+        return Ok(());
+    }
+    let step_ns = i64::try_from(behind).unwrap_or(i64::MAX);
+    client
+        .clock(Clock { step_ns }, CLOCK)
+        .await
+        .map_err(failed)?;
+    tracing::debug!(
+        step_ns,
+        within_ms = took.as_millis() / 2,
+        "set the guest's clock right"
+    );
+    Ok(())
+}
+
 #[async_trait]
 impl Guest for AgentGuests {
     async fn welcome(&self, at: GuestAddress, welcome: &Welcome) -> Result<(), HostError> {
         // The answer to an attempt that was carried out may have been lost: then the new token is in force already.
         let tokens = [&welcome.current_token, &welcome.token];
-        let (mut token, mut welcomed) = (0, 0);
+        let mut token = 0;
         loop {
             let attempt = client(at, tokens[token]);
             let asked = Instant::now();
             match attempt.init(&init(welcome)?, WELCOME).await {
                 Ok(report) => {
-                    welcomed += 1;
-                    token = tokens.len() - 1;
-                    let took = asked.elapsed();
-                    if took > PROMPT && welcomed < WELCOMES {
-                        continue;
-                    }
-                    if took > PROMPT {
-                        tracing::warn!(sandbox = %welcome.sandbox, behind_ms = took.as_millis(), "the guest's clock may be behind by as much");
+                    if asked.elapsed() > PROMPT
+                        && let Err(error) = set_clock_right(&client(at, &welcome.token)).await
+                    {
+                        tracing::warn!(sandbox = %welcome.sandbox, %error, "the guest's clock is behind");
                     }
                     if !report.problems.is_empty() {
                         tracing::warn!(sandbox = %welcome.sandbox, problems = ?report.problems, "the guest is welcome, but not as it should be");
@@ -207,7 +253,8 @@ mod tests {
     use std::collections::BTreeMap;
     use std::net::Ipv4Addr;
 
-    use icebox_agent_api::control::InitReport;
+    use icebox_agent_api::control::{ClockReport, InitReport};
+    use serde::de::DeserializeOwned;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     use tokio::net::TcpListener;
 
@@ -268,47 +315,71 @@ mod tests {
         connecting.await.unwrap();
     }
 
-    /// One call, as an agent that hands its clock out: the time that it was told, after `delay`.
-    async fn answer(listener: &TcpListener, delay: Duration) -> u64 {
+    /// Answers one call, as an agent does, after `delay`; returns what was asked.
+    async fn answer<Q: DeserializeOwned>(
+        listener: &TcpListener,
+        delay: Duration,
+        reply: impl FnOnce(&Q) -> String,
+    ) -> Q {
         let (mut stream, _) = listener.accept().await.unwrap();
         let mut request = Vec::new();
-        let init = loop {
+        let asked = loop {
             stream.read_buf(&mut request).await.unwrap();
             let body = request.windows(4).position(|end| end == b"\r\n\r\n");
-            if let Some(init) =
-                body.and_then(|end| serde_json::from_slice::<Init>(&request[end + 4..]).ok())
+            if let Some(asked) =
+                body.and_then(|end| serde_json::from_slice::<Q>(&request[end + 4..]).ok())
             {
-                break init;
+                break asked;
             }
         };
         sleep(delay).await;
-        let report = serde_json::to_string(&InitReport {
-            envd_version: String::new(),
-            agent_version: String::new(),
-            boot_id: String::new(),
-            clock_step_ns: 0,
-            connections_closed: 0,
-            problems: Vec::new(),
-        })
-        .unwrap();
-        let length = report.len();
-        let response = format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{report}");
+        let reply = reply(&asked);
+        let length = reply.len();
+        let response = format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{reply}");
         stream.write_all(response.as_bytes()).await.unwrap();
-        init.clock_unix_ns
+        asked
     }
 
     #[tokio::test]
-    async fn inv_37_a_guest_that_took_long_is_told_the_time_again() {
+    async fn inv_37_a_guest_that_took_long_gets_its_clock_set_right() {
+        const SLOW: Duration = Duration::from_millis(600);
+        const BEHIND: Duration = Duration::from_secs(3);
         let ip = Ipv4Addr::new(127, 49, 98, 3);
         let listener = TcpListener::bind((ip, AGENT_PORT)).await.unwrap();
         let welcomed = tokio::spawn(async move {
             let at = GuestAddress { ip };
             AgentGuests.welcome(at, &welcome(GuestOrigin::Fork)).await
         });
-        let slow = PROMPT + Duration::from_millis(100);
-        let first = answer(&listener, slow).await;
-        let second = answer(&listener, Duration::ZERO).await;
+        answer::<Init>(&listener, SLOW, |_| {
+            serde_json::to_string(&InitReport {
+                envd_version: String::new(),
+                agent_version: String::new(),
+                boot_id: String::new(),
+                clock_step_ns: 0,
+                connections_closed: 0,
+                problems: Vec::new(),
+            })
+            .unwrap()
+        })
+        .await;
+        let clock = |_: &Clock| {
+            let guest = unix_now().unwrap() - BEHIND;
+            let unix_ns = u64::try_from(guest.as_nanos()).unwrap();
+            serde_json::to_string(&ClockReport { unix_ns }).unwrap()
+        };
+        // A slow answer says little; the quick one after it counts.
+        let asked: Clock = answer(&listener, SLOW, clock).await;
+        assert_eq!(asked.step_ns, 0);
+        let mut moved = answer(&listener, Duration::ZERO, clock).await;
+        while moved.step_ns == 0 {
+            // A busy machine may have made that one slow, too.
+            moved = answer(&listener, Duration::ZERO, clock).await;
+        }
         welcomed.await.unwrap().unwrap();
-        assert!(u128::from(second - first) >= slow.as_nanos());
+        let error = i128::from(moved.step_ns) - BEHIND.as_nanos().cast_signed();
+        assert!(
+            error.unsigned_abs() < SLOW.as_nanos() / 2,
+            "off by {error} ns"
+        );
     }
 }

@@ -31,8 +31,8 @@ pub use self::{
     process::{Command, Event, Input, Output, Process, TerminalSize},
 };
 use crate::{
-    HEALTH_PATH, INIT_PATH, METRICS_PATH, PREPARE_PATH, TOKEN_HEADER, Token,
-    control::{Init, InitReport, Metrics, Prepare, PrepareReport},
+    CLOCK_PATH, HEALTH_PATH, INIT_PATH, METRICS_PATH, PREPARE_PATH, TOKEN_HEADER, Token,
+    control::{Clock, ClockReport, Init, InitReport, Metrics, Prepare, PrepareReport},
     proto::{filesystem::FilesystemClient, process::ProcessClient},
 };
 
@@ -126,6 +126,15 @@ impl AgentClient {
     /// Any; repeat it with the same client unless it was refused.
     pub async fn init(&self, init: &Init, timeout: Duration) -> Result<InitReport, AgentError> {
         self.control("initialise the guest", INIT_PATH, init, timeout)
+            .await
+    }
+
+    /// Moves the guest's clock and reads it; see [`Clock`].
+    ///
+    /// # Errors
+    /// Any. Of a call that timed out it is not known whether the clock was moved.
+    pub async fn clock(&self, clock: Clock, timeout: Duration) -> Result<ClockReport, AgentError> {
+        self.control("move the guest's clock", CLOCK_PATH, &clock, timeout)
             .await
     }
 

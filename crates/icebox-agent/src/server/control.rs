@@ -1,4 +1,5 @@
-//! The host's calls: `/init` after every boot and restore, `/prepare` before every capture.
+//! The host's calls: `/init` after every boot and restore, `/clock` if that took long, `/prepare` before
+//! every capture.
 
 use std::{
     net::SocketAddr,
@@ -12,7 +13,9 @@ use axum::{
     extract::{ConnectInfo, State},
     http::{HeaderMap, StatusCode},
 };
-use icebox_agent_api::control::{Init, InitReport, Prepare, PrepareReport, StepOutcome};
+use icebox_agent_api::control::{
+    Clock, ClockReport, Init, InitReport, Prepare, PrepareReport, StepOutcome,
+};
 use serde::de::DeserializeOwned;
 
 use super::{
@@ -44,6 +47,19 @@ pub(super) async fn init(
         .adopt(&init)
         .map_err(|error| HttpError::internal(chain(&error)))?;
     Ok(Json(report))
+}
+
+pub(super) async fn clock(
+    State(agent): State<Arc<Agent>>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Result<Json<ClockReport>, HttpError> {
+    let clock: Clock = authorised(&agent, &headers, &body)?;
+    let unix_ns = agent
+        .machine
+        .move_clock(clock.step_ns)
+        .map_err(|error| HttpError::internal(format!("move the clock: {error}")))?;
+    Ok(Json(ClockReport { unix_ns }))
 }
 
 pub(super) async fn prepare(

@@ -145,6 +145,17 @@ impl Machine {
         Ok(report)
     }
 
+    /// Moves the clock by so many nanoseconds, and returns what it shows then, in nanoseconds since 1970.
+    pub(super) fn move_clock(self, step_ns: i64) -> io::Result<u64> {
+        if step_ns != 0 && self == Self::Guest {
+            let moved = nanoseconds(clock_gettime(ClockId::Realtime))?
+                .checked_add_signed(step_ns)
+                .ok_or_else(|| io::Error::other("there is no such time"))?;
+            set_clock(moved)?;
+        }
+        nanoseconds(clock_gettime(ClockId::Realtime))
+    }
+
     /// Writes everything that is dirty to the disk.
     pub(super) fn sync(self) -> io::Result<()> {
         if self == Self::Guest {
@@ -175,9 +186,17 @@ impl Machine {
     }
 }
 
+const NS_PER_S: u64 = 1_000_000_000;
+
+/// Nanoseconds since 1970.
+fn nanoseconds(time: Timespec) -> io::Result<u64> {
+    let seconds = u64::try_from(time.tv_sec).map_err(io::Error::other)?;
+    let nanoseconds = u64::try_from(time.tv_nsec).map_err(io::Error::other)?;
+    Ok(seconds.saturating_mul(NS_PER_S).saturating_add(nanoseconds))
+}
+
 /// Sets the clock and returns by how many nanoseconds it was moved.
 fn set_clock(unix_ns: u64) -> io::Result<i64> {
-    const NS_PER_S: u64 = 1_000_000_000;
     let before = clock_gettime(ClockId::Realtime);
     let seconds = i64::try_from(unix_ns / NS_PER_S).map_err(io::Error::other)?;
     let nanoseconds = i64::try_from(unix_ns % NS_PER_S).map_err(io::Error::other)?;

@@ -49,8 +49,8 @@ use axum::{
 };
 use connectrpc::{ConnectRpcService, Limits, RequestContext};
 use icebox_agent_api::{
-    AGENT_PORT, FILES_PATH, HEALTH_PATH, INIT_PATH, KEEPALIVE_HEADER, METRICS_PATH, PREPARE_PATH,
-    cmdline,
+    AGENT_PORT, CLOCK_PATH, FILES_PATH, HEALTH_PATH, INIT_PATH, KEEPALIVE_HEADER, METRICS_PATH,
+    PREPARE_PATH, cmdline,
     proto::{filesystem::FilesystemExt as _, process::ProcessExt as _},
 };
 use tokio::net::TcpListener;
@@ -169,6 +169,7 @@ fn router(agent: Arc<Agent>) -> Router {
         // A file has no size limit.
         .layer(DefaultBodyLimit::disable())
         .route(INIT_PATH, post(control::init))
+        .route(CLOCK_PATH, post(control::clock))
         .route(PREPARE_PATH, post(control::prepare))
         .route(HEALTH_PATH, get(async || StatusCode::NO_CONTENT))
         .layer(middleware::from_fn_with_state((), allow_browsers))

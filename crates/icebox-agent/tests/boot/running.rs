@@ -10,7 +10,7 @@ use connectrpc::ErrorCode;
 use icebox_agent_api::{
     Token,
     client::{AgentClient, Command, Event, TerminalSize},
-    control::{Origin, Prepare, StepOutcome},
+    control::{Clock, Origin, Prepare, StepOutcome},
     exit::Exit,
 };
 
@@ -55,6 +55,12 @@ async fn inv_37_a_guest_becomes_the_sandbox_it_is_told_to_be() {
         now_ns().abs_diff(clock) < 5_000_000_000,
         "the clock is {clock}"
     );
+    let hour = Clock {
+        step_ns: 3_600_000_000_000,
+    };
+    let moved = client.clock(hour, CALL).await.unwrap().unix_ns;
+    let shown: u64 = text(&client, "date +%s%N").await.parse().unwrap();
+    assert!(moved - clock >= hour.step_ns.cast_unsigned() && shown >= moved);
     let root = client.clone().with_user("root");
     // The tokens are root's business, and in no one's environment.
     assert_eq!(sh(&client, "ls /run/icebox").await.exit.shell_code(), 2);

@@ -1,10 +1,12 @@
 //! Who may do what: the agent's part of INV-42.
 
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
 use connectrpc::ErrorCode;
 use icebox_agent_api::{
     Token,
     client::{AgentClient, Command},
-    control::{Prepare, StepOutcome},
+    control::{Clock, Prepare, StepOutcome},
 };
 
 use crate::support::{BOOT_TOKEN, Server, TIMEOUT, init};
@@ -15,6 +17,9 @@ const PREPARE: Prepare = Prepare {
     trim: false,
     timeout_ms: 5000,
 };
+
+/// Moves nothing.
+const READ: Clock = Clock { step_ns: 0 };
 
 async fn may_run(client: &AgentClient) -> bool {
     match client.run(Command::new("true")).await {
@@ -54,6 +59,10 @@ async fn inv_42_nothing_but_health_is_answered_without_the_token() {
                 .await
                 .unwrap_err()
                 .status(),
+            Some(401)
+        );
+        assert_eq!(
+            client.clock(READ, TIMEOUT).await.unwrap_err().status(),
             Some(401)
         );
     }
@@ -134,6 +143,22 @@ async fn an_init_that_makes_no_sense_changes_nothing() {
         );
     }
     assert!(may_run(&host).await);
+}
+
+#[tokio::test]
+async fn the_clock_is_read_and_one_that_is_not_a_guest_s_is_not_moved() {
+    let server = Server::start();
+    let host = server.client();
+    let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let begun = now();
+    let day = Clock {
+        step_ns: 86_400_000_000_000,
+    };
+    for clock in [READ, day, READ] {
+        let read = host.clock(clock, TIMEOUT).await.unwrap();
+        let read = Duration::from_nanos(read.unix_ns);
+        assert!((begun..=now()).contains(&read), "{read:?} after {begun:?}");
+    }
 }
 
 #[tokio::test]
