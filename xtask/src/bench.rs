@@ -111,6 +111,19 @@ pub(crate) fn bench(arguments: &[String]) -> Result<(), Failure> {
     }
 }
 
+/// `cargo xtask bench volumes`: each driver, beside the raw disk and the tools that copy disks.
+pub(crate) fn volumes(options: &[String]) -> Result<(), Failure> {
+    let mut command = cargo([
+        "bench",
+        "--package",
+        "icebox-host",
+        "--bench",
+        "volumes",
+        "--",
+    ]);
+    run("volumes", command.args(options))
+}
+
 /// The programs that are installed: release, and the static agent beside it.
 fn build() -> Result<PathBuf, Failure> {
     let mut icebox = cargo(["build", "--release", "--package", "icebox"]);

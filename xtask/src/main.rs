@@ -16,6 +16,7 @@ usage: cargo xtask <chore>
   agent     build the guest agent, static
   test-host the tests that need a kernel with device-mapper, ZFS and KVM, in a virtual Debian; --keep, --shell
   bench     measure, beside what QEMU alone takes; --quick, --json FILE and more
+            bench volumes: each volume driver, beside the raw disk; --quick, --driver NAME, --directory DIR
   soak      boot guests, several at a time, and check each one's devices; -n BOOTS -j AT_ONCE
 ";
 
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
         (Some("check"), []) => check::check(),
         (Some("agent"), []) => run::build_agent(),
         (Some("test-host"), options) => test_host::test_host(options),
+        (Some("bench"), [first, options @ ..]) if first == "volumes" => bench::volumes(options),
         (Some("bench"), options) => bench::bench(options),
         (Some("soak"), options) => bench::soak(options),
         _ => {
