@@ -7,6 +7,7 @@ mod sys;
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
+use std::ops::Range;
 use std::os::unix::fs::{
     DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
 };
@@ -332,35 +333,55 @@ pub fn for_each_chunk(
 ) -> io::Result<()> {
     let end = file.metadata()?.len();
     let mut buffer = vec![0; CHUNK];
-    let mut at = 0;
-    while at < end {
-        let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {
-            Ok(data) => data.min(end),
-            // From here to the end there is only a hole.
-            Err(Errno::NXIO) => end,
-            Err(Errno::INVAL | Errno::OPNOTSUPP) => at,
-            Err(error) => return Err(error.into()),
-        };
-        while at < data {
-            let part = (data - at).min(HOLE);
+    let hole = |mut length: u64, each: &mut dyn FnMut(Chunk<'_>) -> io::Result<()>| {
+        while length > 0 {
+            let part = length.min(HOLE);
             each(Chunk::Hole(part))?;
-            at += part;
+            length -= part;
         }
-        if at == end {
-            break;
-        }
-        let data_end = match rustix::fs::seek(file, SeekFrom::Hole(at)) {
-            Ok(hole) => hole.min(end),
-            Err(Errno::INVAL | Errno::OPNOTSUPP) => end,
-            Err(error) => return Err(error.into()),
-        };
-        while at < data_end {
-            let part = clamp_usize(data_end - at).min(buffer.len());
+        io::Result::Ok(())
+    };
+    let mut done = 0;
+    for_each_extent(file, |extent| {
+        hole(extent.start - done, &mut each)?;
+        let mut at = extent.start;
+        while at < extent.end {
+            let part = clamp_usize(extent.end - at).min(buffer.len());
             let bytes = &mut buffer[..part];
             file.read_exact_at(bytes, at)?;
             each(Chunk::Data(bytes))?;
             at += part as u64;
         }
+        done = extent.end;
+        Ok(())
+    })?;
+    hole(end.saturating_sub(done), &mut each)
+}
+
+/// Where `file` stores something, from its start to its end; all of it where the file system cannot tell.
+pub(crate) fn for_each_extent(
+    file: &File,
+    mut each: impl FnMut(Range<u64>) -> io::Result<()>,
+) -> io::Result<()> {
+    let end = file.metadata()?.len();
+    let mut at = 0;
+    while at < end {
+        let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(data) => data.min(end),
+            // From here to the end there is only a hole.
+            Err(Errno::NXIO) => break,
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => at,
+            Err(error) => return Err(error.into()),
+        };
+        if start == end {
+            break;
+        }
+        at = match rustix::fs::seek(file, SeekFrom::Hole(start)) {
+            Ok(hole) => hole.min(end),
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => end,
+            Err(error) => return Err(error.into()),
+        };
+        each(start..at)?;
     }
     Ok(())
 }
@@ -411,6 +432,32 @@ pub fn is_zero(bytes: &[u8]) -> bool {
 
 /// Writes `bytes` at `offset` of a sparse file: blocks of zeros become holes instead of data.
 pub(crate) fn write_sparse(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
+    for_each_stretch(bytes, offset, |at, stretch, is_zero| {
+        if is_zero {
+            punch(file, at, stretch.len() as u64)
+        } else {
+            file.write_all_at(stretch, at)
+        }
+    })
+}
+
+/// The same where the file has a hole: blocks of zeros are there already.
+pub(crate) fn write_into_hole(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
+    for_each_stretch(bytes, offset, |at, stretch, is_zero| {
+        if is_zero {
+            Ok(())
+        } else {
+            file.write_all_at(stretch, at)
+        }
+    })
+}
+
+/// Cuts what goes to `offset` of a file into stretches of blocks that are all zero, or all not.
+fn for_each_stretch(
+    bytes: &[u8],
+    offset: u64,
+    mut each: impl FnMut(u64, &[u8], bool) -> io::Result<()>,
+) -> io::Result<()> {
     let mut at = offset;
     let mut rest = bytes;
     while !rest.is_empty() {
@@ -425,13 +472,9 @@ pub(crate) fn write_sparse(file: &File, bytes: &[u8], offset: u64) -> io::Result
             }
             length += block.len();
         }
-        let (run, after) = rest.split_at(length);
-        if zero {
-            punch(file, at, run.len() as u64)?;
-        } else {
-            file.write_all_at(run, at)?;
-        }
-        at += run.len() as u64;
+        let (stretch, after) = rest.split_at(length);
+        each(at, stretch, zero)?;
+        at += stretch.len() as u64;
         rest = after;
     }
     Ok(())
@@ -476,18 +519,14 @@ pub enum Copied {
 /// # Errors
 /// Reading or writing failed; `to` is then incomplete.
 pub fn sparse_copy(from: &File, to: &File) -> io::Result<Copied> {
-    match rustix::fs::ioctl_ficlone(to, from) {
-        Ok(()) => return Ok(Copied::Shared),
-        // What the manual page lists for "cannot share these two": another file system, one that cannot share at all,
-        // one of the files not being suitable.
-        Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::NOTTY | Errno::INVAL | Errno::PERM) => {}
-        Err(error) => return Err(error.into()),
+    if share(from, to)? {
+        return Ok(Copied::Shared);
     }
     to.set_len(from.metadata()?.len())?;
     let mut at = 0;
     for_each_chunk(from, |chunk| {
         if let Chunk::Data(bytes) = chunk {
-            write_sparse(to, bytes, at)?;
+            write_into_hole(to, bytes, at)?;
         }
         at += chunk.len();
         Ok(())
@@ -502,6 +541,20 @@ pub struct Space {
     pub total: Bytes,
     /// What can still be written without the reserve of the superuser.
     pub available: Bytes,
+}
+
+/// Makes `to`, an empty file, equal to `from` by sharing its extents (`FICLONE`, ioctl_ficlone(2)). Whether that could be
+/// done.
+pub(crate) fn share(from: &File, to: &File) -> io::Result<bool> {
+    match rustix::fs::ioctl_ficlone(to, from) {
+        Ok(()) => Ok(true),
+        // What the manual page lists for "cannot share these two": another file system, one that cannot share at all,
+        // one of the files not being suitable.
+        Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::NOTTY | Errno::INVAL | Errno::PERM) => {
+            Ok(false)
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// The room on the file system of `path`.

@@ -31,6 +31,7 @@
 
 mod devices;
 mod exceptions;
+mod flatten;
 mod loops;
 mod sys;
 
@@ -51,6 +52,7 @@ use icebox_engine::unit::Bytes;
 
 use self::devices::{Control, Info, Number, Target};
 use self::exceptions::CHUNK_SECTORS;
+use self::flatten::Source;
 use self::loops::{Access, Loop};
 use super::heads::{self, Heads};
 use crate::fs::{self, failed};
@@ -792,19 +794,15 @@ fn lost_device(head: &HeadId) -> HostError {
     )
 }
 
-/// Writes the disk as of `chain` to `out`: the base, then what each layer changed, oldest first.
+/// Writes the disk as of `chain` to `out`, which does not exist yet.
 fn flatten(layout: &Layout, chain: &Chain, out: &Path) -> Result<(), HostError> {
-    let image = require_chain(layout, chain)?;
-    let base = fs::open_file(&image)?;
+    let base = Source::open(require_chain(layout, chain)?)?;
+    let layers: Vec<Source> = chain
+        .layers
+        .iter()
+        .map(|layer| Source::open(layout.layer_disk(layer)))
+        .collect::<Result<_, _>>()?;
     fs::create_whole(out, |file| {
-        fs::sparse_copy(&base, file)
-            .and_then(|_| file.set_len(chain.size.0))
-            .map_err(|error| failed(&format!("copy {} to", image.display()), out, error))?;
-        for layer in chain.layers.iter().rev() {
-            let path = layout.layer_disk(layer);
-            exceptions::apply(&fs::open_file(&path)?, file, chain.size.0)
-                .map_err(|error| error.at(&path))?;
-        }
-        Ok(())
+        flatten::flatten(&base, &layers, chain.size.0, file, out)
     })
 }

@@ -19,7 +19,7 @@ use std::path::Path;
 
 use icebox_engine::host::{ErrorKind, HostError};
 
-use crate::fs::{clamp_usize, failed, write_sparse};
+use crate::fs::{clamp_usize, failed};
 
 /// `SnAp`.
 const MAGIC: u32 = 0x7041_6e53;
@@ -28,12 +28,12 @@ const SECTOR: u64 = 512;
 /// Sectors in a chunk, the unit of copy-on-write: what a guest's file system writes is a multiple of 4 KiB.
 pub(super) const CHUNK_SECTORS: u64 = 8;
 /// Bytes in a chunk.
-const CHUNK: u64 = CHUNK_SECTORS * SECTOR;
+pub(super) const CHUNK: u64 = CHUNK_SECTORS * SECTOR;
 const EXCEPTION: usize = 16;
 /// Exceptions in an area.
 const AREA: u64 = CHUNK / EXCEPTION as u64;
-/// How much data is copied at a time.
-const RUN: u64 = 256 * CHUNK;
+/// The most chunks of a run.
+const RUN: u64 = 256;
 
 /// Why a file cannot be used as an exception store.
 #[derive(Debug, thiserror::Error)]
@@ -97,26 +97,39 @@ pub(super) fn is_unused(file: &File) -> Result<bool, StoreError> {
     Ok(magic == [0; 4])
 }
 
-/// Writes what the store of `file` holds over `out`, which is at least `size` bytes long, the size of the disk: data as
-/// data, blocks of zeros as holes. Not durable until synced.
-pub(super) fn apply(file: &File, out: &File, size: u64) -> Result<(), StoreError> {
+/// Neighbours on the disk that are neighbours in the store as well, in chunks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Run {
+    /// Where on the disk.
+    pub(super) old: u64,
+    /// Where in the store.
+    pub(super) new: u64,
+    pub(super) length: u64,
+}
+
+impl Run {
+    fn takes(&mut self, old: u64, new: u64) -> bool {
+        let follows = (old, new) == (self.old + self.length, self.new + self.length);
+        let fits = follows && self.length < RUN;
+        self.length += u64::from(fits);
+        fits
+    }
+}
+
+/// Walks what the store of `file` holds, for a disk of `size` bytes, in the order in which it was first written.
+pub(super) fn for_each_run(
+    file: &File,
+    size: u64,
+    mut each: impl FnMut(Run) -> Result<(), StoreError>,
+) -> Result<(), StoreError> {
     if is_unused(file)? {
         return Ok(());
     }
     check_header(file)?;
     let length = file.metadata()?.len();
-    let mut data = vec![0; clamp_usize(RUN)];
     let mut table = vec![0; clamp_usize(CHUNK)];
-    // Neighbours are copied at once: from, to, and how many chunks.
-    let mut run = (0, 0, 0);
-    let mut copy = |(old, new, chunks): (u64, u64, u64)| -> Result<(), StoreError> {
-        let bytes = (chunks * CHUNK).min(size - old * CHUNK);
-        let data = &mut data[..clamp_usize(bytes)];
-        file.read_exact_at(data, new * CHUNK)?;
-        write_sparse(out, data, old * CHUNK)?;
-        Ok(())
-    };
-    for area in 0.. {
+    let mut run: Option<Run> = None;
+    'areas: for area in 0.. {
         let at = (1 + area * (AREA + 1)) * CHUNK;
         if at + CHUNK > length {
             break;
@@ -126,24 +139,23 @@ pub(super) fn apply(file: &File, out: &File, size: u64) -> Result<(), StoreError
         for (exception, index) in exceptions.iter().zip(area * AREA..) {
             let (old, new) = (double(exception, 0), double(exception, 8));
             if new == 0 {
-                return if run.2 > 0 { copy(run) } else { Ok(()) };
+                break 'areas;
             }
             if old >= size.div_ceil(CHUNK) || new >= length / CHUNK {
                 return Err(StoreError::Exception { index, old, new });
             }
-            let (first_old, first_new, chunks) = run;
-            let follows = (old, new) == (first_old + chunks, first_new + chunks);
-            if chunks > 0 && follows && chunks < RUN / CHUNK {
-                run.2 += 1;
-            } else {
-                if chunks > 0 {
-                    copy(run)?;
-                }
-                run = (old, new, 1);
+            if !run.as_mut().is_some_and(|run| run.takes(old, new))
+                && let Some(whole) = run.replace(Run {
+                    old,
+                    new,
+                    length: 1,
+                })
+            {
+                each(whole)?;
             }
         }
     }
-    if run.2 > 0 { copy(run) } else { Ok(()) }
+    run.map_or(Ok(()), each)
 }
 
 fn check_header(file: &File) -> Result<(), StoreError> {
@@ -184,11 +196,11 @@ fn double(bytes: &[u8], at: usize) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     /// A store as the kernel writes it, with chunk `new` full of `byte` for every `(old, new, byte)`.
-    fn store(size: u64, exceptions: &[(u64, u64, u8)]) -> File {
+    pub(in super::super) fn store(size: u64, exceptions: &[(u64, u64, u8)]) -> File {
         let file = tempfile::tempfile().unwrap();
         file.set_len(length_for(size)).unwrap();
         let mut header = Vec::new();
@@ -206,14 +218,13 @@ mod tests {
         file
     }
 
-    fn applied(file: &File, size: u64) -> Result<Vec<u8>, StoreError> {
-        let out = tempfile::tempfile().unwrap();
-        out.write_all_at(&vec![0xee; clamp_usize(size)], 0).unwrap();
-        apply(file, &out, size)?;
-        let mut content = vec![0; clamp_usize(size)];
-        out.read_exact_at(&mut content, 0).unwrap();
-        assert_eq!(out.metadata().unwrap().len(), size);
-        Ok(content)
+    fn runs(file: &File, size: u64) -> Result<Vec<Run>, StoreError> {
+        let mut runs = Vec::new();
+        for_each_run(file, size, |run| {
+            runs.push(run);
+            Ok(())
+        })?;
+        Ok(runs)
     }
 
     #[test]
@@ -235,25 +246,16 @@ mod tests {
     }
 
     #[test]
-    fn what_the_store_holds_goes_over_what_is_below() {
-        let size = 400 * CHUNK + 512;
-        // More than an area; neighbours, strangers, zeros, and the part of a chunk at the end.
-        let mut exceptions: Vec<_> = (0..300)
-            .map(|n: u64| {
-                let new = 2 + n / AREA * (AREA + 1) + n % AREA;
-                (n, new, u8::try_from(n % 7).unwrap())
-            })
-            .collect();
-        exceptions.push((400, 330, 0x44));
-        let content = applied(&store(size, &exceptions), size).unwrap();
-        for (chunk, found) in content.chunks(4096).enumerate() {
-            let expected = match chunk {
-                0..300 => u8::try_from(chunk % 7).unwrap(),
-                400 => 0x44,
-                _ => 0xee,
-            };
-            assert!(found.iter().all(|byte| *byte == expected), "chunk {chunk}");
-        }
+    fn neighbours_make_runs_and_areas_end_them() {
+        let size = 600 * CHUNK + 512;
+        let place = |n: u64| 2 + n / AREA * (AREA + 1) + n % AREA;
+        let mut exceptions: Vec<_> = (0..300).map(|n: u64| (n, place(n), 1)).collect();
+        exceptions.push((600, place(300), 1));
+        let run = |old, new, length| Run { old, new, length };
+        assert_eq!(
+            runs(&store(size, &exceptions), size).unwrap(),
+            [run(0, 2, 256), run(256, 259, 44), run(600, 303, 1)]
+        );
     }
 
     #[test]
@@ -261,17 +263,12 @@ mod tests {
         let size = 16 * CHUNK;
         let unused = tempfile::tempfile().unwrap();
         unused.set_len(length_for(size)).unwrap();
-        assert!(
-            applied(&unused, size)
-                .unwrap()
-                .iter()
-                .all(|byte| *byte == 0xee)
-        );
+        assert_eq!(runs(&unused, size).unwrap(), []);
 
         let refused = |at: u64, bytes: &[u8]| {
             let file = store(size, &[(1, 2, 1)]);
             file.write_all_at(bytes, at).unwrap();
-            applied(&file, size).unwrap_err().to_string()
+            runs(&file, size).unwrap_err().to_string()
         };
         assert!(refused(0, b"LUKS").contains("not an exception store"));
         assert!(refused(4, &[0]).contains("gave it up"));
