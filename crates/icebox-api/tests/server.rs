@@ -121,6 +121,7 @@ impl Script {
             branches: Vec::new(),
             holds: Vec::new(),
             last_exit: None,
+            disk_lost: None,
             broken: None,
         }
     }

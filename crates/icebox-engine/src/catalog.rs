@@ -14,11 +14,13 @@ use tokio::sync::Notify;
 use crate::error::Error;
 use crate::gate::Gate;
 use crate::host::{Chain, HostError};
-use crate::id::{Digest, GenerationNo, LayerId, MemoryId, Name, SandboxId, Slot, TemplateId};
+use crate::id::{
+    Digest, GenerationNo, HeadId, LayerId, MemoryId, Name, SandboxId, Slot, TemplateId,
+};
 use crate::layout::Object;
 use crate::manifest::v1::{
-    Base, Capture, Generation, Hold, Intent, Layer, Memory, Sandbox, Template, TemplateContent,
-    Under,
+    Base, Capture, Generation, Hold, Intent, Layer, Memory, Rest, Sandbox, Template,
+    TemplateContent, Under,
 };
 use crate::sandbox::Mailbox;
 use crate::unit::Bytes;
@@ -53,8 +55,23 @@ pub(crate) struct Entry {
     pub(crate) generations: BTreeMap<GenerationNo, Generation>,
     /// What its task is doing, in words.
     pub(crate) busy: Option<&'static str>,
+    /// A head that was lost while it was written to, and why.
+    lost: Option<(u32, String)>,
     pub(crate) gate: Gate,
     pub(crate) mailbox: Mailbox,
+}
+
+impl Entry {
+    /// Why the sandbox's newest disk is lost, if it is.
+    pub(crate) fn disk_lost(&self) -> Option<&str> {
+        let (lost, why) = self.lost.as_ref()?;
+        let is_held = |hold: &Hold| matches!(hold, Hold::Head { number, .. } if number == lost);
+        self.record
+            .holds
+            .iter()
+            .any(is_held)
+            .then_some(why.as_str())
+    }
 }
 
 /// Keeps objects from the collector until it is dropped.
@@ -371,6 +388,34 @@ impl Catalog {
         }
     }
 
+    /// Notes that a head is lost. Whether that is news.
+    pub(crate) fn set_lost(&self, head: &HeadId, why: &str) -> bool {
+        let mut inner = lock(&self.inner);
+        let Some(entry) = inner.sandboxes.get_mut(&head.sandbox) else {
+            return false;
+        };
+        let before = entry.lost.replace((head.number, why.to_owned()));
+        before.is_none_or(|(number, _)| number != head.number)
+    }
+
+    /// The heads that guests write to through this driver.
+    pub(crate) fn heads_in_use(&self, driver: &str) -> Vec<HeadId> {
+        let inner = lock(&self.inner);
+        let records = inner.sandboxes.values().map(|entry| &entry.record);
+        records
+            .filter(|record| record.rests == Rest::Running && record.spec.volume_driver == driver)
+            .filter_map(|record| {
+                record.holds.iter().find_map(|hold| match hold {
+                    Hold::Head { number, .. } => Some(HeadId {
+                        sandbox: record.id.clone(),
+                        number: *number,
+                    }),
+                    _ => None,
+                })
+            })
+            .collect()
+    }
+
     pub(crate) fn forget_sandbox(&self, sandbox: &SandboxId) {
         lock(&self.inner).sandboxes.remove(sandbox);
     }
@@ -543,6 +588,7 @@ impl Inner {
                 record: Arc::new(record),
                 generations,
                 busy: None,
+                lost: None,
                 gate,
                 mailbox,
             },

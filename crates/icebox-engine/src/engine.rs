@@ -94,6 +94,8 @@ pub struct SandboxView {
     pub unusable: BTreeMap<GenerationNo, String>,
     /// What is being done to it.
     pub busy: Option<&'static str>,
+    /// Why its newest disk is lost, if it is.
+    pub disk_lost: Option<String>,
     /// Reaches its guest from the host, on any port.
     pub host_address: Ipv4Addr,
 }
@@ -412,12 +414,14 @@ impl Engine {
         let host_address = self.shared.host.network.host_address(entry.record.slot);
         let unusable = self.shared.catalog.generation_flaws(&entry.record);
         let usable = |generation: &Generation| !unusable.contains_key(&generation.number);
+        let disk_lost = entry.disk_lost().map(ToOwned::to_owned);
         let generations = entry.generations.into_values().filter(usable).collect();
         SandboxView {
             record: entry.record,
             generations,
             unusable,
             busy: entry.busy,
+            disk_lost,
             host_address,
         }
     }

@@ -95,6 +95,14 @@ pub enum Error {
         /// What it lacks.
         why: String,
     },
+    /// What was written to the sandbox's disk since its last freeze cannot be read any more.
+    #[error("the sandbox's disk is lost: {why}")]
+    DiskLost {
+        /// What happened to it.
+        why: String,
+        /// The last pause, which is whole.
+        last: Option<GenerationNo>,
+    },
     /// There is no such generation.
     #[error("the sandbox has no generation {wanted} (it has {})", list(have))]
     NoGeneration {
@@ -177,6 +185,10 @@ impl Error {
             Self::Unusable { .. } => Some(
                 "nothing of it was removed: put back what is missing and restart the daemon, or remove what needs it".into(),
             ),
+            Self::DiskLost { last, .. } => Some(match last {
+                Some(number) => format!("`stop` it, then `resume --generation {number}` goes back to its last pause"),
+                None => "it was never paused: take what its guest still has in memory, then `rm` it".into(),
+            }),
             Self::Busy { .. } => Some("ask again when they have ended; `icebox inspect` shows what it is doing".into()),
             Self::Incompatible { .. } => {
                 Some("restore it with what it was captured with, or boot its disk: `stop`, then `start`".into())

@@ -31,7 +31,9 @@ pub use vmm::{
     Capabilities, DiskSwitch, ExitReason, LaunchPlan, Machine, MemorySource, ProcessIdentity,
     SavePlan, SavedMemory, SavedPages, Start, VcpuState, Vmm, VmmIdentity,
 };
-pub use volume::{BlockDevice, Chain, FreezeByHost, LiveFreeze, VolumeDriver};
+pub use volume::{
+    BlockDevice, Chain, FreezeByHost, LiveFreeze, Trouble, VolumeDriver, Watch, WatchHeads,
+};
 
 /// Whether `ensure_*` had to do anything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

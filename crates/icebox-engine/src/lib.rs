@@ -24,6 +24,7 @@ mod panics;
 mod phase;
 mod sandbox;
 pub mod unit;
+mod watch;
 
 pub use collect::Plan;
 pub use engine::{Config, CreateRequest, Engine, ImageRequest, Route, SandboxView};

@@ -317,7 +317,25 @@ impl Sandbox {
         self.settle().await?;
         self.unwind().await?;
         // What was finished may have moved it: a disk that is set aside leaves it paused.
-        Ok(verb.from(self.phase())?)
+        let step = verb.from(self.phase())?;
+        self.require_disk(verb)?;
+        Ok(step)
+    }
+
+    /// Refuses what would read the newest disk if that is lost.
+    fn require_disk(&self, verb: Verb) -> Result<(), Error> {
+        let reads = match verb {
+            Verb::Start | Verb::Pause | Verb::Snapshot | Verb::Fork | Verb::Flatten => true,
+            Verb::Resume | Verb::ResumeGeneration | Verb::Stop | Verb::Destroy => false,
+        };
+        let entry = self.shared.catalog.sandbox(self.id().as_str())?;
+        match entry.disk_lost() {
+            Some(why) if reads => Err(Error::DiskLost {
+                why: why.to_owned(),
+                last: self.record().generations.last().copied(),
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// Commits a change of the record, and shows it to everybody.

@@ -15,7 +15,8 @@ use icebox_engine::host::{
     BlockDevice, BootFiles, Boxes, Capabilities, Chain, DiskSwitch, Egress, Ensured, ErrorKind,
     ExitReason, FreezeByHost, Guest, GuestAddress, Host, HostError, Kernels, LaunchPlan, Limits,
     LimitsInForce, LiveFreeze, Machine, Network, ProcessIdentity, Removed, SavePlan, SavedMemory,
-    Secret, SlotNetwork, Store, StoredDocument, VcpuState, Vmm, VmmIdentity, VolumeDriver, Welcome,
+    Secret, SlotNetwork, Store, StoredDocument, VcpuState, Vmm, VmmIdentity, VolumeDriver,
+    WatchHeads, Welcome,
 };
 use icebox_engine::id::{Digest, HeadId, LayerId, SandboxId, Slot};
 use icebox_engine::layout::Object;
@@ -337,6 +338,10 @@ impl VolumeDriver for Faulty<dyn VolumeDriver> {
             LiveFreeze::ByHost(_) => LiveFreeze::ByHost(self),
             LiveFreeze::ByVmm => LiveFreeze::ByVmm,
         }
+    }
+    /// Not a step: looks come when they come, and change nothing.
+    fn watch(&self) -> Option<&dyn WatchHeads> {
+        self.inner.watch()
     }
     fn layers_are_whole(&self) -> bool {
         self.inner.layers_are_whole()

@@ -2,11 +2,12 @@
 //! outside their directories.
 
 use std::path::Path;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use icebox_engine::host::{
-    BlockDevice, Chain, Ensured, ErrorKind, FreezeByHost, HostError, LiveFreeze, Removed,
-    VolumeDriver,
+    BlockDevice, Chain, Ensured, ErrorKind, FreezeByHost, HostError, LiveFreeze, Removed, Trouble,
+    VolumeDriver, Watch, WatchHeads,
 };
 use icebox_engine::id::{Digest, HeadId, LayerId};
 use icebox_engine::layout::{LAYER_DISK, Object};
@@ -102,6 +103,11 @@ impl VolumeDriver for SimVolumes {
             FreezeBy::Host => LiveFreeze::ByHost(self),
             FreezeBy::Vmm => LiveFreeze::ByVmm,
         }
+    }
+
+    /// Only in a world that loses heads: the clock of the others need not stop for looks that show nothing.
+    fn watch(&self) -> Option<&dyn WatchHeads> {
+        self.world.lock().loses_heads.then_some(self)
     }
 
     fn layers_are_whole(&self) -> bool {
@@ -304,5 +310,20 @@ impl FreezeByHost for SimVolumes {
 
     async fn is_frozen(&self, _from: &HeadId, to: &HeadId) -> Result<bool, HostError> {
         Ok(self.world.lock().heads.contains_key(to))
+    }
+}
+
+#[async_trait]
+impl WatchHeads for SimVolumes {
+    async fn look(&self, heads: &[HeadId]) -> Result<Watch, HostError> {
+        let state = self.world.lock();
+        let lost = heads.iter().filter(|head| state.lost.contains(*head));
+        let why = || "the world lost it".to_owned();
+        Ok(Watch {
+            troubled: lost
+                .map(|head| (head.clone(), Trouble::Lost { why: why() }))
+                .collect(),
+            again_in: Duration::from_millis(500),
+        })
     }
 }

@@ -89,6 +89,8 @@ pub(crate) struct State {
     pub(crate) next_pid: u32,
     pub(crate) next_value: u64,
     pub(crate) low_space: bool,
+    pub(crate) loses_heads: bool,
+    pub(crate) lost: BTreeSet<HeadId>,
     pub(crate) vcpus_stuck: bool,
     pub(crate) save_fails: bool,
     pub(crate) agent_wedged: bool,
@@ -346,6 +348,18 @@ impl World {
     /// Makes the store report that space is low, or not.
     pub fn set_low_space(&self, low: bool) {
         self.lock().low_space = low;
+    }
+
+    /// Makes volumes ones that can lose heads, for hosts made from now on.
+    pub fn with_heads_to_lose(&self) {
+        self.lock().loses_heads = true;
+    }
+
+    /// Loses the disk that a running guest writes to.
+    pub fn lose_disk(&self, sandbox: &SandboxId) {
+        let mut state = self.lock();
+        let head = state.vms.get(sandbox).map(|vm| vm.head.clone());
+        state.lost.extend(head);
     }
 
     /// Replaces the VMM by another version, for hosts made from now on.

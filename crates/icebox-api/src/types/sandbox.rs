@@ -170,6 +170,9 @@ pub struct SandboxDetail {
     /// How its VMM last ended without being asked to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_exit: Option<String>,
+    /// Why its newest disk cannot be read any more; its pauses can.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_lost: Option<String>,
     /// Why it is broken.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub broken: Option<String>,

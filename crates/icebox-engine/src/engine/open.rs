@@ -20,6 +20,7 @@ use crate::ledger::Ledger;
 use crate::manifest::v1::{self, Generation};
 use crate::manifest::{self, Document, ManifestError};
 use crate::sandbox::{Chained, Fate, QUEUE, Sandbox, Shared};
+use crate::watch;
 
 impl Engine {
     /// Opens the store, brings every sandbox to where its manifest says it rests, and removes what nothing holds.
@@ -73,6 +74,7 @@ impl Engine {
             }
         }
         engine.recover(records, generations, strays).await?;
+        watch::begin(&engine.shared);
         Ok(engine)
     }
 

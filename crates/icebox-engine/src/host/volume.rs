@@ -5,6 +5,7 @@
 //! gets them right.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use async_trait::async_trait;
 
@@ -69,6 +70,10 @@ pub trait VolumeDriver: Send + Sync {
 
     /// How the head of a running sandbox is frozen.
     fn live_freeze(&self) -> LiveFreeze<'_>;
+
+    /// How heads are watched while guests write to them. `None` where nothing can happen to a head that its VMM would not
+    /// see as an error of a single write.
+    fn watch(&self) -> Option<&dyn WatchHeads>;
 
     /// Whether a layer's data stands alone. If not, it needs the layers and the base under it.
     fn layers_are_whole(&self) -> bool;
@@ -137,4 +142,30 @@ pub trait FreezeByHost: Send + Sync {
 
     /// Whether a freeze of `from` has gone past the point where it can be undone: the device goes on as `to`.
     async fn is_frozen(&self, from: &HeadId, to: &HeadId) -> Result<bool, HostError>;
+}
+
+/// What has become, or is about to become, of a head that a guest writes to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// Nothing can be read from it any more, and nothing written. Layers below it are whole.
+    Lost {
+        /// What happened, for people.
+        why: String,
+    },
+}
+
+/// What a look at heads has shown.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Watch {
+    /// Heads that are not as they should be. Of those that were asked for; one that is not attached is not among them.
+    pub troubled: Vec<(HeadId, Trouble)>,
+    /// When to look again, so that nothing is seen too late.
+    pub again_in: Duration,
+}
+
+/// For drivers whose heads can be lost as a whole while a guest writes to them (INV-28).
+#[async_trait]
+pub trait WatchHeads: Send + Sync {
+    /// Looks at attached heads. Cheap, and never waits for their I/O.
+    async fn look(&self, heads: &[HeadId]) -> Result<Watch, HostError>;
 }

@@ -40,11 +40,12 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use icebox_engine::host::{
-    BlockDevice, Chain, Ensured, ErrorKind, FreezeByHost, HostError, LiveFreeze, Removed,
-    VolumeDriver,
+    BlockDevice, Chain, Ensured, ErrorKind, FreezeByHost, HostError, LiveFreeze, Removed, Trouble,
+    VolumeDriver, Watch, WatchHeads,
 };
 use icebox_engine::id::{Digest, HeadId, LayerId, SandboxId};
 use icebox_engine::layout::{LAYER_DISK, Layout};
@@ -59,6 +60,8 @@ use crate::fs::{self, failed};
 use crate::instance::Instance;
 
 const SECTOR: u64 = 512;
+/// Between two looks at heads that are in use.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// The `dm-snapshot` driver.
 #[derive(Clone, Debug)]
@@ -108,6 +111,10 @@ impl VolumeDriver for DmSnapshot {
 
     fn live_freeze(&self) -> LiveFreeze<'_> {
         LiveFreeze::ByHost(self)
+    }
+
+    fn watch(&self) -> Option<&dyn WatchHeads> {
+        Some(self)
     }
 
     fn layers_are_whole(&self) -> bool {
@@ -219,6 +226,22 @@ impl VolumeDriver for DmSnapshot {
 
     async fn list_layers(&self) -> Result<Vec<LayerId>, HostError> {
         Ok(Vec::new())
+    }
+}
+
+#[async_trait]
+impl WatchHeads for DmSnapshot {
+    /// One ioctl for each head, answered from the kernel's memory.
+    async fn look(&self, heads: &[HeadId]) -> Result<Watch, HostError> {
+        let (stacks, heads) = (Arc::clone(&self.stacks), heads.to_vec());
+        self.heads
+            .run(move |files| {
+                Ok(Watch {
+                    troubled: stacks.troubled(files, heads)?,
+                    again_in: LOOK,
+                })
+            })
+            .await
     }
 }
 
@@ -338,6 +361,7 @@ impl Stacks {
         for layer in chain.layers.iter().rev() {
             let path = layout.layer_disk(layer);
             let file = fs::open_file(&path)?;
+            exceptions::require_usable(&file).map_err(|error| error.at(&path))?;
             // No kernel saw it, so it has no header, and a read-only store cannot be given one: it changes nothing.
             if exceptions::is_unused(&file).map_err(|error| error.at(&path))? {
                 continue;
@@ -393,8 +417,69 @@ impl Stacks {
             .write(true)
             .open(&path)
             .map_err(|error| failed("open", &path, error))?;
+        exceptions::require_usable(&file).map_err(|error| error.at(&path))?;
         let store = Loop::on(&file, &path, Access::ReadWrite)?;
         make(control, &name, &[snapshot(sectors, below, &store)], false)
+    }
+
+    /// Why the kernel has given the snapshot of a head up; `None` if it has not, or there is none.
+    fn lost(
+        &self,
+        control: &Control,
+        heads: &Heads,
+        head: &HeadId,
+    ) -> Result<Option<String>, HostError> {
+        // Otherwise sectors in use, of how many, and of how many of them are its own: Documentation/admin-guide/
+        // device-mapper/snapshot.rst in Linux.
+        let status = control.status(&self.head_name(head))?.unwrap_or_default();
+        let is_sound =
+            |target: &Target| target.parameters.starts_with(|c: char| c.is_ascii_digit());
+        let Some(target) = status.iter().find(|target| !is_sound(target)) else {
+            return Ok(None);
+        };
+        let path = heads.path(head);
+        let free = fs::space(heads.layout().data()).map_or_else(
+            |error| error.to_string(),
+            |space| format!("{} are free on its file system", space.available),
+        );
+        Ok(Some(format!(
+            "the kernel gave up {} ({}), since a write to it failed; {free}",
+            path.display(),
+            target.parameters,
+        )))
+    }
+
+    /// Which of `wanted` are lost.
+    fn troubled(
+        &self,
+        heads: &Heads,
+        wanted: Vec<HeadId>,
+    ) -> Result<Vec<(HeadId, Trouble)>, HostError> {
+        let control = Control::open()?;
+        let mut troubled = Vec::new();
+        for head in wanted {
+            if let Some(why) = self.lost(&control, heads, &head)? {
+                troubled.push((head, Trouble::Lost { why }));
+            }
+        }
+        Ok(troubled)
+    }
+
+    /// Refuses a head that the kernel has given up. To be called when nothing more is written to it.
+    fn require_sound(
+        &self,
+        control: &Control,
+        heads: &Heads,
+        head: &HeadId,
+    ) -> Result<(), HostError> {
+        match self.lost(control, heads, head)? {
+            None => Ok(()),
+            Some(why) => Err(HostError::new(
+                ErrorKind::Invalid,
+                format!("the disk of head {head} is lost: {why}"),
+            )
+            .hint(exceptions::WAY_BACK)),
+        }
     }
 
     /// Whether `top` leads to the snapshot of `head`.
@@ -693,6 +778,7 @@ fn freeze(
     let (old, new) = (heads.path(from), heads.path(to));
     let disk = staging.join(LAYER_DISK);
     if fs::exists(&old)? {
+        exceptions::require_usable(&fs::open_file(&old)?).map_err(|error| error.at(&old))?;
         // One of an earlier attempt is empty: nothing is written to it before this is over.
         let length = fs::length(&old)?;
         heads.ensure(to, |file, path| {
@@ -729,7 +815,10 @@ fn freeze_devices(
     // Most of what is dirty goes while the guest runs.
     flush_node(&top.number.node())?;
     let _snapshot = stacks.prepare(&control, heads, from, to)?;
-    let committed = control.suspend(&name).and_then(|()| commit());
+    let committed = control
+        .suspend(&name)
+        .and_then(|()| stacks.require_sound(&control, heads, from))
+        .and_then(|()| commit());
     if let Err(error) = committed {
         if fs::exists(&heads.path(from))? {
             stacks.go_on(from)?;

@@ -22,6 +22,7 @@ use std::path::{Path, PathBuf};
 use async_trait::async_trait;
 use icebox_engine::host::{
     BlockDevice, Chain, Ensured, ErrorKind, HostError, LiveFreeze, Removed, VolumeDriver,
+    WatchHeads,
 };
 use icebox_engine::id::{Digest, HeadId, LayerId};
 use icebox_engine::layout::Layout;
@@ -59,6 +60,11 @@ impl VolumeDriver for Qcow2 {
 
     fn live_freeze(&self) -> LiveFreeze<'_> {
         LiveFreeze::ByVmm
+    }
+
+    /// A write that fails leaves what was written before.
+    fn watch(&self) -> Option<&dyn WatchHeads> {
+        None
     }
 
     fn layers_are_whole(&self) -> bool {

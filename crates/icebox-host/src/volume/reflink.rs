@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use async_trait::async_trait;
 use icebox_engine::host::{
     BlockDevice, Chain, Ensured, ErrorKind, FreezeByHost, HostError, LiveFreeze, Removed,
-    VolumeDriver,
+    VolumeDriver, WatchHeads,
 };
 use icebox_engine::id::{Digest, HeadId, LayerId};
 use icebox_engine::layout::{LAYER_DISK, Layout};
@@ -56,6 +56,11 @@ impl VolumeDriver for Reflink {
 
     fn live_freeze(&self) -> LiveFreeze<'_> {
         LiveFreeze::ByHost(self)
+    }
+
+    /// A write that fails leaves what was written before.
+    fn watch(&self) -> Option<&dyn WatchHeads> {
+        None
     }
 
     fn layers_are_whole(&self) -> bool {

@@ -39,6 +39,9 @@ fn page(sandbox: &SandboxDetail) -> Table {
     if let Some(broken) = &sandbox.broken {
         row("broken", broken.clone());
     }
+    if let Some(lost) = &sandbox.disk_lost {
+        row("disk lost", lost.clone());
+    }
     if let Some(exit) = &sandbox.last_exit {
         row("last exit", exit.clone());
     }

@@ -27,8 +27,9 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Ended {
         ]);
         for sandbox in sandboxes {
             let listed = sandbox.listed;
-            let state = match &listed.verb {
-                Some(verb) => format!("{} ({verb})", listed.state),
+            let lost = sandbox.disk_lost.map(|_| "disk lost".to_owned());
+            let state = match listed.verb.or(lost) {
+                Some(remark) => format!("{} ({remark})", listed.state),
                 None => listed.state.to_string(),
             };
             table.row([

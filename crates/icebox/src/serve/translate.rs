@@ -34,7 +34,7 @@ pub(super) fn error(error: &Error) -> ApiError {
         Error::Incompatible { .. } => ErrorCode::Unsupported,
         Error::Step { source, .. } => kind(source.kind()),
         Error::Deadline { .. } => ErrorCode::Timeout,
-        Error::Stuck { .. } | Error::Unusable { .. } => ErrorCode::Broken,
+        Error::Stuck { .. } | Error::Unusable { .. } | Error::DiskLost { .. } => ErrorCode::Broken,
         _ => ErrorCode::Internal,
     };
     let answer = ApiError::from_error(code, error);
@@ -201,6 +201,7 @@ pub(super) fn sandbox(view: &SandboxView, beside: Beside<'_>) -> SandboxDetail {
             .collect(),
         holds: record.holds.iter().map(hold).collect(),
         last_exit: record.last_exit.as_ref().map(|exit| exit.detail.clone()),
+        disk_lost: view.disk_lost.clone(),
         broken: record.broken.clone(),
     }
 }

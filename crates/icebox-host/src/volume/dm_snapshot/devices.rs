@@ -37,6 +37,8 @@ const SUSPEND: u32 = 1 << 1;
 const STATUS_TABLE: u32 = 1 << 4;
 const ACTIVE_PRESENT: u32 = 1 << 5;
 const BUFFER_FULL: u32 = 1 << 8;
+/// A question is answered from memory, and waits for nothing.
+const NO_FLUSH: u32 = 1 << 11;
 
 /// In the upper half of the event number: no rule of udev is to look into a guest's disk (`DM_UDEV_DISABLE_…` for
 /// subsystem, disk and other rules, and for libdevmapper's fallback; libdevmapper.h).
@@ -316,23 +318,18 @@ impl Control {
 
     /// The table that is in effect; empty if there is none.
     pub(super) fn table(&self, name: &str) -> Result<Vec<Target>, HostError> {
-        let answer = self
-            .ask(TABLE_STATUS, name, STATUS_TABLE)
-            .map_err(|error| about("read the table of", name, error))?;
-        let begin = answer.word(DATA_START) as usize;
-        let mut targets = Vec::new();
-        let mut at = begin;
-        for _ in 0..answer.word(TARGET_COUNT) {
-            targets.push(Target {
-                start: answer.double(at),
-                length: answer.double(at + 8),
-                kind: answer.text(at + 24),
-                parameters: answer.text(at + TARGET),
-            });
-            // Counted from the first.
-            at = begin + answer.word(at + 20) as usize;
+        self.ask(TABLE_STATUS, name, STATUS_TABLE)
+            .map(|answer| targets(&answer))
+            .map_err(|error| about("read the table of", name, error))
+    }
+
+    /// What the targets of a device say of themselves, as their parameters; `None` if there is no such device.
+    pub(super) fn status(&self, name: &str) -> Result<Option<Vec<Target>>, HostError> {
+        match self.ask(TABLE_STATUS, name, NO_FLUSH) {
+            Ok(answer) => Ok(Some(targets(&answer))),
+            Err(Errno::NXIO) => Ok(None),
+            Err(error) => Err(about("read the status of", name, error)),
         }
-        Ok(targets)
     }
 
     /// Names of the devices that begin with `prefix` and are ours.
@@ -401,11 +398,32 @@ impl Control {
             pause *= 2;
         }
         self.remove(name).map_err(|error| {
+            let node = self.look(name).ok().flatten().map(|info| info.number.node());
+            let node = node.unwrap_or_default();
             error.hint(format!(
-                "something still has it open: `fuser -v /dev/mapper/{name}`"
+                "something still has it open: `fuser -v {}` says what, `dmsetup ls --tree` what is above it",
+                node.display()
             ))
         })
     }
+}
+
+/// The lines of a table or a status.
+fn targets(answer: &Message) -> Vec<Target> {
+    let begin = answer.word(DATA_START) as usize;
+    let mut targets = Vec::new();
+    let mut at = begin;
+    for _ in 0..answer.word(TARGET_COUNT) {
+        targets.push(Target {
+            start: answer.double(at),
+            length: answer.double(at + 8),
+            kind: answer.text(at + 24),
+            parameters: answer.text(at + TARGET),
+        });
+        // Counted from the first.
+        at = begin + answer.word(at + 20) as usize;
+    }
+    targets
 }
 
 /// A length as device-mapper counts it. It refuses messages that are nearly as long as that.

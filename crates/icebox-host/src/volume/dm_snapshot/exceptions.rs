@@ -35,6 +35,9 @@ const AREA: u64 = CHUNK / EXCEPTION as u64;
 /// The most chunks of a run.
 const RUN: u64 = 256;
 
+/// What is left to a user whose disk is lost.
+pub(super) const WAY_BACK: &str = "what was paused or snapshotted before is whole: `stop` the sandbox and `resume --generation N`; `dmesg` may say which write failed";
+
 /// Why a file cannot be used as an exception store.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum StoreError {
@@ -66,7 +69,7 @@ impl StoreError {
                 format!("{} is not a usable exception store", path.display()),
             )
             .caused_by(other)
-            .hint("do not run what depends on it; `dmesg` may say which write failed"),
+            .hint(WAY_BACK),
         }
     }
 }
@@ -95,6 +98,14 @@ pub(super) fn is_unused(file: &File) -> Result<bool, StoreError> {
     let mut magic = [0; 4];
     file.read_exact_at(&mut magic, 0)?;
     Ok(magic == [0; 4])
+}
+
+/// Refuses a store that the kernel would make an unusable device of, or has given up.
+pub(super) fn require_usable(file: &File) -> Result<(), StoreError> {
+    if is_unused(file)? {
+        return Ok(());
+    }
+    check_header(file)
 }
 
 /// Neighbours on the disk that are neighbours in the store as well, in chunks.
@@ -264,11 +275,17 @@ pub(super) mod tests {
         let unused = tempfile::tempfile().unwrap();
         unused.set_len(length_for(size)).unwrap();
         assert_eq!(runs(&unused, size).unwrap(), []);
+        require_usable(&unused).unwrap();
 
         let refused = |at: u64, bytes: &[u8]| {
             let file = store(size, &[(1, 2, 1)]);
+            require_usable(&file).unwrap();
             file.write_all_at(bytes, at).unwrap();
-            runs(&file, size).unwrap_err().to_string()
+            let error = runs(&file, size).unwrap_err().to_string();
+            if at < CHUNK {
+                assert_eq!(require_usable(&file).unwrap_err().to_string(), error);
+            }
+            error
         };
         assert!(refused(0, b"LUKS").contains("not an exception store"));
         assert!(refused(4, &[0]).contains("gave it up"));
