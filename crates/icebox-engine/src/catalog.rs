@@ -153,6 +153,13 @@ impl Catalog {
         lock(&self.inner).bases.insert(base.digest.clone(), base);
     }
 
+    /// The length of a base's image.
+    pub(crate) fn base_size(&self, base: &Digest) -> Result<Bytes, Error> {
+        let inner = lock(&self.inner);
+        let size = inner.bases.get(base).map(|base| base.size);
+        size.ok_or_else(|| inner.absent("base", &Object::Base(base.clone()), base.as_str()))
+    }
+
     pub(crate) fn add_layer(&self, layer: Layer) {
         lock(&self.inner).layers.insert(layer.id.clone(), layer);
     }

@@ -355,6 +355,19 @@ impl World {
         self.lock().loses_heads = true;
     }
 
+    /// Cuts the images of all bases in half.
+    pub fn cut_bases(&self) {
+        for (object, directory) in &mut self.lock().objects {
+            if matches!(object, Object::Base(_)) {
+                for file in directory.files.values_mut() {
+                    if let File::Image { size, .. } = file {
+                        *size = Bytes(size.0 / 2);
+                    }
+                }
+            }
+        }
+    }
+
     /// Loses the disk that a running guest writes to.
     pub fn lose_disk(&self, sandbox: &SandboxId) {
         let mut state = self.lock();

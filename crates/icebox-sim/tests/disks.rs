@@ -9,7 +9,7 @@ use icebox_engine::id::{GenerationNo, SandboxId};
 use icebox_engine::layout::Object;
 use icebox_engine::{Engine, Error, Phase};
 use icebox_sim::{FreezeBy, World};
-use support::{create, import_image, leave_nothing, life, open, run};
+use support::{IMAGE, create, import_image, leave_nothing, life, named, open, run};
 
 /// Tells a story on both kinds of volume driver, whose heads can be lost, and ends it with nothing left.
 fn story(tell: impl AsyncFn(&World, &Engine)) {
@@ -125,4 +125,22 @@ fn inv_28_inv_30_a_restarted_daemon_sees_a_lost_disk_again_and_it_can_be_destroy
             leave_nothing(&world, &engine).await;
         });
     }
+}
+
+#[test]
+fn inv_25_a_base_that_was_cut_short_is_refused_and_costs_nothing() {
+    story(async |world, engine| {
+        let id = create(engine, "a").await;
+        engine.stop("a").await.unwrap();
+        world.cut_bases();
+        for error in [
+            engine.create(named(IMAGE, "b")).await.unwrap_err(),
+            engine.start("a").await.unwrap_err(),
+        ] {
+            assert!(matches!(error, Error::Unusable { .. }), "{error:?}");
+            assert!(error.to_string().contains("instead of 67108864"), "{error}");
+        }
+        assert_eq!(engine.list().len(), 1);
+        assert_eq!(engine.inspect(id.as_str()).unwrap().phase(), Phase::Stopped);
+    });
 }

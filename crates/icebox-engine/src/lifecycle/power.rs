@@ -6,6 +6,8 @@ use crate::deadline::{self, within};
 use crate::error::Error;
 use crate::event::Steps;
 use crate::host::{GuestOrigin, LaunchPlan, Limits, Machine, Secret, Start, Welcome};
+use crate::id::Digest;
+use crate::layout::{BASE_IMAGE, Object};
 use crate::manifest::v1::{Hold, Rest};
 use crate::sandbox::{Life, Sandbox};
 
@@ -40,6 +42,9 @@ impl Sandbox {
             geometry: spec.geometry,
             pids_max: PIDS_MAX,
         };
+        if let Some(base) = &chain.base {
+            self.require_base(base).await?;
+        }
 
         // Independent of each other, so together. All of them end before a failure is reported, since giving back
         // must not race with taking.
@@ -93,6 +98,23 @@ impl Sandbox {
             Self::while_alive(&machine, deadline::WELCOME, "waiting for the guest", answer);
         steps.time("welcome", answer).await?;
         Ok(machine)
+    }
+
+    /// Refuses a base that is not as long as it was when it was imported. It was cut short from outside, and what a guest
+    /// would read where nothing is left would be zeros, and no error.
+    async fn require_base(&self, base: &Digest) -> Result<(), Error> {
+        let expected = self.shared.catalog.base_size(base)?;
+        let store = &self.shared.host.store;
+        let image = store.path(&Object::Base(base.clone()), BASE_IMAGE);
+        let found = store.file_size(&image);
+        let found = within(deadline::STORE, "looking at the base", found).await?;
+        if found == expected {
+            return Ok(());
+        }
+        Err(Error::Unusable {
+            what: format!("base {}", base.short()),
+            why: format!("its image has {} bytes instead of {}", found.0, expected.0),
+        })
     }
 
     /// The commit point of create, start and resume: the guest answers, and the manifest says so.
