@@ -169,7 +169,10 @@ fn open_files(files: &[OpenFile]) -> Result<Vec<(String, OwnedFd)>, Failure> {
         .iter()
         .map(|file| {
             let fd = open(&file.source).step(|| match &file.source {
-                Source::Read(path) | Source::Write(path) | Source::ReadWrite(path) => {
+                Source::Read(path)
+                | Source::Write(path)
+                | Source::ReadWrite(path)
+                | Source::ReadWriteDirect(path) => {
                     format!("open {} {}", file.name, path.display())
                 }
                 Source::Listen(path) => format!("listen on {}", path.display()),
@@ -190,6 +193,12 @@ fn open(source: &Source) -> io::Result<OwnedFd> {
             .open(path)?
             .into(),
         Source::ReadWrite(path) => OpenOptions::new().read(true).write(true).open(path)?.into(),
+        Source::ReadWriteDirect(path) => OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(OFlags::DIRECT.bits().cast_signed())
+            .open(path)?
+            .into(),
         Source::Listen(path) => {
             match fs::remove_file(path) {
                 Ok(()) => {}

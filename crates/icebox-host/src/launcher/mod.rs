@@ -94,6 +94,8 @@ pub enum Source {
     Write(PathBuf),
     /// An existing file, read and write.
     ReadWrite(PathBuf),
+    /// An existing file or device, read and write, around the page cache (`O_DIRECT`, open(2)).
+    ReadWriteDirect(PathBuf),
     /// A Unix socket that listens at this path, which only root can reach. Replaces a stale one.
     Listen(PathBuf),
     /// A tap in a network namespace.

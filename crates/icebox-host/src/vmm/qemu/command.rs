@@ -253,10 +253,15 @@ impl Command {
     fn disk(&mut self, plan: &LaunchPlan, storage: Storage) {
         let files = disk::files(&plan.disk, storage);
         for file in &files {
-            let read = format!("{}-r", file.node);
+            let (read, write) = (format!("{}-r", file.node), format!("{}-w", file.node));
+            if file.is_device {
+                // QEMU takes one that is as it would have opened it.
+                let source = Source::ReadWriteDirect(file.path.to_owned());
+                self.fdset(file.fdset, &write, source);
+                continue;
+            }
             self.fdset(file.fdset, &read, Source::Read(file.path.to_owned()));
             if file.access == disk::Access::ReadWrite {
-                let write = format!("{}-w", file.node);
                 self.fdset(file.fdset, &write, Source::ReadWrite(file.path.to_owned()));
             }
         }

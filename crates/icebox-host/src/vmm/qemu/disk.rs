@@ -66,8 +66,8 @@ pub(super) struct DiskFile<'a> {
     /// Name of its format node.
     pub(super) node: String,
     format: &'static str,
-    /// A block device of the host, not a file.
-    is_device: bool,
+    /// A block device of the host, not a file: one descriptor, around the page cache.
+    pub(super) is_device: bool,
 }
 
 impl DiskFile<'_> {
