@@ -313,7 +313,7 @@ impl Ground {
     }
 }
 
-/// A disk as QEMU's tools take it.
+/// A disk as QEMU's tools take it, with the options that guests' disks have.
 pub(crate) fn blockdev(device: &BlockDevice) -> Value {
     let file = |path: &Path, driver: &str| json!({"driver": driver, "filename": path});
     match device {
@@ -330,7 +330,7 @@ pub(crate) fn blockdev(device: &BlockDevice) -> Value {
             for layer in layers.iter().rev() {
                 below = json!({"driver": "qcow2", "read-only": true, "file": file(layer, "file"), "backing": below});
             }
-            json!({"driver": "qcow2", "file": file(head, "file"), "backing": below})
+            json!({"driver": "qcow2", "l2-cache-entry-size": 4096, "file": file(head, "file"), "backing": below})
         }
     }
 }

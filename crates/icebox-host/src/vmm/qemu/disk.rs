@@ -99,6 +99,8 @@ impl DiskFile<'_> {
             node["backing"] = backing.map_or(Value::Null, Value::from);
             // A guest's trim frees clusters of the head; it must also reach the file under it.
             node["pass-discard-request"] = true.into();
+            // A table is written in pieces of this size, not as a whole cluster of 128 KiB for each new one in it.
+            node["l2-cache-entry-size"] = 4096.into();
         }
         node
     }
