@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::site::{SLOTS, Site, WARM, quietly, run};
 
 tests! {
-    both:
+    every:
         inv_30_a_killed_daemon_leaves_everything_at_rest;
     qcow2:
         inv_33_inv_48_strays_of_ours_are_removed_and_nothing_else,
@@ -24,7 +24,7 @@ tests! {
 }
 
 /// Each sandbox by name, with where it rests. Fails if one does not rest.
-fn rests(site: &Site) -> Vec<(String, String)> {
+pub(crate) fn rests(site: &Site) -> Vec<(String, String)> {
     let listed = site.get(&["ls"]);
     let mut rests = Vec::new();
     for sandbox in listed.as_array().unwrap() {
@@ -124,7 +124,7 @@ fn bring_to(site: &Site, verb: &[&str]) {
 }
 
 /// Makes a sandbox run, wherever it rests.
-fn wake(site: &Site, sandbox: &str) {
+pub(crate) fn wake(site: &Site, sandbox: &str) {
     match site.state(sandbox).as_str() {
         "paused" => drop(site.get(&["resume", sandbox])),
         "stopped" => drop(site.get(&["start", sandbox])),

@@ -1,9 +1,7 @@
 //! What holds in the life of sandboxes that nothing happens to but their verbs.
 
-use std::fs;
 use std::io::Read as _;
 use std::net::TcpStream;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -14,17 +12,11 @@ use serde_json::Value;
 use crate::site::{COLD, Site, WARM, kill};
 
 tests! {
-    both:
-        inv_09_inv_10_ten_rounds_of_pause_and_resume_lose_nothing,
-        inv_18_a_snapshot_of_a_snapshot_of_a_snapshot_restores,
+    every:
         inv_23_a_paused_sandbox_is_snapshotted_without_being_revived,
-        inv_24_things_go_in_any_order_and_what_others_need_stays,
-        inv_25_bases_and_layers_never_change,
         inv_26_what_was_used_is_shown_and_what_is_not_here_is_refused,
-        inv_27_sizes_are_allocated_bytes,
         inv_37_inv_38_forks_differ_and_share_nothing,
         inv_50_destroy_comes_through_whatever_is_under_way,
-        inv_52_the_collector_removes_what_nothing_reaches_and_nothing_else,
         a_sandbox_boots_stops_and_starts_with_its_disk;
     qcow2:
         inv_17_addresses_survive_a_pause_and_are_never_shared,
@@ -40,39 +32,19 @@ tests! {
 }
 
 /// Where a test's files are in a guest: on its disk.
-const SUMS: &str = "cd /root && sha256sum data-*";
+pub(crate) const SUMS: &str = "cd /root && sha256sum data-*";
 
-fn write(site: &Site, sandbox: &str, name: &str) {
+pub(crate) fn write(site: &Site, sandbox: &str, name: &str) {
     let script =
         format!("dd if=/dev/urandom of=/root/data-{name} bs=64k count=16 status=none && sync");
     site.exec(sandbox, &script);
 }
 
-fn path_of<'a>(value: &'a Value, keys: &[&str]) -> &'a str {
+pub(crate) fn path_of<'a>(value: &'a Value, keys: &[&str]) -> &'a str {
     keys.iter()
         .fold(value, |value, key| &value[key])
         .as_str()
         .unwrap()
-}
-
-fn inv_09_inv_10_ten_rounds_of_pause_and_resume_lose_nothing(site: &mut Site) {
-    site.create(WARM, "rounds");
-    let mut count = site.count("rounds");
-    for round in 0..10 {
-        write(site, "rounds", &round.to_string());
-        let sums = site.exec("rounds", SUMS);
-        site.get(&["pause", "rounds"]);
-        assert_eq!(site.state("rounds"), "paused");
-        site.get(&["resume", "rounds"]);
-        assert_eq!(site.exec("rounds", SUMS), sums, "after round {round}");
-        let now = site.count("rounds");
-        now.assert_goes_on_from(&count);
-        count = now;
-    }
-    site.exec("rounds", "echo 3 >/proc/sys/vm/drop_caches");
-    let listed = site.exec("rounds", SUMS);
-    assert_eq!(listed.lines().count(), 10);
-    site.get(&["rm", "rounds"]);
 }
 
 fn inv_17_addresses_survive_a_pause_and_are_never_shared(site: &mut Site) {
@@ -87,28 +59,6 @@ fn inv_17_addresses_survive_a_pause_and_are_never_shared(site: &mut Site) {
     assert_eq!(site.inspect("first")["address"], address);
     site.exec("first", "true");
     site.get(&["rm", "first", "second"]);
-}
-
-fn inv_18_a_snapshot_of_a_snapshot_of_a_snapshot_restores(site: &mut Site) {
-    let mut template = WARM.to_owned();
-    let mut sums = Vec::new();
-    for depth in 1..=3 {
-        let (sandbox, name) = (format!("depth-{depth}"), format!("snap-{depth}"));
-        site.create(&template, &sandbox);
-        write(site, &sandbox, &depth.to_string());
-        site.get(&["snapshot", &sandbox, "--name", &name]);
-        sums.push((site.count(&sandbox), site.exec(&sandbox, SUMS)));
-        site.get(&["rm", &sandbox]);
-        template = name;
-    }
-    site.create(&template, "deepest");
-    let (first, _) = &sums[0];
-    let (_, last) = &sums[2];
-    let count = site.count("deepest");
-    assert_eq!((count.pid, count.memory), (first.pid, first.memory));
-    assert_eq!(&site.exec("deepest", SUMS), last);
-    site.get(&["rm", "deepest"]);
-    site.get(&["template", "rm", "snap-1", "snap-2", "snap-3"]);
 }
 
 fn inv_20_a_client_that_goes_away_changes_nothing(site: &mut Site) {
@@ -202,7 +152,7 @@ fn inv_23_a_paused_sandbox_is_snapshotted_without_being_revived(site: &mut Site)
 }
 
 /// Every file below `directory` but locks, with a digest of its data. Holes are passed over: images are mostly that.
-fn digests(directory: &Path) -> Vec<String> {
+pub(crate) fn digests(directory: &Path) -> Vec<String> {
     let script = "find \"$0\" -type f ! -name 'lock*' | sort | while read -r file; do \
                   echo \"$file $(tar -cPS --mtime=@0 \"$file\" | sha256sum)\"; done";
     let output = Command::new("sh")
@@ -220,115 +170,6 @@ fn digests(directory: &Path) -> Vec<String> {
         .lines()
         .map(str::to_owned)
         .collect()
-}
-
-fn inv_24_things_go_in_any_order_and_what_others_need_stays(site: &mut Site) {
-    site.create(WARM, "parent");
-    write(site, "parent", "p");
-    let sums = site.exec("parent", SUMS);
-    site.get(&["snapshot", "parent", "--name", "heir"]);
-    let forks = site.get(&["fork", "parent", "-n", "1"]);
-    let fork = path_of(&forks[0], &["sandbox", "sandboxID"]).to_owned();
-    site.get(&["rm", "parent"]);
-    site.create("heir", "child");
-    assert_eq!(site.exec("child", SUMS), sums);
-    assert_eq!(site.exec(&fork, SUMS), sums);
-    // Sandboxes name the templates that they need.
-    let said = site.run(&["template", "rm", "heir"]);
-    if !said.status.success() {
-        let said = String::from_utf8(said.stderr).unwrap();
-        assert!(said.contains("child"), "{said}");
-    }
-    site.get(&["pause", "child"]);
-    site.get(&["gc"]);
-    site.get(&["resume", "child"]);
-    assert_eq!(
-        site.exec(
-            "child",
-            &format!("echo 3 >/proc/sys/vm/drop_caches; {SUMS}")
-        ),
-        sums
-    );
-    site.get(&["rm", "child"]);
-    assert_eq!(site.exec(&fork, SUMS), sums);
-    let templates = site.get(&["template", "ls"]).to_string();
-    if templates.contains("heir") {
-        site.get(&["template", "rm", "heir"]);
-    }
-    site.get(&["gc"]);
-    assert_eq!(
-        site.exec(&fork, &format!("echo 3 >/proc/sys/vm/drop_caches; {SUMS}")),
-        sums
-    );
-    site.get(&["rm", &fork]);
-}
-
-fn inv_25_bases_and_layers_never_change(site: &mut Site) {
-    let immutable = ["bases", "layers", "memories"].map(|kind| site.traces.data.join(kind));
-    let before: Vec<_> = immutable.iter().map(|path| digests(path)).collect();
-    for (template, name) in [(WARM, "writer"), (WARM, "victim")] {
-        site.create(template, name);
-        site.exec(name, "dd if=/dev/urandom of=/root/junk bs=1M count=24 status=none; rm -rf /usr/share/doc; sync");
-    }
-    site.get(&["pause", "writer"]);
-    site.get(&["resume", "writer"]);
-    let mut events = site.events();
-    kill(site.vmm_pid("victim"), Signal::KILL);
-    events.wait_for("sandbox.crashed");
-    site.get(&["rm", "writer", "victim"]);
-    site.get(&["gc"]);
-    let after: Vec<_> = immutable.iter().map(|path| digests(path)).collect();
-    assert_eq!(before, after);
-}
-
-/// Allocated bytes of all files below `path`, each counted once.
-fn allocated(path: &Path) -> u64 {
-    let metadata = fs::symlink_metadata(path).unwrap();
-    if metadata.is_dir() {
-        return fs::read_dir(path)
-            .unwrap()
-            .map(|entry| allocated(&entry.unwrap().path()))
-            .sum();
-    }
-    metadata.blocks() * 512
-}
-
-fn inv_27_sizes_are_allocated_bytes(site: &mut Site) {
-    let cold = site.get(&["template", "inspect", COLD]);
-    let reported = cold["allocatedBytes"].as_u64().unwrap();
-    let base = site
-        .traces
-        .data
-        .join("bases")
-        .join(path_of(&cold, &["base"]));
-    let truth = allocated(&base);
-    let apparent = fs::metadata(base.join("image")).unwrap().len();
-    assert!(
-        reported.abs_diff(truth) <= 64 << 10,
-        "reported {reported}, allocated {truth}"
-    );
-    assert!(
-        reported < apparent,
-        "the image is sparse: {reported} of {apparent}"
-    );
-
-    let id = site.create(WARM, "small");
-    site.get(&["pause", "small"]);
-    let small = site.inspect("small");
-    let generation = &small["generations"][0];
-    let written = generation["allocatedBytes"].as_u64().unwrap();
-    assert!(
-        written > 0 && written < 128 << 20,
-        "a generation of a guest with 256 MiB: {written}"
-    );
-    let own = small["allocatedBytes"].as_u64().unwrap();
-    let directory = site.traces.data.join("sandboxes").join(id);
-    assert!(
-        own < 256 << 20,
-        "{own}; its directory has {}",
-        allocated(&directory)
-    );
-    site.get(&["rm", "small"]);
 }
 
 fn inv_36_commands_run_the_instant_that_create_returns(site: &mut Site) {
@@ -645,33 +486,6 @@ fn inv_50_destroy_comes_through_whatever_is_under_way(site: &mut Site) {
     if site.run(&["template", "inspect", "late"]).status.success() {
         site.get(&["template", "rm", "late"]);
     }
-}
-
-fn inv_52_the_collector_removes_what_nothing_reaches_and_nothing_else(site: &mut Site) {
-    site.create(WARM, "kept");
-    write(site, "kept", "k");
-    site.get(&["pause", "kept"]);
-    site.get(&["resume", "kept"]);
-    site.get(&["snapshot", "kept", "--name", "gone"]);
-    let sums = site.exec("kept", SUMS);
-    site.get(&["template", "rm", "gone"]);
-    site.get(&["gc"]);
-    let again = site.get(&["gc", "--dry-run"]);
-    assert_eq!(
-        again["garbage"],
-        Value::Array(Vec::new()),
-        "one collection is enough"
-    );
-    site.get(&["pause", "kept"]);
-    site.get(&["resume", "kept"]);
-    assert_eq!(
-        site.exec("kept", &format!("echo 3 >/proc/sys/vm/drop_caches; {SUMS}")),
-        sums
-    );
-    site.get(&["rm", "kept"]);
-    site.get(&["gc"]);
-    let again = site.get(&["gc", "--dry-run"]);
-    assert_eq!(again["garbage"], Value::Array(Vec::new()));
 }
 
 fn a_sandbox_boots_stops_and_starts_with_its_disk(site: &mut Site) {

@@ -1,10 +1,11 @@
 //! The whole system, black box: the real daemon, the real command line, real guests.
 //!
-//! What has to do with disks runs with every volume driver: qcow2 on the file system of the temporary directory, reflink
-//! on an XFS of its own. Tests of one driver share a data directory and run one after the other, since each ends with a
-//! leak diff of the host: what was there before is there afterwards, and nothing else.
+//! What has to do with disks runs with every volume driver, on ground of its own (`ground.rs`). Tests of one driver share
+//! a data directory and run one after the other, since each ends with a leak diff of the host: what was there before is
+//! there afterwards, and nothing else.
 //!
-//! Needs root, QEMU, mkfs.xfs and nft. A test that cannot run says why by name, where `cargo xtask check` reads it.
+//! Needs root, QEMU, mkfs.xfs and nft. A test that cannot run says why by name, where `cargo xtask check` reads it. In the
+//! test host the tests of `drivers.rs` run, with all drivers, and those of `power_cut.rs`, which run nowhere else.
 
 #![allow(
     clippy::unwrap_used,
@@ -14,9 +15,9 @@
 /// A test by its name, and the drivers that it runs with.
 type Test = (&'static str, fn(&mut Site), &'static [Driver]);
 
-/// A table of tests: those that both drivers must pass, and those that have nothing to do with disks, shared out.
+/// A table of tests: those that every driver must pass, and those that have nothing to do with disks, shared out.
 macro_rules! tests {
-    (@drivers both) => { &[$crate::Driver::Qcow2, $crate::Driver::Reflink] };
+    (@drivers every) => { &$crate::Driver::ALL };
     (@drivers qcow2) => { &[$crate::Driver::Qcow2] };
     (@drivers reflink) => { &[$crate::Driver::Reflink] };
     ($($drivers:ident: $($test:ident),+;)+) => {
@@ -26,30 +27,38 @@ macro_rules! tests {
 }
 
 mod crash;
+mod drivers;
 mod faults;
+mod ground;
 mod lifecycle;
 mod marks;
 mod monitor;
 #[path = "../../../icebox-host/tests/support/mounts.rs"]
 mod mounts;
+mod power_cut;
 mod site;
 
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
 use libtest_mimic::{Arguments, Trial};
 
 use site::{Driver, Site};
 
 /// The shared site of each driver, started by the first test that needs it.
-static SHARED: [Mutex<Option<Site>>; 2] = [Mutex::new(None), Mutex::new(None)];
+static SHARED: [Mutex<Option<Site>>; Driver::ALL.len()] = [const { Mutex::new(None) }; _];
 
 fn main() -> ExitCode {
+    if let Some(half) = power_cut::half() {
+        return half.run();
+    }
     let mut arguments = Arguments::from_args();
-    // One for each driver's site. More would make guests so slow that deadlines mean nothing.
+    // Each with a driver of its own. More would make guests so slow that deadlines mean nothing.
     arguments.test_threads.get_or_insert(2);
     let mut trials = Vec::new();
     let suites = [
+        ("drivers", drivers::TESTS),
         ("lifecycle", lifecycle::TESTS),
         ("faults", faults::TESTS),
         ("crash", crash::TESTS),
@@ -60,14 +69,17 @@ fn main() -> ExitCode {
     for (suite, &(name, test, drivers)) in tests {
         for &driver in drivers {
             let name = format!("{suite}::{name}::{}", driver.name());
-            let runs = driver == Driver::Qcow2 || mounts::can_mount("xfs", &name);
-            let trial = Trial::test(name, move || {
+            let runs = driver.can_run(&name);
+            let trial = Trial::test(name.clone(), move || {
+                let begun = Instant::now();
                 shared(driver, test);
+                println!("{name}: {:.1} s", begun.elapsed().as_secs_f64());
                 Ok(())
             });
             trials.push(trial.with_ignored_flag(!runs));
         }
     }
+    power_cut::skip();
     let conclusion = libtest_mimic::run(&arguments, trials);
     for site in &SHARED {
         let mut site = site.lock().unwrap_or_else(PoisonError::into_inner);
@@ -84,7 +96,7 @@ fn main() -> ExitCode {
 
 /// Runs `test` on its driver's shared site, between two looks at the host.
 fn shared(driver: Driver, test: fn(&mut Site)) {
-    let slot = &SHARED[usize::from(driver == Driver::Reflink)];
+    let slot = &SHARED[driver as usize];
     let mut slot = slot.lock().unwrap_or_else(|poison| {
         slot.clear_poison();
         let mut slot = poison.into_inner();

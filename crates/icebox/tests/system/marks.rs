@@ -22,6 +22,8 @@ const OBJECTS: [&str; 7] = [
 pub(crate) struct Traces {
     pub(crate) data: PathBuf,
     pub(crate) run: PathBuf,
+    /// What of a pool it may use.
+    pub(crate) dataset: Option<String>,
 }
 
 /// Everything of one installation that is on the host at one instant, in words.
@@ -73,7 +75,46 @@ impl Traces {
                 marks.insert(format!("loop {}", device.display()));
             }
         }
+        for device in self.mapped() {
+            marks.insert(format!("device {device}"));
+        }
+        if let Some(dataset) = &self.dataset {
+            let listed = Command::new("zfs")
+                .args(["list", "-H", "-o", "name", "-t", "volume,snapshot", "-r"])
+                .arg(dataset)
+                .output()
+                .unwrap();
+            let listed = String::from_utf8(listed.stdout).unwrap();
+            marks.extend(listed.lines().map(|name| format!("dataset {name}")));
+        }
         Marks(marks)
+    }
+
+    /// Names of the device-mapper devices of this installation.
+    pub(crate) fn mapped(&self) -> Vec<String> {
+        let stem = format!("icebox-{}-", self.tag());
+        entries(Path::new("/sys/block"))
+            .iter()
+            .filter_map(|device| fs::read_to_string(device.join("dm/name")).ok())
+            .map(|name| name.trim_end().to_owned())
+            .filter(|name| name.starts_with(&stem))
+            .collect()
+    }
+
+    /// Each snapshot of a volume in the pool, with a digest of what is in it.
+    pub(crate) fn volume_digests(&self) -> Vec<String> {
+        let Some(dataset) = &self.dataset else {
+            return Vec::new();
+        };
+        let script = "zfs list -H -o name -t snapshot -s name -r \"$0\" | while read -r snapshot; do \
+                      echo \"$snapshot $(zfs send \"$snapshot\" | sha256sum)\"; done";
+        let output = Command::new("sh")
+            .args(["-c", script, dataset])
+            .output()
+            .unwrap();
+        let said = String::from_utf8(output.stdout).unwrap();
+        assert!(!said.is_empty(), "{dataset} has no snapshots");
+        said.lines().map(str::to_owned).collect()
     }
 
     /// Control groups of sandboxes, of every hierarchy there is.
@@ -130,14 +171,9 @@ impl Marks {
         PathBuf::from(new[0])
     }
 
-    /// Those that are not below one of `directories`.
-    pub(crate) fn outside(&self, directories: &[PathBuf]) -> impl Iterator<Item = &str> {
-        let marks = self.0.iter().map(String::as_str);
-        marks.filter(|mark| {
-            !directories
-                .iter()
-                .any(|directory| Path::new(mark).starts_with(directory))
-        })
+    /// Fails if there is anything.
+    pub(crate) fn assert_none(&self) {
+        assert!(self.0.is_empty(), "left behind: {:#?}", self.0);
     }
 }
 

@@ -8,6 +8,7 @@ use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
+use std::time::Duration;
 
 use icebox_engine::layout::Layout;
 use icebox_host::guest_image::fixture;
@@ -15,11 +16,11 @@ use icebox_host::store::FileStore;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
+pub(crate) use crate::ground::Driver;
+use crate::ground::Ground;
 use crate::marks::{Marks, Traces};
 use crate::monitor::Monitor;
 
-/// Of the file system that reflinks need; sparse.
-const FILE_SYSTEM_SIZE: u64 = 12 << 30;
 /// How many sandboxes a site has room for.
 pub(crate) const SLOTS: u32 = 128;
 /// The template of sandboxes that boot.
@@ -39,21 +40,6 @@ while True:
     os.rename("/tmp/count.new", "/tmp/count")
     time.sleep(0.05)
 '"#;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Driver {
-    Qcow2,
-    Reflink,
-}
-
-impl Driver {
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Qcow2 => "qcow2",
-            Self::Reflink => "reflink",
-        }
-    }
-}
 
 /// What a guest's counter showed.
 #[derive(Debug, PartialEq, Eq)]
@@ -81,12 +67,14 @@ impl Count {
 pub(crate) struct Site {
     pub(crate) driver: Driver,
     pub(crate) traces: Traces,
-    directory: tempfile::TempDir,
-    mounted: bool,
+    directory: PathBuf,
     agent: PathBuf,
     /// The first three numbers of its addresses.
     network: String,
     daemon: Option<Child>,
+    // In the order in which they go.
+    _ground: Ground,
+    _temporary: Option<tempfile::TempDir>,
     /// Held while this site uses its network.
     _lock: UnixListener,
 }
@@ -94,30 +82,35 @@ pub(crate) struct Site {
 impl Site {
     /// A running daemon with a kernel and no templates.
     pub(crate) fn new(driver: Driver) -> Self {
+        let temporary = tempfile::tempdir().unwrap();
+        let ground = Ground::make(driver, temporary.path());
+        let run = temporary.path().join("run");
+        let mut site = Self::on(ground, driver, temporary.path(), run);
+        site._temporary = Some(temporary);
+        site
+    }
+
+    /// The same in a directory that outlives this machine, with what does not in `run`.
+    pub(crate) fn make_in(directory: &Path, driver: Driver, run: PathBuf) -> Self {
+        Self::on(Ground::make(driver, directory), driver, directory, run)
+    }
+
+    /// What was made there before the machine was started anew.
+    pub(crate) fn take_up(directory: &Path, driver: Driver, run: PathBuf) -> Self {
+        Self::on(Ground::open(driver, directory), driver, directory, run)
+    }
+
+    fn on(ground: Ground, driver: Driver, directory: &Path, run_dir: PathBuf) -> Self {
         assert!(
             rustix::process::geteuid().is_root(),
             "sandboxes need namespaces, taps and control groups: run this test as root"
         );
         let kernel = fixture::kernel().unwrap();
         let agent = fixture::agent().unwrap();
-        let directory = tempfile::tempdir().unwrap();
-        let root = directory.path();
-        let ground = root.join("fs");
-        fs::create_dir(&ground).unwrap();
-        if driver == Driver::Reflink {
-            let image = root.join("xfs");
-            File::create(&image)
-                .unwrap()
-                .set_len(FILE_SYSTEM_SIZE)
-                .unwrap();
-            run(Command::new("mkfs.xfs").arg("-q").arg(&image));
-            run(Command::new("mount")
-                .args(["-o", "loop"])
-                .args([&image, &ground]));
-        }
         let traces = Traces {
-            data: ground.join("data"),
-            run: root.join("run"),
+            data: ground.data(),
+            run: run_dir,
+            dataset: ground.dataset(),
         };
         // The kernel is there already, so that no test fetches one.
         drop(FileStore::open(Layout::new(&traces.data, &traces.run)).unwrap());
@@ -127,15 +120,16 @@ impl Site {
             .join("kernels")
             .join(kernel.digest().as_str());
         run(Command::new("cp").arg("-a").args([&cached, &kernels]));
-        let (lock, network) = network();
+        let (lock, network) = network(&directory.join("network"));
         let mut site = Self {
             driver,
             traces,
-            mounted: driver == Driver::Reflink,
-            directory,
+            directory: directory.to_owned(),
             agent,
             network,
             daemon: None,
+            _ground: ground,
+            _temporary: None,
             _lock: lock,
         };
         site.configure(SLOTS);
@@ -169,7 +163,7 @@ impl Site {
     pub(crate) fn configure(&self, slots: u32) {
         // Each has two addresses.
         let bits = 32 - (slots * 2).ilog2();
-        let settings = format!(
+        let mut settings = format!(
             "data_dir = {:?}\nrun_dir = {:?}\nagent = {:?}\nvolume_driver = {:?}\n\
              [network]\nprefix = \"{}.0/{bits}\"\npool = 0\n[defaults]\nmemory_mib = 256\n",
             self.traces.data,
@@ -178,6 +172,9 @@ impl Site {
             self.driver.name(),
             self.network,
         );
+        if let Some(dataset) = &self.traces.dataset {
+            settings.push_str(&format!("[zfs]\ndataset = {dataset:?}\n"));
+        }
         fs::write(self.scratch("icebox.toml"), settings).unwrap();
     }
 
@@ -247,7 +244,7 @@ impl Site {
     }
 
     fn log(&self) -> PathBuf {
-        self.directory.path().join("daemon.log")
+        self.directory.join("daemon.log")
     }
 
     /// What the daemons of this site have logged.
@@ -257,7 +254,7 @@ impl Site {
 
     /// A file of the test's own, outside the data directory.
     pub(crate) fn scratch(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
+        self.directory.join(name)
     }
 
     // The command line.
@@ -413,6 +410,14 @@ impl Site {
         Events { process, lines }
     }
 
+    // What is below.
+
+    /// Copies the disk that a base is.
+    pub(crate) fn copy_base(&self, digest: &str, to: &Path) {
+        let image = self.traces.data.join("bases").join(digest).join("image");
+        run(Command::new("cp").arg("--sparse=always").args([&image, to]));
+    }
+
     // What is left.
 
     /// What of this site is on the host, after a collection.
@@ -421,14 +426,15 @@ impl Site {
         self.traces.look()
     }
 
-    /// Ends the daemon of a site without sandboxes; nothing of it may be left on the host but what templates are made of.
+    /// Removes the templates of a site without sandboxes, and ends its daemon. Nothing of it may be left on the host.
     pub(crate) fn finish(mut self) {
+        let templates = self.get(&["template", "ls"]);
+        for template in templates.as_array().unwrap() {
+            self.get(&["template", "rm", template["templateID"].as_str().unwrap()]);
+        }
+        self.get(&["gc"]);
         self.end_daemon(Signal::TERM);
-        let kept = ["bases", "layers", "memories", "templates"];
-        let kept = kept.map(|area| self.traces.data.join(area));
-        let marks = self.traces.look();
-        let left: Vec<_> = marks.outside(&kept).collect();
-        assert!(left.is_empty(), "left behind: {left:#?}");
+        self.traces.look().assert_none();
     }
 }
 
@@ -457,12 +463,11 @@ impl Drop for Site {
         for group in self.traces.cgroups() {
             fs::remove_dir(&group).unwrap_or_default();
         }
-        if self.mounted {
-            quietly(
-                Command::new("umount")
-                    .arg("--lazy")
-                    .arg(self.directory.path().join("fs")),
-            );
+        // Those that others stand on go in a later round.
+        for _ in 0..3 {
+            for device in self.traces.mapped() {
+                quietly(Command::new("dmsetup").args(["remove", &device]));
+            }
         }
     }
 }
@@ -507,16 +512,29 @@ fn icebox() -> Command {
     command
 }
 
-/// A network of 256 addresses that no other site on this machine uses while the socket is open.
-fn network() -> (UnixListener, String) {
-    for number in 0..250 {
+/// A network of 256 addresses that no other site on this machine uses while the socket is open; the one that `chosen`
+/// names, if that is a file.
+fn network(chosen: &Path) -> (UnixListener, String) {
+    let before = fs::read_to_string(chosen).ok();
+    let numbers = before.map_or(0..250, |number| {
+        let number = number.parse::<u8>().unwrap();
+        number..number + 1
+    });
+    for number in numbers {
         let name = format!("icebox-test-network-{number}");
         let lock = SocketAddr::from_abstract_name(name).unwrap();
         if let Ok(lock) = UnixListener::bind_addr(&lock) {
+            fs::write(chosen, number.to_string()).unwrap();
             return (lock, format!("10.217.{number}"));
         }
     }
     panic!("250 sites run on this machine");
+}
+
+/// How long something that must be quick may take: `limit`, or what that is on a machine which says that it is slow.
+pub(crate) fn patience(limit: Duration) -> Duration {
+    let slowness = std::env::var("ICEBOX_TEST_SLOWNESS");
+    limit * slowness.map_or(1, |times| times.parse().unwrap())
 }
 
 /// Runs a tool to its end; its output is part of the failure.
