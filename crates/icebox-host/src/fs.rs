@@ -92,6 +92,22 @@ pub(crate) fn open_file(path: &Path) -> Result<File, HostError> {
     File::open(path).map_err(|error| failed("open", path, error))
 }
 
+/// Opens a file or a device as `options` say.
+///
+/// The first to open a ZFS volume needs a lock that importing or making any pool holds, and after a second is told to try
+/// again by a number that is meant for the kernel alone: `zvol_open` of module/os/linux/zfs/zvol_os.c in OpenZFS.
+pub(crate) fn open_device(options: &OpenOptions, path: &Path) -> io::Result<File> {
+    const ERESTARTSYS: i32 = 512;
+    // Each takes a second.
+    for _ in 0..20 {
+        match options.open(path) {
+            Err(error) if error.raw_os_error() == Some(ERESTARTSYS) => {}
+            opened => return opened,
+        }
+    }
+    options.open(path)
+}
+
 /// Renames `from` to `to`, which must not exist ([`ErrorKind::AlreadyExists`]). Not durable until both directories are
 /// synced.
 pub(crate) fn rename_to_new(from: &Path, to: &Path) -> Result<(), HostError> {

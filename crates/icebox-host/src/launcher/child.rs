@@ -19,6 +19,7 @@ use rustix::thread::{
 };
 
 use super::{BoxSpec, OpenFile, Report, SPEC_BYTES_MAX, Source, process, sys, world};
+use crate::fs::open_device;
 use crate::network;
 
 /// Descriptors are few; a VMM that wants more is misbehaving.
@@ -186,19 +187,23 @@ fn open_files(files: &[OpenFile]) -> Result<Vec<(String, OwnedFd)>, Failure> {
 
 fn open(source: &Source) -> io::Result<OwnedFd> {
     Ok(match source {
-        Source::Read(path) => File::open(path)?.into(),
+        Source::Read(path) => open_device(OpenOptions::new().read(true), path)?.into(),
         Source::Write(path) => OpenOptions::new()
             .write(true)
             .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
             .open(path)?
             .into(),
-        Source::ReadWrite(path) => OpenOptions::new().read(true).write(true).open(path)?.into(),
-        Source::ReadWriteDirect(path) => OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(OFlags::DIRECT.bits().cast_signed())
-            .open(path)?
-            .into(),
+        Source::ReadWrite(path) => {
+            open_device(OpenOptions::new().read(true).write(true), path)?.into()
+        }
+        Source::ReadWriteDirect(path) => {
+            let mut options = OpenOptions::new();
+            options
+                .read(true)
+                .write(true)
+                .custom_flags(OFlags::DIRECT.bits().cast_signed());
+            open_device(&options, path)?.into()
+        }
         Source::Listen(path) => {
             match fs::remove_file(path) {
                 Ok(()) => {}
