@@ -3,6 +3,7 @@
 //! ```text
 //! <data>/format                      layout version, checked before anything else
 //!        lock                        flock of the daemon that owns the tree
+//!        zfs-owner                   the number that its volumes in a pool know it by
 //!        kernels/<digest>/           bases/<digest>/image     layers/<id>/disk     memories/<id>/{base,diff}
 //!        templates/<id>/             sandboxes/<id>/{manifest.json, heads/<n>.<format>, generations/<n>/, console.log}
 //!        staging/                    objects being made; nothing in it survives a start
@@ -171,6 +172,12 @@ impl Layout {
     #[must_use]
     pub fn lock_file(&self) -> PathBuf {
         self.data.join("lock")
+    }
+
+    /// The file with the number that volumes outside the data directory know it by.
+    #[must_use]
+    pub fn zfs_owner_file(&self) -> PathBuf {
+        self.data.join("zfs-owner")
     }
 
     /// The directory of all objects that are being made.
