@@ -34,6 +34,16 @@ pub(crate) fn can_map(test: &str) -> bool {
     there
 }
 
+/// Whether `test` can make a ZFS pool here. If not, it is said in the same way.
+#[allow(dead_code, reason = "not every test that mounts something does")]
+pub(crate) fn can_pool(test: &str) -> bool {
+    let there = Path::new("/dev/zfs").exists();
+    if !there {
+        skip(test, "there is no ZFS in this kernel (/dev/zfs)");
+    }
+    there
+}
+
 fn kernel_knows(kind: &str) -> bool {
     let listed = || {
         fs::read_to_string("/proc/filesystems")

@@ -16,7 +16,8 @@ use icebox_host::store::FileStore;
 use icebox_host::volume;
 use serde_json::{Value, json};
 
-use crate::mounts::{can_map, can_mount};
+use crate::mounts::{can_map, can_mount, can_pool};
+use crate::pool::Pool;
 
 /// Set in the process that runs inside the private mount namespace; names the directory to work in.
 const INSIDE: &str = "ICEBOX_CONFORMANCE_DIRECTORY";
@@ -30,6 +31,7 @@ pub(crate) enum Driver {
     DmSnapshot,
     Qcow2,
     Reflink,
+    Zfs,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -100,6 +102,9 @@ pub(crate) fn on(driver: Driver, file_system: FileSystem, test: &str, check: Che
     if matches!(driver, Driver::DmSnapshot) && !can_map(test) {
         return;
     }
+    if matches!(driver, Driver::Zfs) && !can_pool(test) {
+        return;
+    }
     if !can_mount(file_system.kind(), test) {
         return;
     }
@@ -113,7 +118,10 @@ pub(crate) fn on(driver: Driver, file_system: FileSystem, test: &str, check: Che
         .env(INSIDE, directory.path())
         .status()
         .unwrap();
+    // A pool belongs to no mount namespace.
+    let is_left = Pool::of(directory.path()).destroy();
     assert!(status.success(), "{driver:?} on {file_system:?}: {status}");
+    assert!(!is_left, "{driver:?} on {file_system:?}: its pool is left");
     assert_no_loop_device(directory.path());
 }
 
@@ -144,7 +152,24 @@ pub(crate) fn run(command: &mut Command) {
     );
 }
 
+fn make(driver: Driver, layout: &Layout, pool: Option<&Pool>) -> Box<dyn VolumeDriver> {
+    let layout = layout.clone();
+    let instance = Instance::of_data_directory(layout.data());
+    match driver {
+        Driver::DmSnapshot => Box::new(volume::DmSnapshot::new(layout, &instance)),
+        Driver::Qcow2 => Box::new(volume::Qcow2::new(layout)),
+        Driver::Reflink => Box::new(volume::Reflink::new(layout)),
+        Driver::Zfs => {
+            let dataset = pool.map(Pool::dataset);
+            Box::new(volume::Zfs::new(layout, &instance, dataset.as_deref()).unwrap())
+        }
+    }
+}
+
 pub(crate) struct Ground {
+    kind: Driver,
+    /// Where the driver keeps disks, if not in the data directory.
+    pub(crate) pool: Option<Pool>,
     pub(crate) image: PathBuf,
     pub(crate) file_system: FileSystem,
     pub(crate) mount: PathBuf,
@@ -167,22 +192,37 @@ impl Ground {
             .args([&image, &mount]));
         let layout = Layout::new(mount.join("data"), directory.join("run"));
         let store = FileStore::open(layout.clone()).unwrap();
-        let driver: Box<dyn VolumeDriver> = match driver {
-            Driver::DmSnapshot => Box::new(volume::DmSnapshot::new(
-                layout.clone(),
-                &Instance::of_data_directory(layout.data()),
-            )),
-            Driver::Qcow2 => Box::new(volume::Qcow2::new(layout.clone())),
-            Driver::Reflink => Box::new(volume::Reflink::new(layout.clone())),
-        };
+        let pool = matches!(driver, Driver::Zfs).then(|| Pool::make(directory));
         Self {
+            kind: driver,
+            driver: make(driver, &layout, pool.as_ref()),
+            pool,
             image,
             file_system,
             mount,
             layout,
             store,
-            driver,
         }
+    }
+
+    /// The driver as another process has it: it knows nothing.
+    pub(crate) fn another(&self) -> Box<dyn VolumeDriver> {
+        make(self.kind, &self.layout, self.pool.as_ref())
+    }
+
+    /// Whether layers and heads are files in the data directory.
+    pub(crate) fn is_in_files(&self) -> bool {
+        self.pool.is_none()
+    }
+
+    /// What is in the driver's pool, if it has one.
+    pub(crate) fn names(&self) -> Vec<String> {
+        self.pool.as_ref().map(Pool::names).unwrap_or_default()
+    }
+
+    /// What the size of a disk is a multiple of.
+    pub(crate) fn block(&self) -> u64 {
+        if self.is_in_files() { 512 } else { 16 << 10 }
     }
 
     /// Nothing is being made or removed any more, and nothing is there that the layout does not know.
@@ -201,6 +241,7 @@ impl Ground {
         let mut names: Vec<_> = fs::read_dir(self.layout.data())
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .filter(|name| self.is_in_files() || name != "zfs-owner")
             .collect();
         names.sort();
         assert_eq!(
@@ -226,12 +267,32 @@ impl Ground {
         run(Command::new("umount").arg(&self.mount));
         self.file_system.mount(image, &self.mount);
         let store = FileStore::open(self.layout.clone()).unwrap();
-        Self { store, ..self }
+        let pool = self.pool.map(|pool| pool.replace_by(&Pool::beside(image)));
+        Self {
+            store,
+            driver: make(self.kind, &self.layout, pool.as_ref()),
+            pool,
+            ..self
+        }
+    }
+
+    /// What the disks would hold if the power went now: copies of them at `copy`, and beside it.
+    pub(crate) fn cut(&self, copy: &Path) {
+        let copied = |from: &Path, to: &Path| {
+            run(Command::new("cp").arg("--sparse=always").args([from, to]));
+        };
+        copied(&self.image, copy);
+        if let Some(pool) = &self.pool {
+            copied(pool.file(), &Pool::beside(copy));
+        }
     }
 
     fn leave(self) {
         drop(self.store);
         run(Command::new("umount").arg(self.mount));
+        if let Some(pool) = self.pool {
+            pool.leave();
+        }
     }
 
     /// Imports a base of [`BASE_SIZE`]: data, zeros that are stored, and holes.
@@ -266,14 +327,19 @@ impl Ground {
         (digest, content)
     }
 
-    /// A new sandbox's disk on `chain`, whose content is `content`.
-    pub(crate) async fn disk_on(&self, chain: Chain, content: &[u8]) -> Disk {
+    /// The first head of a new sandbox, which is not there yet.
+    pub(crate) async fn disk_id(&self) -> HeadId {
         let sandbox = SandboxId::random();
         self.store
             .commit(&Object::Sandbox(sandbox.clone()), b"{}")
             .await
             .unwrap();
-        let head = HeadId { sandbox, number: 1 };
+        HeadId { sandbox, number: 1 }
+    }
+
+    /// A new sandbox's disk on `chain`, whose content is `content`.
+    pub(crate) async fn disk_on(&self, chain: Chain, content: &[u8]) -> Disk {
+        let head = self.disk_id().await;
         let mut content = content.to_vec();
         content.resize(usize::try_from(chain.size.0).unwrap(), 0);
         assert_eq!(
@@ -407,6 +473,35 @@ impl Ground {
             .unwrap()
     }
 
+    /// Does to a head what makes it another disk than its sandbox's manifest says.
+    pub(crate) fn spoil(&self, disk: &Disk) {
+        let size = disk.chain.size.0;
+        if let Some(pool) = &self.pool {
+            let volume = pool.volume_of(disk);
+            for size in [self.block(), size + self.block()] {
+                pool.zfs(&["set", &format!("volsize={size}"), &volume]);
+            }
+            return;
+        }
+        let path = self.head_file(disk);
+        let file = fs::OpenOptions::new().write(true).open(path).unwrap();
+        file.set_len(0).unwrap();
+        file.set_len(size + 4096).unwrap();
+    }
+
+    /// Whether a layer's data is the same storage as the head's that it was.
+    pub(crate) fn shares_with_layers(&self) -> bool {
+        matches!(self.kind, Driver::Reflink)
+    }
+
+    /// Removes a layer that nothing needs, as a collection does.
+    pub(crate) async fn drop_layer(&self, layer: &LayerId) {
+        self.driver.remove_layer(layer).await.unwrap();
+        let object = Object::Layer(layer.clone());
+        self.store.trash(&object).await.unwrap();
+        self.store.empty_trash().await.unwrap();
+    }
+
     pub(crate) async fn assert_content(&self, disk: &Disk) {
         let found = self.read(disk).await;
         assert_same(&found, &disk.content, &format!("head {}", disk.head));
@@ -435,6 +530,20 @@ impl Ground {
                     let digest = self.store.digest(&path).await.unwrap();
                     found.push((path, digest));
                 }
+            }
+        }
+        if !self.is_in_files() {
+            for layer in self.driver.list_layers().await.unwrap() {
+                let chain = Chain {
+                    layers: vec![layer.clone()],
+                    base: None,
+                    size: Bytes(8 * BASE_SIZE),
+                };
+                let out = self.mount.join(layer.as_str());
+                self.driver.flatten(&chain, &out).await.unwrap();
+                let digest = self.store.digest(&out).await.unwrap();
+                fs::remove_file(&out).unwrap();
+                found.push((out, digest));
             }
         }
         found.sort();

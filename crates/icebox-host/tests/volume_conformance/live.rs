@@ -246,6 +246,10 @@ pub(crate) async fn inv_03_dm_snapshot_freezes_under_an_open_descriptor(ground: 
     freeze_under_an_open_descriptor(ground).await;
 }
 
+pub(crate) async fn inv_03_zfs_freezes_under_an_open_descriptor(ground: &Ground) {
+    freeze_under_an_open_descriptor(ground).await;
+}
+
 pub(crate) async fn inv_03_reflink_freezes_under_an_open_descriptor_on_xfs(ground: &Ground) {
     freeze_under_an_open_descriptor(ground).await;
 }

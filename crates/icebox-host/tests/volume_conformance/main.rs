@@ -11,30 +11,45 @@ mod ground;
 mod live;
 #[path = "../support/mounts.rs"]
 mod mounts;
+mod pool;
 mod power;
+mod volumes;
 
 /// Makes a test of every check, on each of the places.
 macro_rules! conformance {
     ($($place:ident: $driver:ident on $file_system:ident,)*) => {
         $(mod $place {
-            conformance!(@checks $driver on $file_system:
-                inv_03_a_layer_holds_what_was_written_before_the_freeze,
-                inv_09_a_freeze_is_finished_from_wherever_it_stopped,
-                inv_24_heads_go_in_any_order,
-                inv_25_what_is_below_never_changes,
-                inv_25_another_uid_cannot_change_what_is_below,
-                inv_26_the_driver_proves_itself_and_leaves_nothing,
-                inv_27_sizes_are_what_is_allocated,
-                inv_28_a_full_file_system_is_a_typed_error_without_remains,
-                inv_33_unfinished_heads_are_listed_and_go,
-                inv_38_forks_share_nothing_they_write,
-                a_flattened_disk_is_equal_sparse_and_independent,
-                a_head_is_made_once_and_keeps_its_content,
-                a_disk_may_be_larger_than_its_base_but_not_smaller,
-                what_is_missing_is_named,
-                a_deep_chain_reads_right,
-            );
+            conformance!(@of $driver on $file_system);
         })*
+    };
+    (@of Zfs on $file_system:ident) => {
+        conformance!(@common Zfs on $file_system:);
+    };
+    // What is true of drivers that keep disks in files.
+    (@of $driver:ident on $file_system:ident) => {
+        conformance!(@common $driver on $file_system:
+            inv_25_another_uid_cannot_change_what_is_below,
+            inv_28_a_full_file_system_is_a_typed_error_without_remains,
+            inv_33_unfinished_heads_are_listed_and_go,
+        );
+    };
+    (@common $driver:ident on $file_system:ident: $($check:ident,)*) => {
+        conformance!(@checks $driver on $file_system:
+            inv_03_a_layer_holds_what_was_written_before_the_freeze,
+            inv_09_a_freeze_is_finished_from_wherever_it_stopped,
+            inv_24_heads_go_in_any_order,
+            inv_25_what_is_below_never_changes,
+            inv_25_fifty_heads_leave_a_base_as_it_was,
+            inv_26_the_driver_proves_itself_and_leaves_nothing,
+            inv_27_sizes_are_what_is_allocated,
+            inv_38_forks_share_nothing_they_write,
+            a_flattened_disk_is_equal_sparse_and_independent,
+            a_head_is_made_once_and_keeps_its_content,
+            a_disk_may_be_larger_than_its_base_but_not_smaller,
+            what_is_missing_is_named,
+            a_deep_chain_reads_right,
+            $($check,)*
+        );
     };
     (@checks $driver:ident on $file_system:ident: $($check:ident,)*) => {
         $(#[test]
@@ -76,6 +91,7 @@ conformance! {
     qcow2_on_xfs: Qcow2 on Xfs,
     reflink_on_xfs: Reflink on Xfs,
     reflink_on_btrfs: Reflink on Btrfs,
+    zfs_on_ext4: Zfs on Ext4,
 }
 
 /// Makes a test of one check of a module in one place.
@@ -100,6 +116,7 @@ only! {
     live:
     inv_03_qemu_switches_to_a_qcow2_head_under_load: Qcow2 on Ext4,
     inv_03_dm_snapshot_freezes_under_an_open_descriptor: DmSnapshot on Ext4,
+    inv_03_zfs_freezes_under_an_open_descriptor: Zfs on Ext4,
     inv_25_a_hostile_qcow2_layer_is_refused: Qcow2 on Ext4,
     inv_03_reflink_freezes_under_an_open_descriptor_on_xfs: Reflink on Xfs,
     inv_03_reflink_freezes_under_an_open_descriptor_on_btrfs: Reflink on Btrfs,
@@ -112,4 +129,19 @@ only! {
     inv_14_stale_devices_are_replaced_and_no_others: DmSnapshot on Ext4,
     inv_15_heads_share_one_origin: DmSnapshot on Ext4,
     inv_30_a_freeze_that_was_killed_ends_one_way_or_the_other: DmSnapshot on Ext4,
+}
+
+only! {
+    volumes:
+    inv_12_a_zfs_head_in_use_is_an_error_and_stays: Zfs on Ext4,
+    inv_15_two_first_users_import_one_zfs_base: Zfs on Ext4,
+    inv_24_zfs_layers_go_in_any_order: Zfs on Ext4,
+    inv_25_a_zfs_import_that_was_killed_is_no_base: Zfs on Ext4,
+    inv_25_zfs_bases_and_layers_have_no_device: Zfs on Ext4,
+    inv_26_a_zfs_pool_that_cannot_be_used_is_a_typed_error: Zfs on Ext4,
+    inv_28_a_full_zfs_pool_is_a_typed_error_without_remains: Zfs on Ext4,
+    inv_33_what_was_killed_in_a_zfs_pool_is_finished: Zfs on Ext4,
+    inv_33_a_zfs_dataset_of_another_data_directory_is_refused: Zfs on Ext4,
+    inv_48_what_others_made_in_a_zfs_pool_stays: Zfs on Ext4,
+    pauses_and_resumes_leave_few_zfs_volumes: Zfs on Ext4,
 }

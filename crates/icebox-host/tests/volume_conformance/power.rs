@@ -6,13 +6,13 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::Command;
 
 use icebox_engine::host::Store as _;
 use icebox_engine::id::{GenerationNo, TemplateId};
 use icebox_engine::layout::Object;
 
-use crate::ground::{Disk, Ground, assert_same, run};
+use crate::ground::{Disk, Ground, assert_same};
+use crate::pool::Pool;
 
 const MIB: u64 = 1 << 20;
 
@@ -50,9 +50,10 @@ impl Cuts<'_> {
             .ground
             .image
             .with_file_name(format!("cut-{}", self.cuts.len()));
-        run(Command::new("cp")
-            .arg("--sparse=always")
-            .args([&self.ground.image, &copy]));
+        if self.ground.pool.is_some() {
+            fs::create_dir(Pool::beside(&copy).parent().unwrap()).unwrap();
+        }
+        self.ground.cut(&copy);
         self.cuts.push((copy, self.facts.clone()));
     }
 }
