@@ -138,11 +138,19 @@ struct File {
     accelerator: Option<Accelerator>,
     volume_driver: Option<String>,
     #[serde(default)]
+    zfs: ZfsSection,
+    #[serde(default)]
     log: LogSection,
     #[serde(default)]
     network: NetworkSection,
     #[serde(default)]
     defaults: DefaultsSection,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ZfsSection {
+    dataset: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -179,6 +187,7 @@ pub(crate) struct Config {
     pub(crate) qemu: Option<PathBuf>,
     pub(crate) accelerator: Accelerator,
     pub(crate) volume_driver: Option<String>,
+    pub(crate) zfs_dataset: Option<String>,
     pub(crate) log_filter: String,
     pub(crate) log_format: Format,
     pub(crate) network_prefix: String,
@@ -240,6 +249,7 @@ impl Config {
             qemu: file.qemu,
             accelerator: file.accelerator.unwrap_or_default(),
             volume_driver: file.volume_driver,
+            zfs_dataset: file.zfs.dataset,
             log_filter: file.log.filter.unwrap_or_else(|| "info".to_owned()),
             log_format: file.log.format.unwrap_or_default(),
             network_prefix: file
@@ -345,6 +355,7 @@ mod tests {
             Some(Path::new("/usr/bin/qemu-system-x86_64"))
         );
         assert_eq!(config.volume_driver.take().as_deref(), Some("qcow2"));
+        assert_eq!(config.zfs_dataset.take().as_deref(), Some("tank/icebox"));
         assert_eq!(config, load("").expect("nothing is valid"));
     }
 }

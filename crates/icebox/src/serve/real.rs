@@ -24,7 +24,7 @@ use icebox_host::launcher::Launcher;
 use icebox_host::network::{NetworkConfig, NetworkSlots};
 use icebox_host::store::FileStore;
 use icebox_host::vmm::qemu::{Qemu, QemuConfig};
-use icebox_host::volume::{DmSnapshot, Qcow2, Reflink};
+use icebox_host::volume::{DmSnapshot, Qcow2, Reflink, Zfs};
 use ipnet::Ipv4Net;
 
 use super::config::Config;
@@ -119,7 +119,7 @@ pub(super) async fn survey(config: &Config) -> Report {
         Ok(qemu) => checks.extend(doctor::vmm(&qemu)),
         Err(error) => checks.push(doctor::fails("qemu", &error)),
     }
-    let volumes = all_volumes(&layout, &instance);
+    let volumes = all_volumes(config, &layout, &instance);
     let network = async {
         let config = network(config, instance).map_err(|failure| {
             HostError::new(ErrorKind::Invalid, failure.body().message.clone())
@@ -131,8 +131,13 @@ pub(super) async fn survey(config: &Config) -> Report {
     };
     checks.push(doctor::network(network.await));
     if layout.data().is_dir() {
-        for driver in volumes {
-            checks.push(doctor::volume(driver.as_ref()).await);
+        match volumes {
+            Ok(volumes) => {
+                for driver in volumes {
+                    checks.push(doctor::volume(driver.as_ref()).await);
+                }
+            }
+            Err(error) => checks.push(doctor::fails("volume drivers", &error)),
         }
         checks.push(doctor::space(layout.data()));
     } else {
@@ -267,12 +272,21 @@ fn host_kernel() -> Option<PathBuf> {
 }
 
 /// Every volume driver there is, the default first.
-fn all_volumes(layout: &Layout, instance: &Instance) -> Vec<Arc<dyn VolumeDriver>> {
-    vec![
+///
+/// # Errors
+/// A setting names something that no driver could use.
+fn all_volumes(
+    config: &Config,
+    layout: &Layout,
+    instance: &Instance,
+) -> Result<Vec<Arc<dyn VolumeDriver>>, HostError> {
+    let zfs = Zfs::new(layout.clone(), instance, config.zfs_dataset.as_deref())?;
+    Ok(vec![
         Arc::new(DmSnapshot::new(layout.clone(), instance)),
+        Arc::new(zfs),
         Arc::new(Reflink::new(layout.clone())),
         Arc::new(Qcow2::new(layout.clone())),
-    ]
+    ])
 }
 
 /// The volume drivers that work here, the one that the settings name first; and what is to be said of the others.
@@ -283,7 +297,7 @@ async fn volumes(
 ) -> Result<(Vec<Arc<dyn VolumeDriver>>, Vec<Check>), Failure> {
     let mut working = Vec::new();
     let mut findings = Vec::new();
-    let mut all = all_volumes(layout, instance);
+    let mut all = all_volumes(config, layout, instance).map_err(|error| failed(&error))?;
     if let Some(wanted) = &config.volume_driver {
         let names: Vec<_> = all.iter().map(|driver| driver.name()).collect();
         if !names.contains(&wanted.as_str()) {

@@ -77,7 +77,7 @@ fn inv_26_a_volume_driver_that_cannot_work_is_not_replaced_by_another() {
     place.settings = "volume_driver = \"floppy\"".to_owned();
     let said = place.refused(&mut place.serve());
     assert!(
-        said.contains("floppy") && said.contains("reflink, qcow2"),
+        said.contains("floppy") && said.contains("zfs, reflink, qcow2"),
         "{said}"
     );
 }
