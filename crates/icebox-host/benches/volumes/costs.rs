@@ -58,7 +58,7 @@ pub(crate) async fn measure(ground: &mut Ground, options: &Options, table: &mut 
     // All at once, as a fan-out has them.
     let below = volume.chain.clone();
     assert_eq!(below.layers.first(), Some(&layer));
-    let before = used(ground);
+    let before = ground.used();
     let (mut forked, mut forks) = (Vec::new(), Vec::new());
     for _ in 0..options.repetitions {
         let begun = Instant::now();
@@ -67,7 +67,7 @@ pub(crate) async fn measure(ground: &mut Ground, options: &Options, table: &mut 
         push(&mut forked, begun);
         forks.push(fork);
     }
-    let per_fork = (used(ground).saturating_sub(before)) as f64 / forks.len() as f64 / 1024.0;
+    let per_fork = (ground.used().saturating_sub(before)) as f64 / forks.len() as f64 / 1024.0;
     for fork in &forks {
         ground.remove(fork).await;
     }
@@ -107,11 +107,4 @@ pub(crate) async fn measure(ground: &mut Ground, options: &Options, table: &mut 
 
 fn push(times: &mut Vec<f64>, begun: Instant) {
     times.push(ms(begun.elapsed()));
-}
-
-/// Bytes that the file system of the data directory has given out.
-fn used(ground: &Ground) -> u64 {
-    rustix::fs::sync();
-    let status = rustix::fs::statvfs(ground.layout.data()).unwrap();
-    (status.f_blocks - status.f_bfree) * status.f_frsize
 }

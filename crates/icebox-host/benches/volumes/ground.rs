@@ -21,16 +21,18 @@ const DISK: u64 = 8 << 30;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Driver {
     DmSnapshot,
+    Zfs,
     Reflink,
     Qcow2,
 }
 
 impl Driver {
-    pub(crate) const ALL: &[Self] = &[Self::DmSnapshot, Self::Reflink, Self::Qcow2];
+    pub(crate) const ALL: &[Self] = &[Self::DmSnapshot, Self::Zfs, Self::Reflink, Self::Qcow2];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::DmSnapshot => "dm-snapshot",
+            Self::Zfs => "zfs",
             Self::Reflink => "reflink",
             Self::Qcow2 => "qcow2",
         }
@@ -38,22 +40,19 @@ impl Driver {
 
     /// Why it cannot run here.
     pub(crate) fn missing(self) -> Option<&'static str> {
-        let needs = match self {
-            Self::DmSnapshot => "/dev/mapper/control",
-            Self::Reflink | Self::Qcow2 => "/dev/loop-control",
+        let (needs, why) = match self {
+            Self::DmSnapshot => ("/dev/mapper/control", "this kernel has no device-mapper"),
+            Self::Zfs => ("/dev/zfs", "this kernel has no ZFS"),
+            Self::Reflink | Self::Qcow2 => ("/dev/loop-control", "this kernel has no loop devices"),
         };
-        let text = match self {
-            Self::DmSnapshot => "this kernel has no device-mapper",
-            Self::Reflink | Self::Qcow2 => "this kernel has no loop devices",
-        };
-        (!Path::new(needs).exists()).then_some(text)
+        (!Path::new(needs).exists()).then_some(why)
     }
 
     /// What its data directory is on.
     fn file_system(self) -> &'static str {
         match self {
             Self::Reflink => "xfs",
-            Self::DmSnapshot | Self::Qcow2 => "ext4",
+            Self::DmSnapshot | Self::Zfs | Self::Qcow2 => "ext4",
         }
     }
 }
@@ -88,34 +87,24 @@ pub(crate) struct Accesses {
     pub(crate) bytes: u64,
 }
 
-/// A disk with a file system on it. Gone when dropped.
+/// A disk, of which every access is counted. Gone when dropped.
 struct Disk {
     device: PathBuf,
-    mount: PathBuf,
     directory: tempfile::TempDir,
 }
 
 impl Disk {
-    fn new(file_system: &str, directory: &Path) -> Self {
+    fn new(directory: &Path) -> Self {
         let directory = tempfile::tempdir_in(directory).unwrap();
         let image = directory.path().join("disk");
         fs::File::create(&image).unwrap().set_len(DISK).unwrap();
         let device = run(Command::new("losetup")
             .args(["--find", "--show"])
             .arg(&image));
-        let device = PathBuf::from(device.trim_end());
-        let mount = directory.path().join("mount");
-        fs::create_dir(&mount).unwrap();
-        let disk = Self {
-            device,
-            mount,
+        Self {
+            device: PathBuf::from(device.trim_end()),
             directory,
-        };
-        run(Command::new(format!("mkfs.{file_system}"))
-            .arg("-q")
-            .arg(&disk.device));
-        run(Command::new("mount").args([&disk.device, &disk.mount]));
-        disk
+        }
     }
 
     fn accesses(&self) -> Accesses {
@@ -137,19 +126,78 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        // While a panic unwinds, what cannot be removed is only told.
-        for command in [
-            Command::new("umount").arg(&self.mount),
-            Command::new("losetup").arg("--detach").arg(&self.device),
-        ] {
-            match command.status() {
-                Ok(status) if status.success() => {}
-                other => eprintln!(
-                    "{command:?} in {}: {other:?}",
-                    self.directory.path().display()
-                ),
-            }
-        }
+        undo(Command::new("losetup").arg("--detach").arg(&self.device));
+    }
+}
+
+/// A file system on a disk. Unmounted when dropped.
+struct FileSystem {
+    mount: PathBuf,
+    disk: Disk,
+}
+
+impl FileSystem {
+    fn new(kind: &str, directory: &Path) -> Self {
+        let disk = Disk::new(directory);
+        let mount = disk.directory.path().join("mount");
+        fs::create_dir(&mount).unwrap();
+        run(Command::new(format!("mkfs.{kind}"))
+            .arg("-q")
+            .arg(&disk.device));
+        run(Command::new("mount").args([&disk.device, &mount]));
+        Self { mount, disk }
+    }
+}
+
+impl Drop for FileSystem {
+    fn drop(&mut self) {
+        undo(Command::new("umount").arg(&self.mount));
+    }
+}
+
+/// A ZFS pool on a disk. Destroyed when dropped.
+struct Pool {
+    name: String,
+    disk: Disk,
+}
+
+impl Pool {
+    fn new(directory: &Path) -> Self {
+        let disk = Disk::new(directory);
+        let name = format!("icebox-bench-{}", std::process::id());
+        run(Command::new("zpool")
+            .args([
+                "create",
+                "-o",
+                "cachefile=none",
+                "-O",
+                "mountpoint=none",
+                &name,
+            ])
+            .arg(&disk.device));
+        run(Command::new("zfs").args(["create", &format!("{name}/icebox")]));
+        Self { name, disk }
+    }
+
+    /// Bytes of it that are in use.
+    fn allocated(&self) -> u64 {
+        run(Command::new("zpool").args(["sync", &self.name]));
+        let said = run(Command::new("zpool").args(["list", "-Hp", "-o", "alloc", &self.name]));
+        said.trim().parse().unwrap()
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        undo(Command::new("zpool").args(["destroy", "-f", &self.name]));
+    }
+}
+
+/// While a panic unwinds, what cannot be undone is only told.
+fn undo(command: &mut Command) {
+    match command.status() {
+        Ok(status) if status.success() => {}
+        other => eprintln!("{command:?}: {other:?}"),
     }
 }
 
@@ -167,20 +215,28 @@ pub(crate) struct Ground {
     store: FileStore,
     /// How many bases there are: no two are equal.
     bases: u64,
-    // Last: what is above it goes first.
-    disk: Disk,
+    // Last: what is above them goes first.
+    pool: Option<Pool>,
+    file_system: FileSystem,
 }
 
 impl Ground {
     pub(crate) fn new(driver: Driver, directory: &Path) -> Self {
-        let disk = Disk::new(driver.file_system(), directory);
-        let layout = Layout::new(disk.mount.join("data"), disk.directory.path().join("run"));
+        let file_system = FileSystem::new(driver.file_system(), directory);
+        let layout = Layout::new(
+            file_system.mount.join("data"),
+            file_system.disk.directory.path().join("run"),
+        );
+        let pool = (driver == Driver::Zfs).then(|| Pool::new(directory));
         let store = FileStore::open(layout.clone()).unwrap();
+        let instance = Instance::of_data_directory(layout.data());
         let built: Box<dyn VolumeDriver> = match driver {
-            Driver::DmSnapshot => Box::new(volume::DmSnapshot::new(
-                layout.clone(),
-                &Instance::of_data_directory(layout.data()),
-            )),
+            Driver::DmSnapshot => Box::new(volume::DmSnapshot::new(layout.clone(), &instance)),
+            Driver::Zfs => {
+                let dataset = pool.as_ref().map(|pool| format!("{}/icebox", pool.name));
+                let layout = layout.clone();
+                Box::new(volume::Zfs::new(layout, &instance, dataset.as_deref()).unwrap())
+            }
             Driver::Reflink => Box::new(volume::Reflink::new(layout.clone())),
             Driver::Qcow2 => Box::new(volume::Qcow2::new(layout.clone())),
         };
@@ -190,17 +246,33 @@ impl Ground {
             layout,
             store,
             bases: 0,
-            disk,
+            pool,
+            file_system,
         }
     }
 
-    /// A place on the same file system.
+    /// A place on the file system of the data directory.
     pub(crate) fn scratch(&self, name: &str) -> PathBuf {
-        self.disk.mount.join(name)
+        self.file_system.mount.join(name)
     }
 
     pub(crate) fn accesses(&self) -> Accesses {
-        self.disk.accesses()
+        let files = self.file_system.disk.accesses();
+        let pool = self.pool.as_ref().map(|pool| pool.disk.accesses());
+        let pool = pool.unwrap_or_default();
+        Accesses {
+            reads: files.reads + pool.reads,
+            writes: files.writes + pool.writes,
+            bytes: files.bytes + pool.bytes,
+        }
+    }
+
+    /// Bytes that have been given out.
+    pub(crate) fn used(&self) -> u64 {
+        rustix::fs::sync();
+        let status = rustix::fs::statvfs(self.layout.data()).unwrap();
+        let files = (status.f_blocks - status.f_bfree) * status.f_frsize;
+        files + self.pool.as_ref().map_or(0, Pool::allocated)
     }
 
     /// Imports a base of `size` bytes, of which `percent` hold data, in runs of a mebibyte.
