@@ -6,10 +6,11 @@
 //! forgetting it, so nothing can be collected between its look-up and its use. No lock is held across an await.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Deref;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use crate::error::Error;
 use crate::gate::Gate;
@@ -29,12 +30,13 @@ pub(crate) struct Catalog {
     slots: u16,
     inner: Arc<Mutex<Inner>>,
     unpinned: Arc<Notify>,
+    layers_added: watch::Sender<()>,
 }
 
 #[derive(Default)]
 struct Inner {
     bases: BTreeMap<Digest, Base>,
-    layers: BTreeMap<LayerId, Layer>,
+    layers: BTreeMap<LayerId, StoredLayer>,
     memories: BTreeMap<MemoryId, Memory>,
     templates: BTreeMap<TemplateId, Template>,
     sandboxes: BTreeMap<SandboxId, Entry>,
@@ -72,6 +74,40 @@ impl Entry {
             .any(is_held)
             .then_some(why.as_str())
     }
+}
+
+/// A layer, and how often its manifest has been committed.
+#[derive(Clone)]
+pub(crate) struct StoredLayer {
+    pub(crate) layer: Layer,
+    pub(crate) revision: u64,
+}
+
+/// A chain all of whose layers are kept, also when somebody makes the chain of the same disk a shorter one meanwhile.
+pub(crate) struct PinnedChain {
+    pub(crate) chain: Chain,
+    _pin: Pin,
+}
+
+impl Deref for PinnedChain {
+    type Target = Chain;
+
+    fn deref(&self) -> &Chain {
+        &self.chain
+    }
+}
+
+/// A layer of a chain that is too deep.
+pub(crate) struct Link {
+    pub(crate) stored: StoredLayer,
+    /// Whether something needs it other than the layer above it in the chain: it stays when that one goes by.
+    pub(crate) shared: bool,
+}
+
+/// A chain that is too deep, newest layer first, all of it kept.
+pub(crate) struct DeepChain {
+    pub(crate) links: Vec<Link>,
+    _pin: Pin,
 }
 
 /// Keeps objects from the collector until it is dropped.
@@ -113,11 +149,20 @@ impl Catalog {
             slots,
             inner: Arc::default(),
             unpinned: Arc::default(),
+            layers_added: watch::Sender::new(()),
         }
     }
 
     pub(crate) fn pin(&self, objects: impl IntoIterator<Item = Object>) -> Pin {
-        let mut inner = lock(&self.inner);
+        self.pin_in(&mut lock(&self.inner), objects)
+    }
+
+    /// [`pin`](Self::pin), in one step with whatever looked the objects up.
+    fn pin_in(
+        &self,
+        inner: &mut MutexGuard<'_, Inner>,
+        objects: impl IntoIterator<Item = Object>,
+    ) -> Pin {
         inner.next_pin += 1;
         let number = inner.next_pin;
         inner.pins.insert(number, objects.into_iter().collect());
@@ -160,8 +205,16 @@ impl Catalog {
         size.ok_or_else(|| inner.absent("base", &Object::Base(base.clone()), base.as_str()))
     }
 
-    pub(crate) fn add_layer(&self, layer: Layer) {
-        lock(&self.inner).layers.insert(layer.id.clone(), layer);
+    /// A layer that is new, or whose manifest has been committed again.
+    pub(crate) fn add_layer(&self, revision: u64, layer: Layer) {
+        let (id, stored) = (layer.id.clone(), StoredLayer { layer, revision });
+        lock(&self.inner).layers.insert(id, stored);
+        self.layers_added.send_replace(());
+    }
+
+    /// Changes whenever a layer is added, since a chain may be too deep then. Closed when there is no catalog any more.
+    pub(crate) fn layers_added(&self) -> watch::Receiver<()> {
+        self.layers_added.subscribe()
     }
 
     pub(crate) fn add_memory(&self, memory: Memory) {
@@ -180,8 +233,9 @@ impl Catalog {
 
     pub(crate) fn layer_driver(&self, id: &LayerId) -> Result<String, Error> {
         let inner = lock(&self.inner);
-        let layer = inner.layers.get(id).map(|layer| layer.driver.clone());
-        layer.ok_or_else(|| inner.absent("layer", &Object::Layer(id.clone()), id.as_str()))
+        let stored = inner.layers.get(id);
+        let driver = stored.map(|stored| stored.layer.driver.clone());
+        driver.ok_or_else(|| inner.absent("layer", &Object::Layer(id.clone()), id.as_str()))
     }
 
     pub(crate) fn memory(&self, id: &MemoryId) -> Result<Memory, Error> {
@@ -191,41 +245,48 @@ impl Catalog {
     }
 
     /// The chain under a head that sits on `under`, for a disk of `size`.
-    pub(crate) fn chain(&self, under: &Under, size: Bytes) -> Result<Chain, Error> {
+    pub(crate) fn chain(&self, under: &Under, size: Bytes) -> Result<PinnedChain, Error> {
+        let mut inner = lock(&self.inner);
+        let chain = inner.chain(under, size)?;
+        let layers = chain.layers.iter().cloned().map(Object::Layer);
+        let base = chain.base.iter().cloned().map(Object::Base);
+        let pin = self.pin_in(&mut inner, layers.chain(base).collect::<Vec<_>>());
+        Ok(PinnedChain { chain, _pin: pin })
+    }
+
+    /// The deepest chain of those that are deeper than `bound`, whose layers a driver of `drivers` keeps, and that have
+    /// none of the layers in `without`.
+    pub(crate) fn deep_chain(
+        &self,
+        bound: usize,
+        drivers: &BTreeSet<String>,
+        without: &BTreeSet<LayerId>,
+    ) -> Option<DeepChain> {
+        let mut inner = lock(&self.inner);
+        let links = inner.deepest(bound, drivers, without)?;
+        let layers = links.iter().map(|link| link.stored.layer.id.clone());
+        let layers: Vec<_> = layers.map(Object::Layer).collect();
+        let pin = self.pin_in(&mut inner, layers);
+        Some(DeepChain { links, _pin: pin })
+    }
+
+    /// How many layers lie under a sandbox's disk.
+    pub(crate) fn depth(&self, record: &Sandbox) -> usize {
         let inner = lock(&self.inner);
-        let mut layers = Vec::new();
-        let mut next = under.clone();
-        loop {
-            match next {
-                Under::Base(base) => {
-                    if let Some(why) = inner.flaw([Object::Base(base.clone())]) {
-                        return Err(unusable(Object::Base(base).to_string(), why));
-                    }
-                    return Ok(Chain {
-                        layers,
-                        base: Some(base),
-                        size,
-                    });
-                }
-                Under::Layer(id) => {
-                    let layer = inner.layers.get(&id).ok_or_else(|| {
-                        inner.absent("layer", &Object::Layer(id.clone()), id.as_str())
-                    })?;
-                    layers.push(id);
-                    next = match (&layer.parent, &layer.base) {
-                        (Some(parent), _) => Under::Layer(parent.clone()),
-                        (None, Some(base)) => Under::Base(base.clone()),
-                        (None, None) => {
-                            return Ok(Chain {
-                                layers,
-                                base: None,
-                                size,
-                            });
-                        }
-                    };
-                }
+        let head = record.holds.iter().find_map(|hold| match hold {
+            Hold::Head { over, .. } => Some(over.clone()),
+            _ => None,
+        });
+        let under = head.or_else(|| match record.rests {
+            Rest::Paused { generation } => {
+                let entry = inner.sandboxes.get(&record.id)?;
+                let generation = entry.generations.get(&generation)?;
+                Some(Under::Layer(generation.capture.layer.clone()))
             }
-        }
+            _ => None,
+        });
+        let chain = under.and_then(|under| inner.chain(&under, Bytes(0)).ok());
+        chain.map_or(0, |chain| chain.layers.len())
     }
 
     // Templates.
@@ -581,6 +642,81 @@ impl Catalog {
 }
 
 impl Inner {
+    fn chain(&self, under: &Under, size: Bytes) -> Result<Chain, Error> {
+        let mut layers = Vec::new();
+        let mut next = under.clone();
+        let base = loop {
+            match next {
+                Under::Base(base) => {
+                    if let Some(why) = self.flaw([Object::Base(base.clone())]) {
+                        return Err(unusable(Object::Base(base).to_string(), why));
+                    }
+                    break Some(base);
+                }
+                Under::Layer(id) => {
+                    let stored = self.layers.get(&id).ok_or_else(|| {
+                        self.absent("layer", &Object::Layer(id.clone()), id.as_str())
+                    })?;
+                    layers.push(id);
+                    next = match (&stored.layer.parent, &stored.layer.base) {
+                        (Some(parent), _) => Under::Layer(parent.clone()),
+                        (None, Some(base)) => Under::Base(base.clone()),
+                        (None, None) => break None,
+                    };
+                }
+            }
+        };
+        Ok(Chain { layers, base, size })
+    }
+
+    fn deepest(
+        &self,
+        bound: usize,
+        drivers: &BTreeSet<String>,
+        without: &BTreeSet<LayerId>,
+    ) -> Option<Vec<Link>> {
+        // Without what is only kept because it is open: it goes soon, and nobody will read through it again.
+        let roots = self.roots();
+        let pinned = self.pins.values().flatten().cloned();
+        let reached = self.closure(roots.iter().cloned().chain(pinned).collect());
+        let reached: Vec<&StoredLayer> = reached
+            .iter()
+            .filter_map(|object| match object {
+                Object::Layer(id) => self.layers.get(id),
+                _ => None,
+            })
+            .collect();
+        let deep = reached
+            .iter()
+            .filter(|tip| drivers.contains(&tip.layer.driver))
+            .filter_map(|tip| self.line(tip))
+            .filter(|line| line.len() > bound)
+            .filter(|line| !line.iter().any(|stored| without.contains(&stored.layer.id)));
+        let deepest = deep.max_by_key(Vec::len)?;
+        let mut children: BTreeMap<&LayerId, usize> = BTreeMap::new();
+        for parent in reached.iter().filter_map(|it| it.layer.parent.as_ref()) {
+            *children.entry(parent).or_default() += 1;
+        }
+        let link = |stored: &StoredLayer| Link {
+            shared: roots.contains(&Object::Layer(stored.layer.id.clone()))
+                || children.get(&stored.layer.id).is_some_and(|it| *it > 1),
+            stored: stored.clone(),
+        };
+        Some(deepest.into_iter().map(link).collect())
+    }
+
+    /// A layer and all that are under it. `None` if one cannot be used.
+    fn line<'a>(&'a self, tip: &'a StoredLayer) -> Option<Vec<&'a StoredLayer>> {
+        let mut line = vec![tip];
+        let mut next = tip.layer.parent.as_ref();
+        while let Some(id) = next {
+            let stored = self.layers.get(id)?;
+            line.push(stored);
+            next = stored.layer.parent.as_ref();
+        }
+        Some(line)
+    }
+
     fn insert(
         &mut self,
         record: Sandbox,
@@ -628,7 +764,11 @@ impl Inner {
         let mut frontier: Vec<Object> = reached.iter().cloned().collect();
         while let Some(object) = frontier.pop() {
             let needs: Vec<Object> = match &object {
-                Object::Layer(id) => self.layers.get(id).map(layer_needs).unwrap_or_default(),
+                Object::Layer(id) => self
+                    .layers
+                    .get(id)
+                    .map(|stored| layer_needs(&stored.layer))
+                    .unwrap_or_default(),
                 Object::Memory(id) => self
                     .memories
                     .get(id)
@@ -649,6 +789,14 @@ impl Inner {
 
     /// What manifests refer to, other than what is still in the making.
     fn referred_to(&self) -> BTreeSet<Object> {
+        let mut roots = self.roots();
+        let opened = self.sandboxes.values().flat_map(|it| &it.record.opened);
+        roots.extend(opened.cloned().map(Object::Layer));
+        self.closure(roots)
+    }
+
+    /// What manifests name themselves, other than layers that are only open.
+    fn roots(&self) -> BTreeSet<Object> {
         let mut roots: BTreeSet<Object> = self.templates.values().flat_map(content_roots).collect();
         for entry in self.sandboxes.values() {
             roots.extend(record_roots(&entry.record));
@@ -662,7 +810,7 @@ impl Inner {
             let listed = listed.map(|number| Object::Generation(entry.record.id.clone(), *number));
             roots.extend(listed);
         }
-        self.closure(roots)
+        roots
     }
 
     fn exists(&self, object: &Object) -> bool {

@@ -26,6 +26,7 @@ use crate::layout::Object;
 use crate::ledger::Ledger;
 use crate::lifecycle::Beginning;
 use crate::manifest::v1::{self, Generation, Rest, Spec, Template, TemplateContent};
+use crate::merge;
 use crate::panics::{caught, internal};
 use crate::phase::Phase;
 use crate::sandbox::{
@@ -47,6 +48,8 @@ pub struct Config {
     pub keep_generations: usize,
     /// The most memory that one sandbox may ask for, in MiB. Usually the host's.
     pub max_mem_mib: u32,
+    /// How many layers may lie under a disk before some are merged into one, in the background. At least 4.
+    pub max_layers: usize,
 }
 
 impl Default for Config {
@@ -54,6 +57,7 @@ impl Default for Config {
         Self {
             keep_generations: 8,
             max_mem_mib: u32::MAX,
+            max_layers: merge::MAX_LAYERS,
         }
     }
 }
@@ -88,6 +92,8 @@ pub struct CreateRequest {
 pub struct SandboxView {
     /// Its record, as committed.
     pub record: Arc<v1::Sandbox>,
+    /// How many layers lie under its disk.
+    pub layers: usize,
     /// Its generations that can be used, oldest first.
     pub generations: Vec<Generation>,
     /// Its generations of which something is missing or cannot be read, and what.
@@ -417,6 +423,7 @@ impl Engine {
         let disk_lost = entry.disk_lost().map(ToOwned::to_owned);
         let generations = entry.generations.into_values().filter(usable).collect();
         SandboxView {
+            layers: self.shared.catalog.depth(&entry.record),
             record: entry.record,
             generations,
             unusable,
@@ -554,6 +561,7 @@ fn new_record(spec: Spec, name: Option<Name>) -> v1::Sandbox {
         intent: None,
         machine: None,
         restored_from: None,
+        opened: Vec::new(),
         generations: Vec::new(),
         next_generation: GenerationNo(1),
         next_head: 0,

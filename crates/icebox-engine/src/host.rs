@@ -32,7 +32,8 @@ pub use vmm::{
     SavePlan, SavedMemory, SavedPages, Start, VcpuState, Vmm, VmmIdentity,
 };
 pub use volume::{
-    BlockDevice, Chain, FreezeByHost, LiveFreeze, Trouble, VolumeDriver, Watch, WatchHeads,
+    BlockDevice, Chain, FreezeByHost, LiveFreeze, MergeLayers, Trouble, VolumeDriver, Watch,
+    WatchHeads,
 };
 
 /// Whether `ensure_*` had to do anything.

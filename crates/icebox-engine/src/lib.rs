@@ -20,6 +20,7 @@ pub mod layout;
 mod ledger;
 mod lifecycle;
 pub mod manifest;
+mod merge;
 mod panics;
 mod phase;
 mod sandbox;

@@ -11,14 +11,14 @@ use std::time::Duration;
 use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::catalog::{Catalog, Pin};
+use crate::catalog::{Catalog, Pin, PinnedChain};
 use crate::deadline::{self, within};
 use crate::engine::Config;
 use crate::error::Error;
 use crate::event::{Events, Steps};
 use crate::gate::Gate;
 use crate::host::{
-    Chain, ErrorKind, ExitReason, GuestAddress, Host, HostError, Machine, Vmm, VolumeDriver,
+    ErrorKind, ExitReason, GuestAddress, Host, HostError, Machine, Vmm, VolumeDriver,
 };
 use crate::id::{GenerationNo, HeadId, Name, SandboxId};
 use crate::layout::Object;
@@ -77,8 +77,7 @@ pub(crate) struct Origin {
 
 /// A disk state that will not change any more.
 pub(crate) struct Frozen {
-    pub(crate) chain: Chain,
-    pub(crate) _pin: Pin,
+    pub(crate) chain: PinnedChain,
 }
 
 /// Whether there is a VMM.
@@ -403,7 +402,7 @@ impl Sandbox {
         }
     }
 
-    pub(crate) fn chain(&self, under: &Under) -> Result<Chain, Error> {
+    pub(crate) fn chain(&self, under: &Under) -> Result<PinnedChain, Error> {
         self.shared
             .catalog
             .chain(under, self.record().spec.disk_size)
@@ -470,6 +469,9 @@ impl Sandbox {
                         .any(|hold| matches!(hold, Hold::Vmm { .. }))
                     {
                         record.restored_from = None;
+                    }
+                    if !record.holds.contains(&Hold::Disk) {
+                        record.opened.clear();
                     }
                 })
                 .await;

@@ -496,6 +496,14 @@ fn for_each_stretch(
     Ok(())
 }
 
+/// Drops what the page cache has of a file that is durable, so that what is read next comes from the disk. As far as the
+/// file system does that: it is advice.
+pub(crate) fn forget_cached(file: &File) {
+    if let Err(error) = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed) {
+        tracing::debug!(%error, "what was written is read back from memory");
+    }
+}
+
 /// Makes a stretch of `file` zero, without storage where the file system can do that. The file's length stays.
 pub(crate) fn punch(file: &File, offset: u64, length: u64) -> io::Result<()> {
     match rustix::fs::fallocate(

@@ -14,9 +14,9 @@ use async_trait::async_trait;
 use icebox_engine::host::{
     BlockDevice, BootFiles, Boxes, Capabilities, Chain, DiskSwitch, Egress, Ensured, ErrorKind,
     ExitReason, FreezeByHost, Guest, GuestAddress, Host, HostError, Kernels, LaunchPlan, Limits,
-    LimitsInForce, LiveFreeze, Machine, Network, ProcessIdentity, Removed, SavePlan, SavedMemory,
-    Secret, SlotNetwork, Store, StoredDocument, VcpuState, Vmm, VmmIdentity, VolumeDriver,
-    WatchHeads, Welcome,
+    LimitsInForce, LiveFreeze, Machine, MergeLayers, Network, ProcessIdentity, Removed, SavePlan,
+    SavedMemory, Secret, SlotNetwork, Store, StoredDocument, VcpuState, Vmm, VmmIdentity,
+    VolumeDriver, WatchHeads, Welcome,
 };
 use icebox_engine::id::{Digest, HeadId, LayerId, SandboxId, Slot};
 use icebox_engine::layout::Object;
@@ -43,6 +43,9 @@ pub enum Kind {
     Panic,
     /// The step goes on, and [`Injector::reached`] completes: the client is about to go away.
     Cancel,
+    /// The step goes on when it is [told to](Injector::go_on), and [`Injector::reached`] completes: something else is
+    /// about to happen first.
+    Hold,
 }
 
 /// One fault.
@@ -71,6 +74,7 @@ struct Inner {
     steps: AtomicUsize,
     trace: Mutex<Vec<&'static str>>,
     reached: Notify,
+    go_on: Notify,
 }
 
 impl Injector {
@@ -125,9 +129,14 @@ impl Injector {
             .clone()
     }
 
-    /// Completes when a crash or cancel has been sprung.
+    /// Completes when a crash, cancel or hold has been sprung.
     pub async fn reached(&self) {
         self.0.reached.notified().await;
+    }
+
+    /// Lets the step that is held go on.
+    pub fn go_on(&self) {
+        self.0.go_on.notify_one();
     }
 
     async fn around<T>(
@@ -181,6 +190,11 @@ impl Injector {
             }
             Some(Kind::Cancel) => {
                 self.0.reached.notify_one();
+                Ok(())
+            }
+            Some(Kind::Hold) => {
+                self.0.reached.notify_one();
+                self.0.go_on.notified().await;
                 Ok(())
             }
         }
@@ -346,6 +360,10 @@ impl VolumeDriver for Faulty<dyn VolumeDriver> {
     fn layers_are_whole(&self) -> bool {
         self.inner.layers_are_whole()
     }
+    fn merges_layers(&self) -> Option<&dyn MergeLayers> {
+        let merges = self.inner.merges_layers().is_some();
+        merges.then_some(self as &dyn MergeLayers)
+    }
     async fn ensure_base(&self, base: &Digest) -> Result<Ensured, HostError> {
         self.injector
             .around("volume.ensure_base", self.inner.ensure_base(base))
@@ -438,6 +456,27 @@ impl FreezeByHost for Faulty<dyn VolumeDriver> {
         self.injector
             .around("volume.is_frozen", self.by_host().is_frozen(from, to))
             .await
+    }
+}
+
+impl Faulty<dyn VolumeDriver> {
+    fn merging(&self) -> &dyn MergeLayers {
+        self.inner
+            .merges_layers()
+            .unwrap_or_else(|| unreachable!("only a driver that merges is asked to"))
+    }
+}
+
+#[async_trait]
+impl MergeLayers for Faulty<dyn VolumeDriver> {
+    async fn merge(&self, run: &[LayerId], size: Bytes, staging: &Path) -> Result<(), HostError> {
+        let merged = self.merging().merge(run, size, staging);
+        self.injector.around("volume.merge", merged).await
+    }
+
+    async fn verify(&self, run: &[LayerId], size: Bytes, staging: &Path) -> Result<(), HostError> {
+        let verified = self.merging().verify(run, size, staging);
+        self.injector.around("volume.verify", verified).await
     }
 }
 

@@ -108,6 +108,12 @@ impl Store for SimStore {
     async fn trash(&self, object: &Object) -> Result<Removed, HostError> {
         let mut state = self.world.lock();
         state.tick();
+        if let Object::Layer(layer) = object
+            && let Some(user) = state.vms.iter().find(|(_, vm)| vm.opened.contains(layer))
+        {
+            let gone = format!("{object} went while the VMM of {} had it open", user.0);
+            state.taken_away.push(gone);
+        }
         let was_there = state.objects.remove(object).is_some();
         if was_there {
             state.trash.insert(object.clone());

@@ -8,12 +8,12 @@ use icebox_engine::host::{
     MemorySource, ProcessIdentity, Removed, SavePlan, SavedMemory, SavedPages, Start, VcpuState,
     Vmm, VmmIdentity,
 };
-use icebox_engine::id::{HeadId, SandboxId};
+use icebox_engine::id::SandboxId;
 use icebox_engine::layout::{MEMORY_BASE, MEMORY_DIFF};
 use icebox_engine::unit::Bytes;
 use tokio::sync::watch;
 
-use crate::volume::head_of;
+use crate::volume::{head_of, layers_of};
 use crate::world::{File, State, Vcpus, Vm, World};
 
 pub(crate) struct SimVmm {
@@ -106,6 +106,7 @@ impl Vmm for SimVmm {
         }
         let head = head_of(&plan.disk)?;
         let disk = state.resolve(&head)?;
+        let opened = layers_of(&plan.disk)?;
         let (value, page, token, vcpus) = match &plan.start {
             Start::Boot { token, .. } => (disk, 0, token.expose().to_owned(), Vcpus::Running),
             Start::Restore {
@@ -145,6 +146,7 @@ impl Vmm for SimVmm {
             vcpus,
             wedged: false,
             head,
+            opened,
             value,
             page,
             token,
@@ -291,7 +293,7 @@ impl Machine for SimMachine {
 #[async_trait]
 impl DiskSwitch for SimMachine {
     async fn switch(&self, to: &BlockDevice) -> Result<(), HostError> {
-        let to: HeadId = head_of(to)?;
+        let (to, layers) = (head_of(to)?, layers_of(to)?);
         self.with(|_| ()).await?;
         let mut state = self.world.lock();
         let from = state.vms.get(&self.sandbox).ok_or_else(gone)?.head.clone();
@@ -304,7 +306,10 @@ impl DiskSwitch for SimMachine {
             HostError::new(ErrorKind::NotFound, format!("head {to} does not exist"))
         })?;
         head.value = Some(content);
-        state.vms.get_mut(&self.sandbox).ok_or_else(gone)?.head = to;
+        let vm = state.vms.get_mut(&self.sandbox).ok_or_else(gone)?;
+        vm.head = to;
+        // The head that it wrote to so far is the newest layer from now on.
+        vm.opened.extend(layers.into_iter().next());
         Ok(())
     }
 

@@ -1,13 +1,13 @@
 //! Volumes in memory: one driver whose disks the host freezes, and one that needs the VMM for it. The former keeps layers
 //! outside their directories.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use icebox_engine::host::{
-    BlockDevice, Chain, Ensured, ErrorKind, FreezeByHost, HostError, LiveFreeze, Removed, Trouble,
-    VolumeDriver, Watch, WatchHeads,
+    BlockDevice, Chain, Ensured, ErrorKind, FreezeByHost, HostError, LiveFreeze, MergeLayers,
+    Removed, Trouble, VolumeDriver, Watch, WatchHeads,
 };
 use icebox_engine::id::{Digest, HeadId, LayerId};
 use icebox_engine::layout::{LAYER_DISK, Object};
@@ -42,7 +42,10 @@ impl SimVolumes {
                 let layer = staged_layer(staging)?;
                 state.pool.insert(layer, content);
             }
-            FreezeBy::Vmm => state.write(&staging.join(LAYER_DISK), File::Disk(content))?,
+            FreezeBy::Vmm => {
+                let written = state.heads.get(head).and_then(|head| head.value);
+                state.write(&staging.join(LAYER_DISK), File::Written(written))?;
+            }
         }
         Ok(content)
     }
@@ -76,6 +79,37 @@ pub(crate) fn head_of(device: &BlockDevice) -> Result<HeadId, HostError> {
         })
     });
     parsed.ok_or_else(|| HostError::new(ErrorKind::Invalid, format!("{text} is no head")))
+}
+
+/// The layers that a VMM opened.
+pub(crate) fn layers_of(device: &BlockDevice) -> Result<Vec<LayerId>, HostError> {
+    let layers = match device {
+        BlockDevice::Raw { .. } => &[][..],
+        BlockDevice::Qcow2 { layers, .. } => layers,
+    };
+    let parse = |path: &PathBuf| {
+        let text = path.to_string_lossy();
+        text.parse()
+            .map_err(|_| HostError::new(ErrorKind::Invalid, format!("{text} is no layer")))
+    };
+    layers.iter().map(parse).collect()
+}
+
+/// Refuses a chain of which something is not there. The newest layer may still be a head.
+fn require_chain(state: &State, chain: &Chain) -> Result<(), HostError> {
+    let missing = chain
+        .layers
+        .iter()
+        .skip(1)
+        .map(|layer| Object::Layer(layer.clone()))
+        .find(|layer| !state.objects.contains_key(layer));
+    match missing {
+        None => Ok(()),
+        Some(layer) => Err(HostError::new(
+            ErrorKind::NotFound,
+            format!("{layer} does not exist"),
+        )),
+    }
 }
 
 fn under(chain: &Chain) -> Result<Object, HostError> {
@@ -114,6 +148,10 @@ impl VolumeDriver for SimVolumes {
         self.freeze == FreezeBy::Host
     }
 
+    fn merges_layers(&self) -> Option<&dyn MergeLayers> {
+        (self.freeze == FreezeBy::Vmm).then_some(self)
+    }
+
     async fn ensure_base(&self, base: &Digest) -> Result<Ensured, HostError> {
         if self
             .world
@@ -137,6 +175,7 @@ impl VolumeDriver for SimVolumes {
     async fn ensure_head(&self, head: &HeadId, chain: &Chain) -> Result<Ensured, HostError> {
         let mut state = self.world.lock();
         state.tick();
+        require_chain(&state, chain)?;
         if state.heads.contains_key(head) {
             return Ok(Ensured::AlreadyPresent);
         }
@@ -170,6 +209,7 @@ impl VolumeDriver for SimVolumes {
     async fn attach(&self, head: &HeadId, chain: &Chain) -> Result<BlockDevice, HostError> {
         let mut state = self.world.lock();
         state.tick();
+        require_chain(&state, chain)?;
         let found = state.heads.get_mut(head);
         let found = found.ok_or_else(|| {
             HostError::new(ErrorKind::NotFound, format!("head {head} does not exist"))
@@ -234,8 +274,7 @@ impl VolumeDriver for SimVolumes {
     async fn flatten(&self, chain: &Chain, out: &Path) -> Result<(), HostError> {
         let mut state = self.world.lock();
         state.tick();
-        let source = under(chain)?;
-        let content = state.resolve_object(&source)?;
+        let content = state.resolve_object(&under(chain)?)?;
         state.write(
             out,
             File::Image {
@@ -284,6 +323,54 @@ impl VolumeDriver for SimVolumes {
             return Ok(Vec::new());
         }
         Ok(self.world.lock().pool.keys().cloned().collect())
+    }
+}
+
+/// What the layers of a run hold together.
+fn merged(state: &State, run: &[LayerId]) -> Result<Option<u64>, HostError> {
+    let mut newest = None;
+    for (layer, below) in run.iter().zip(run.iter().skip(1).map(Some).chain([None])) {
+        let object = Object::Layer(layer.clone());
+        if below.is_some_and(|below| {
+            !state
+                .below(&object)
+                .is_ok_and(|found| found == Object::Layer(below.clone()))
+        }) {
+            let message = format!("{object} is no neighbour of the next of its run");
+            return Err(HostError::new(ErrorKind::Invalid, message));
+        }
+        let published = state.objects.get(&object);
+        match published.and_then(|directory| directory.files.get(LAYER_DISK)) {
+            Some(File::Written(written)) => newest = newest.or(*written),
+            _ => {
+                let message = format!("{object} does not exist");
+                return Err(HostError::new(ErrorKind::NotFound, message));
+            }
+        }
+    }
+    Ok(newest)
+}
+
+#[async_trait]
+impl MergeLayers for SimVolumes {
+    async fn merge(&self, run: &[LayerId], _size: Bytes, staging: &Path) -> Result<(), HostError> {
+        let mut state = self.world.lock();
+        state.tick();
+        let newest = merged(&state, run)?;
+        let written = newest.filter(|_| !state.merges_corrupt);
+        state.write(&staging.join(LAYER_DISK), File::Written(written))
+    }
+
+    async fn verify(&self, run: &[LayerId], _size: Bytes, staging: &Path) -> Result<(), HostError> {
+        let mut state = self.world.lock();
+        state.tick();
+        let newest = merged(&state, run)?;
+        let found = state.read(&staging.join(LAYER_DISK))?;
+        if found == File::Written(newest) {
+            return Ok(());
+        }
+        let message = format!("the merged layer holds {found:?} instead of {newest:?}");
+        Err(HostError::new(ErrorKind::Invalid, message))
     }
 }
 

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use icebox_engine::host::{ErrorKind, ExitReason, Host, HostError, ProcessIdentity, Welcome};
 use icebox_engine::id::{Digest, HeadId, LayerId, SandboxId, Slot};
 use icebox_engine::layout::{LAYER_DISK, Object};
+use icebox_engine::manifest::{self, v1};
 use icebox_engine::unit::{Bytes, Geometry};
 use tokio::sync::watch;
 
@@ -21,8 +22,10 @@ use crate::volume::{FreezeBy, SimVolumes};
 pub(crate) enum File {
     /// A raw disk image.
     Image { content: u64, size: Bytes },
-    /// A disk: the number that a guest wrote last.
+    /// A whole disk: the number that a guest wrote last.
     Disk(u64),
+    /// What was written over what is below, if anything was.
+    Written(Option<u64>),
     /// A full memory: the number that a guest held, and its page for the tests.
     Memory { value: u64, page: u64 },
     /// What differs from a full memory. A page that is as it was is not in it; one that was zeroed is.
@@ -65,6 +68,8 @@ pub(crate) struct Vm {
     pub(crate) vcpus: Vcpus,
     pub(crate) wedged: bool,
     pub(crate) head: HeadId,
+    /// The layers that it has open.
+    pub(crate) opened: Vec<LayerId>,
     pub(crate) value: u64,
     /// A page of its memory that only tests write to.
     pub(crate) page: u64,
@@ -94,6 +99,9 @@ pub(crate) struct State {
     pub(crate) vcpus_stuck: bool,
     pub(crate) save_fails: bool,
     pub(crate) agent_wedged: bool,
+    pub(crate) merges_corrupt: bool,
+    /// What went though it was in use.
+    pub(crate) taken_away: Vec<String>,
     pub(crate) vmm_version: Option<String>,
 }
 
@@ -189,14 +197,35 @@ impl State {
         {
             return Ok(*content);
         }
-        let published = self.objects.get(object);
-        match published.and_then(|directory| directory.files.values().next()) {
-            Some(File::Disk(value)) => Ok(*value),
-            Some(File::Image { content, .. }) => Ok(*content),
-            _ => Err(invalid(format!(
-                "{object} is under a head and does not exist"
-            ))),
+        let (mut next, mut newest) = (object.clone(), None);
+        loop {
+            let published = self.objects.get(&next);
+            match published.and_then(|directory| directory.files.values().next()) {
+                Some(File::Disk(value) | File::Image { content: value, .. }) => {
+                    return Ok(newest.unwrap_or(*value));
+                }
+                Some(File::Written(written)) => {
+                    newest = newest.or(*written);
+                    next = self.below(&next)?;
+                }
+                _ => {
+                    let message = format!("{next} is under a head and does not exist");
+                    return Err(invalid(message));
+                }
+            }
         }
+    }
+
+    /// What a published layer says that it sits on.
+    pub(crate) fn below(&self, layer: &Object) -> Result<Object, HostError> {
+        let published = self.objects.get(layer);
+        let bytes = published.and_then(|directory| directory.manifest.as_deref());
+        let (_, layer) = manifest::decode::<v1::Layer>(layer, bytes)
+            .map_err(|error| invalid(error.to_string()))?;
+        let parent = layer.parent.map(Object::Layer);
+        parent
+            .or(layer.base.map(Object::Base))
+            .ok_or_else(|| invalid(format!("layer {} sits on nothing", layer.id)))
     }
 
     /// What a guest would read from a head.
@@ -273,6 +302,9 @@ impl World {
         if vm.vcpus != Vcpus::Running {
             return Err("its vCPUs stand still".into());
         }
+        if let Some(gone) = state.taken_away.first() {
+            return Err(gone.clone());
+        }
         if disk != vm.value {
             return Err(format!("memory holds {} and the disk {disk}", vm.value));
         }
@@ -338,6 +370,11 @@ impl World {
     /// Makes `resume_vcpus` fail from now on, or work again.
     pub fn stick_vcpus(&self, stuck: bool) {
         self.lock().vcpus_stuck = stuck;
+    }
+
+    /// Makes merged layers hold something else than what they were made of, or not.
+    pub fn corrupt_merges(&self, corrupt: bool) {
+        self.lock().merges_corrupt = corrupt;
     }
 
     /// Makes the next save of a memory fail.

@@ -1010,7 +1010,7 @@ fn inv_51_going_back_keeps_the_newest_disk_as_a_branch() {
         let branch = &view.record.branches[0];
         engine.collect(false).await.unwrap();
         let content = world.content(&Object::Layer(branch.layer.clone())).unwrap();
-        assert_eq!(content, format!("{{\"disk\": Disk({newest})}}"));
+        assert!(content.contains(&format!("({newest})")), "{content}");
         assert!(matches!(
             engine.resume("a", Some(GenerationNo(9))).await,
             Err(Error::NoGeneration { .. } | Error::Refused(_))

@@ -55,6 +55,8 @@ fn inv_27_sizes_are_what_is_allocated() {
             let size = store.allocated(&object).await.unwrap();
             sizes.push((object, size));
         }
+        // The engine's own look at what there is comes first.
+        tokio::time::sleep(Duration::from_secs(10)).await;
         engine.destroy("a").await.unwrap();
         // The template goes; what it needed waits for the collection that is looked at here.
         let waits = std::iter::repeat(Some(When::Before));

@@ -19,6 +19,7 @@ use crate::layout::Object;
 use crate::ledger::Ledger;
 use crate::manifest::v1::{self, Generation};
 use crate::manifest::{self, Document, ManifestError};
+use crate::merge;
 use crate::sandbox::{Chained, Fate, QUEUE, Sandbox, Shared};
 use crate::watch;
 
@@ -55,13 +56,17 @@ impl Engine {
             let (object, bytes) = (&document.object, document.manifest.as_deref());
             match object {
                 Object::Kernel(_) => {}
-                Object::Base(_) => or_flawed(catalog, object, bytes, Catalog::add_base)?,
+                Object::Base(_) => or_flawed(catalog, object, bytes, |catalog, _, base| {
+                    catalog.add_base(base);
+                })?,
                 Object::Layer(_) => or_flawed(catalog, object, bytes, Catalog::add_layer)?,
-                Object::Memory(_) => or_flawed(catalog, object, bytes, Catalog::add_memory)?,
+                Object::Memory(_) => or_flawed(catalog, object, bytes, |catalog, _, memory| {
+                    catalog.add_memory(memory);
+                })?,
                 Object::Template(_) => catalog.add_template(manifest::decode(object, bytes)?.1),
                 Object::Generation(sandbox, number) => {
                     let listed = generations.entry(sandbox.clone()).or_default();
-                    or_flawed(catalog, object, bytes, |_, generation| {
+                    or_flawed(catalog, object, bytes, |_, _, generation| {
                         listed.insert(*number, generation);
                     })?;
                 }
@@ -123,7 +128,9 @@ impl Engine {
         }
         collect::sweep(shared, strays).await;
         self.make_slots_ready();
-        self.collect(false).await.map(drop)
+        self.collect(false).await?;
+        tokio::spawn(merge::keep_chains_short(Arc::downgrade(shared)));
+        Ok(())
     }
 
     /// Says what there is and cannot be used.
@@ -150,10 +157,10 @@ fn or_flawed<T: Document>(
     catalog: &Catalog,
     object: &Object,
     bytes: Option<&[u8]>,
-    add: impl FnOnce(&Catalog, T),
+    add: impl FnOnce(&Catalog, u64, T),
 ) -> Result<(), Error> {
     match manifest::decode(object, bytes) {
-        Ok((_, document)) => add(catalog, document),
+        Ok((revision, document)) => add(catalog, revision, document),
         // Whoever wrote it knows what it means.
         Err(error @ ManifestError::TooNew { .. }) => return Err(error.into()),
         Err(error) => {

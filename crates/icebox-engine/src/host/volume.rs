@@ -78,6 +78,10 @@ pub trait VolumeDriver: Send + Sync {
     /// Whether a layer's data stands alone. If not, it needs the layers and the base under it.
     fn layers_are_whole(&self) -> bool;
 
+    /// How neighbours in a chain become one layer. `None` if [layers stand alone](Self::layers_are_whole): no chain is
+    /// ever read through then, so none needs to be short.
+    fn merges_layers(&self) -> Option<&dyn MergeLayers>;
+
     /// Makes whatever the driver needs, beside `bases/<digest>/image`, to put heads on a base. Idempotent; a crash
     /// in the middle never leaves a base that looks finished. The image is read, never written.
     async fn ensure_base(&self, base: &Digest) -> Result<Ensured, HostError>;
@@ -168,4 +172,23 @@ pub struct Watch {
 pub trait WatchHeads: Send + Sync {
     /// Looks at attached heads. Cheap, and never waits for their I/O.
     async fn look(&self, heads: &[HeadId]) -> Result<Watch, HostError>;
+}
+
+/// One layer of several, so that chains stay short.
+///
+/// Layers are immutable, and what is made of them is beside them: guests that read through them run on and notice
+/// nothing. Both methods take time in proportion to what the layers hold, and neither waits for the head of a sandbox.
+#[async_trait]
+pub trait MergeLayers: Send + Sync {
+    /// Writes what the layers of `run` (newest first, each on the next) hold together, as the data of one layer in
+    /// `staging` (that layer's staging directory, which is empty). Over what lies under the run it shows what the run
+    /// shows. Durable on return; on failure nothing of it counts.
+    async fn merge(&self, run: &[LayerId], size: Bytes, staging: &Path) -> Result<(), HostError>;
+
+    /// Reads what [`merge`](Self::merge) wrote back from the disk, and compares it with the run: the same places are
+    /// held, with the same content.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`](super::ErrorKind::Invalid) if it differs, and where.
+    async fn verify(&self, run: &[LayerId], size: Bytes, staging: &Path) -> Result<(), HostError>;
 }

@@ -11,7 +11,6 @@ use crate::error::Error;
 use crate::event::Steps;
 use crate::host::Machine;
 use crate::id::LayerId;
-use crate::layout::Object;
 use crate::manifest::v1::{Rest, Under};
 use crate::phase::Verb;
 use crate::sandbox::{Chained, Frozen, Life, Sandbox};
@@ -34,14 +33,13 @@ impl Sandbox {
             },
         };
         // The sandbox refers to the layer at this moment, so nothing can have collected it.
-        let pin = self.shared.catalog.pin([Object::Layer(layer.clone())]);
         Ok(Frozen {
             chain: self.chain(&Under::Layer(layer))?,
-            _pin: pin,
         })
     }
 
     async fn freeze_running(&mut self, machine: &dyn Machine) -> Result<LayerId, Error> {
+        self.check_opened()?;
         let mut steps = Steps::default();
         let token = self.record().token.clone();
         let guest = Arc::clone(&self.shared.host.guest);

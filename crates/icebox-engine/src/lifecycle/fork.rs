@@ -31,6 +31,7 @@ impl Sandbox {
             return Ok(self.origin(object, capture));
         }
         let machine = self.machine(Verb::Fork)?;
+        self.check_opened()?;
         let number = self.record().next_generation;
         let object = Object::Generation(self.id().clone(), number);
         let mut steps = Steps::default();

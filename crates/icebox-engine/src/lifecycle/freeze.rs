@@ -14,10 +14,10 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 
-use crate::catalog::Pin;
+use crate::catalog::{Pin, PinnedChain, display_name};
 use crate::deadline::{self, within};
 use crate::error::Error;
-use crate::host::{Chain, ErrorKind, HostError, LiveFreeze, Machine};
+use crate::host::{ErrorKind, HostError, LiveFreeze, Machine};
 use crate::id::{GenerationNo, HeadId, LayerId};
 use crate::layout::Object;
 use crate::manifest;
@@ -30,6 +30,8 @@ pub(super) struct Freeze {
     from: HeadId,
     under: Under,
     to: u32,
+    /// Whether what has the disk open has the layer open too from then on.
+    stays_open: bool,
     /// Keeps the layer from the collector until a manifest refers to it.
     _pin: Pin,
 }
@@ -37,11 +39,14 @@ pub(super) struct Freeze {
 impl Freeze {
     /// Brings the record to what it says once the freeze is finished.
     pub(super) fn record(&self, record: &mut Record) {
-        record_finished(record, &self.layer, self.to);
+        record_finished(record, &self.layer, self.to, self.stays_open);
     }
 }
 
-fn record_finished(record: &mut Record, layer: &LayerId, to: u32) {
+fn record_finished(record: &mut Record, layer: &LayerId, to: u32, stays_open: bool) {
+    if stays_open && record.holds.contains(&Hold::Disk) {
+        record.opened.push(layer.clone());
+    }
     for hold in &mut record.holds {
         if let Hold::Head { number, over } = hold {
             (*number, *over) = (to, Under::Layer(layer.clone()));
@@ -50,7 +55,28 @@ fn record_finished(record: &mut Record, layer: &LayerId, to: u32) {
     record.intent = None;
 }
 
+/// How many layers a disk may have open for a freeze that leaves it running. Every one costs its VMM two descriptors, of
+/// which it has 1024, and every read some time; merging shortens what it will be started on, not what it has open.
+const MAX_OPENED: usize = 64;
+
 impl Sandbox {
+    /// Refuses one more freeze of a disk that goes on being read through every layer since it was attached.
+    pub(super) fn check_opened(&self) -> Result<(), Error> {
+        let opened = self.record().opened.len();
+        if opened < MAX_OPENED {
+            return Ok(());
+        }
+        let name = display_name(self.record());
+        Err(Error::Exhausted {
+            message: format!(
+                "sandbox {name} reads its disk through {opened} layers: as often was it frozen without a rest"
+            ),
+            hint: format!(
+                "`icebox pause {name}`, then `icebox resume {name}`: what it reads through is short again then"
+            ),
+        })
+    }
+
     /// Writes the intent, and prepares what can be prepared while the guest runs. A generation that the freeze is for
     /// has its number from here on, whatever becomes of it.
     pub(super) async fn begin_freeze(&mut self, into: Option<&Object>) -> Result<Freeze, Error> {
@@ -85,6 +111,7 @@ impl Sandbox {
             from,
             under,
             to,
+            stays_open: !volumes.layers_are_whole(),
             _pin: pin,
         })
     }
@@ -182,8 +209,9 @@ impl Sandbox {
         };
         if past {
             self.seal_and_publish(layer, &from, &under).await?;
+            let stays_open = !volumes.layers_are_whole();
             return self
-                .update(|record| record_finished(record, layer, to))
+                .update(|record| record_finished(record, layer, to, stays_open))
                 .await;
         }
         within(
@@ -262,7 +290,7 @@ impl Sandbox {
         let (object, bytes) = (Object::Layer(id.clone()), manifest::encode(1, &layer));
         let published = self.shared.host.store.publish(&object, &bytes);
         within(deadline::STORE, "publishing the layer", published).await?;
-        self.shared.catalog.add_layer(layer);
+        self.shared.catalog.add_layer(1, layer);
         Ok(())
     }
 
@@ -277,14 +305,14 @@ impl Sandbox {
     }
 
     /// The chain under a new head on `layer`, which need not exist yet, itself on `under`.
-    fn chain_over(&self, layer: &LayerId, under: &Under) -> Result<Chain, Error> {
-        let mut chain = self.chain(under)?;
+    fn chain_over(&self, layer: &LayerId, under: &Under) -> Result<PinnedChain, Error> {
+        let mut pinned = self.chain(under)?;
         if self.volumes()?.layers_are_whole() {
-            chain.layers.clear();
-            chain.base = None;
+            pinned.chain.layers.clear();
+            pinned.chain.base = None;
         }
-        chain.layers.insert(0, layer.clone());
-        Ok(chain)
+        pinned.chain.layers.insert(0, layer.clone());
+        Ok(pinned)
     }
 }
 

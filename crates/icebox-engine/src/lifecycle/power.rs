@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
+use crate::catalog::PinnedChain;
 use crate::deadline::{self, within};
 use crate::error::Error;
 use crate::event::Steps;
 use crate::host::{GuestOrigin, LaunchPlan, Limits, Machine, Secret, Start, Welcome};
-use crate::id::Digest;
+use crate::id::{Digest, LayerId};
 use crate::layout::{BASE_IMAGE, Object};
 use crate::manifest::v1::{Hold, Rest};
 use crate::sandbox::{Life, Sandbox};
@@ -25,10 +26,21 @@ pub(super) fn power_holds() -> [Hold; 4] {
 }
 
 impl Sandbox {
+    /// The layers of a chain that stay open while a disk on it is attached.
+    pub(super) fn opened(&self, chain: &PinnedChain) -> Result<Vec<LayerId>, Error> {
+        if self.volumes()?.layers_are_whole() {
+            return Ok(Vec::new());
+        }
+        Ok(chain.layers.clone())
+    }
+
     /// Acquires the head and what [`power_holds`] names, all of which is written down already, and brings the guest
     /// to where it answers. On failure the caller gives back.
+    ///
+    /// `chain` is the one that the record names as opened.
     pub(super) async fn power_on(
         &mut self,
+        chain: &PinnedChain,
         start: Start,
         welcome: Welcome,
         steps: &mut Steps,
@@ -36,8 +48,7 @@ impl Sandbox {
         let host = self.shared.host.clone();
         let (volumes, vmm) = (self.volumes()?, self.vmm()?);
         let (slot, spec) = (self.record().slot, self.record().spec.clone());
-        let (head, under) = self.head()?;
-        let chain = self.chain(&under)?;
+        let (head, _) = self.head()?;
         let limits = Limits {
             geometry: spec.geometry,
             pids_max: PIDS_MAX,
@@ -54,8 +65,8 @@ impl Sandbox {
                 within(deadline::IMPORT, "importing the base", import).await?;
             }
             within(deadline::DISK, "attaching the disk", async {
-                volumes.ensure_head(&head, &chain).await?;
-                volumes.attach(&head, &chain).await
+                volumes.ensure_head(&head, chain).await?;
+                volumes.attach(&head, chain).await
             })
             .await
         };

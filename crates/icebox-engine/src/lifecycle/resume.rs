@@ -77,12 +77,13 @@ impl Sandbox {
         self.check_restorable(&format!("generation {number}"), &capture)?;
         let memory = self.memory_source(&capture.memory)?;
         let head = self.record().next_head;
+        let over = Under::Layer(capture.layer.clone());
+        let chain = self.chain(&over)?;
+        let opened = self.opened(&chain)?;
         self.update(|record| {
-            record.holds.push(Hold::Head {
-                number: head,
-                over: Under::Layer(capture.layer.clone()),
-            });
+            record.holds.push(Hold::Head { number: head, over });
             record.holds.extend(power_holds());
+            record.opened = opened;
             record.next_head += 1;
             record.machine = Some(capture.machine.clone());
             record.restored_from = Some(capture.memory.clone());
@@ -99,6 +100,7 @@ impl Sandbox {
         let welcome = self.welcome(capture.token, origin);
         let machine = self
             .power_on(
+                &chain,
                 Start::Restore {
                     device_state,
                     memory,

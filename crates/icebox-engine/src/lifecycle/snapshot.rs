@@ -60,6 +60,7 @@ impl Sandbox {
         steps: &mut Steps,
     ) -> Result<Template, Error> {
         let machine = self.machine(Verb::Snapshot)?;
+        self.check_opened()?;
         let object = Object::Template(id.clone());
         let mut attempt = self.begin_capture(object.clone());
         let maker = self.template_maker(id, name);

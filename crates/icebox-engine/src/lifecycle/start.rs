@@ -47,8 +47,12 @@ impl Sandbox {
             kernel: spec.kernel,
             agent: files.agent,
         };
+        let (_, under) = self.head()?;
+        let chain = self.chain(&under)?;
+        let opened = self.opened(&chain)?;
         self.update(|record| {
             record.holds.extend(power_holds());
+            record.opened = opened;
             record.machine = Some(machine);
         })
         .await?;
@@ -60,7 +64,7 @@ impl Sandbox {
             initramfs: files.initramfs,
             token,
         };
-        let machine = self.power_on(start, welcome, steps).await?;
+        let machine = self.power_on(&chain, start, welcome, steps).await?;
         self.running(machine).await
     }
 }

@@ -32,7 +32,8 @@ pub struct Base {
     pub created_at: Timestamp,
 }
 
-/// An immutable disk state.
+/// An immutable disk state: what it shows never changes. What it needs to show it may, when the layers under it are
+/// merged into one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Layer {
@@ -40,13 +41,13 @@ pub struct Layer {
     pub id: LayerId,
     /// The driver whose format its data has.
     pub driver: String,
-    /// The layer that its data needs, if it needs one.
+    /// The layer that its data needs, if it needs one. A merge replaces it by one that shows the same.
     pub parent: Option<LayerId>,
     /// The base at the bottom, if its data needs one.
     pub base: Option<Digest>,
     /// Size of the disk that the guest sees.
     pub size: Bytes,
-    /// When it was frozen.
+    /// When it was frozen, or merged.
     pub created_at: Timestamp,
 }
 
@@ -296,6 +297,10 @@ pub struct Sandbox {
     pub machine: Option<Machine>,
     /// The memory that the running guest was restored from. Kept from the collector while it is mapped.
     pub restored_from: Option<MemoryId>,
+    /// The layers that its attached disk was built on, and those it was frozen into since: the VMM, or devices of the
+    /// host, have them open. Kept from the collector until the disk is detached, whatever has become of the chain.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub opened: Vec<LayerId>,
     /// Committed generations, oldest first. A generation's directory that is not listed does not exist.
     pub generations: Vec<GenerationNo>,
     /// The number of the next generation. Never reused.

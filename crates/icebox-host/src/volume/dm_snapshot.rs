@@ -44,8 +44,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use icebox_engine::host::{
-    BlockDevice, Chain, Ensured, ErrorKind, FreezeByHost, HostError, LiveFreeze, Removed, Trouble,
-    VolumeDriver, Watch, WatchHeads,
+    BlockDevice, Chain, Ensured, ErrorKind, FreezeByHost, HostError, LiveFreeze, MergeLayers,
+    Removed, Trouble, VolumeDriver, Watch, WatchHeads,
 };
 use icebox_engine::id::{Digest, HeadId, LayerId, SandboxId};
 use icebox_engine::layout::{LAYER_DISK, Layout};
@@ -119,6 +119,11 @@ impl VolumeDriver for DmSnapshot {
 
     fn layers_are_whole(&self) -> bool {
         false
+    }
+
+    /// Chains are as deep as there were freezes.
+    fn merges_layers(&self) -> Option<&dyn MergeLayers> {
+        None
     }
 
     /// Refuses an image that is not a whole number of sectors: no block device could show its end.

@@ -16,16 +16,17 @@
 //! name a file to be opened in its stead.
 
 pub mod format;
+mod merge;
 
 use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
 use icebox_engine::host::{
-    BlockDevice, Chain, Ensured, ErrorKind, HostError, LiveFreeze, Removed, VolumeDriver,
-    WatchHeads,
+    BlockDevice, Chain, Ensured, ErrorKind, HostError, LiveFreeze, MergeLayers, Removed,
+    VolumeDriver, WatchHeads,
 };
 use icebox_engine::id::{Digest, HeadId, LayerId};
-use icebox_engine::layout::Layout;
+use icebox_engine::layout::{LAYER_DISK, Layout};
 use icebox_engine::unit::Bytes;
 
 use self::format::Overlay;
@@ -69,6 +70,10 @@ impl VolumeDriver for Qcow2 {
 
     fn layers_are_whole(&self) -> bool {
         false
+    }
+
+    fn merges_layers(&self) -> Option<&dyn MergeLayers> {
+        Some(self)
     }
 
     async fn ensure_base(&self, base: &Digest) -> Result<Ensured, HostError> {
@@ -176,6 +181,42 @@ impl VolumeDriver for Qcow2 {
     async fn list_layers(&self) -> Result<Vec<LayerId>, HostError> {
         Ok(Vec::new())
     }
+}
+
+#[async_trait]
+impl MergeLayers for Qcow2 {
+    async fn merge(&self, run: &[LayerId], size: Bytes, staging: &Path) -> Result<(), HostError> {
+        let (run, disk) = (run.to_owned(), staging.join(LAYER_DISK));
+        self.heads
+            .run(move |heads| {
+                let run = open_run(heads.layout(), &run, size)?;
+                fs::create_whole(&disk, |file| {
+                    merge::write(&run, size.0, file).map_err(|error| error.at(&disk))
+                })
+            })
+            .await
+    }
+
+    async fn verify(&self, run: &[LayerId], size: Bytes, staging: &Path) -> Result<(), HostError> {
+        let (run, disk) = (run.to_owned(), staging.join(LAYER_DISK));
+        self.heads
+            .run(move |heads| {
+                let run = open_run(heads.layout(), &run, size)?;
+                let file = fs::open_file(&disk)?;
+                fs::forget_cached(&file);
+                let merged = Overlay::open(file, size.0).map_err(|error| error.at(&disk))?;
+                heads::require_size(&disk, merged.size(), size)?;
+                merge::compare(&run, &merged).map_err(|error| error.at(&disk))
+            })
+            .await
+    }
+}
+
+/// Opens layers for a merge.
+fn open_run(layout: &Layout, run: &[LayerId], size: Bytes) -> Result<Vec<Overlay>, HostError> {
+    run.iter()
+        .map(|layer| open(&layout.layer_disk(layer), size))
+        .collect()
 }
 
 /// Opens an overlay for a disk of at most `size_max`, and checks its header.

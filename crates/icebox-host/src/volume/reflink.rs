@@ -18,8 +18,8 @@ use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
 use icebox_engine::host::{
-    BlockDevice, Chain, Ensured, ErrorKind, FreezeByHost, HostError, LiveFreeze, Removed,
-    VolumeDriver, WatchHeads,
+    BlockDevice, Chain, Ensured, ErrorKind, FreezeByHost, HostError, LiveFreeze, MergeLayers,
+    Removed, VolumeDriver, WatchHeads,
 };
 use icebox_engine::id::{Digest, HeadId, LayerId};
 use icebox_engine::layout::{LAYER_DISK, Layout};
@@ -65,6 +65,10 @@ impl VolumeDriver for Reflink {
 
     fn layers_are_whole(&self) -> bool {
         true
+    }
+
+    fn merges_layers(&self) -> Option<&dyn MergeLayers> {
+        None
     }
 
     async fn ensure_base(&self, base: &Digest) -> Result<Ensured, HostError> {

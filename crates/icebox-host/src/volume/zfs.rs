@@ -30,8 +30,8 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use async_trait::async_trait;
 use icebox_engine::host::{
-    BlockDevice, Chain, Ensured, ErrorKind, FreezeByHost, HostError, LiveFreeze, Removed,
-    VolumeDriver, WatchHeads,
+    BlockDevice, Chain, Ensured, ErrorKind, FreezeByHost, HostError, LiveFreeze, MergeLayers,
+    Removed, VolumeDriver, WatchHeads,
 };
 use icebox_engine::id::{Digest, HeadId, LayerId, SandboxId};
 use icebox_engine::layout::{Layout, Object};
@@ -144,6 +144,10 @@ impl VolumeDriver for Zfs {
 
     fn layers_are_whole(&self) -> bool {
         true
+    }
+
+    fn merges_layers(&self) -> Option<&dyn MergeLayers> {
+        None
     }
 
     async fn ensure_base(&self, base: &Digest) -> Result<Ensured, HostError> {

@@ -1,7 +1,7 @@
 //! What every driver must do.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::process::{Command, Stdio};
 
 use icebox_engine::host::{Chain, Ensured, ErrorKind, LiveFreeze, Removed, Store as _};
@@ -624,4 +624,110 @@ pub(crate) async fn a_deep_chain_reads_right(ground: &Ground) {
         &disk.content,
         "the layers",
     );
+}
+
+/// Where layers stand alone, nothing is merged.
+pub(crate) async fn inv_09_inv_25_a_merged_chain_reads_as_before(ground: &Ground) {
+    let Some(merging) = ground.driver.merges_layers() else {
+        assert!(ground.driver.layers_are_whole());
+        return;
+    };
+    let mut disk = ground.disk().await;
+    for depth in 0..8 {
+        let n = u64::from(depth);
+        let writes = [
+            // Over the one before, over zeros and holes, across the base's end; zeros over data; the disk's last sectors.
+            (n * MIB / 2, MIB, depth + 1),
+            (BASE_SIZE - 2 * MIB + n * MIB / 2, MIB, depth + 0x40),
+            (2 * MIB + n * 8192, 4096, 0),
+            (2 * BASE_SIZE - 512 * (n + 1), 512, depth + 0x80),
+        ];
+        ground.write_all(&mut disk, &writes).await;
+        ground.freeze(&mut disk).await;
+    }
+    // One that nothing was written to.
+    ground.freeze(&mut disk).await;
+    let (long, size) = (disk.chain.clone(), disk.chain.size);
+    let before = ground.immutable().await;
+
+    let merge = async |run: &[LayerId]| {
+        let merged = LayerId::random();
+        let object = Object::Layer(merged.clone());
+        let staging = ground.store.stage(&object).await.unwrap();
+        merging.merge(run, size, &staging).await.unwrap();
+        merging.verify(run, size, &staging).await.unwrap();
+        ground.store.publish(&object, b"{}").await.unwrap();
+        merged
+    };
+    let allocated = async |layer: &LayerId| {
+        let object = Object::Layer(layer.clone());
+        ground.store.allocated(&object).await.unwrap()
+    };
+    let mut short = long.clone();
+    // In the middle, from the base up, and what is merged already.
+    for range in [2..5, 4..7, 1..4] {
+        let run = short.layers[range.clone()].to_vec();
+        let merged = merge(&run).await;
+        let mut all = Bytes(0);
+        for layer in &run {
+            all = all + allocated(layer).await;
+        }
+        let found = allocated(&merged).await;
+        assert!(found <= all, "{found} of {all}");
+        short.layers.splice(range, [merged]);
+        let flat = ground.flattened(&short).await;
+        assert_same(&flat, &disk.content, "the merged chain");
+    }
+    assert_eq!(short.layers.len(), 3);
+    let mut fork = ground.disk_on(short.clone(), &disk.content).await;
+    ground.assert_content(&fork).await;
+    ground.write(&mut fork, 5 * MIB, MIB, 0x77).await;
+    ground.assert_content(&fork).await;
+    let after = ground.immutable().await;
+    assert!(before.iter().all(|file| after.contains(file)));
+
+    // What was merged goes; the head that was made over it reads through the short chain.
+    for layer in long.layers.iter().filter(|it| !short.layers.contains(it)) {
+        ground
+            .store
+            .trash(&Object::Layer(layer.clone()))
+            .await
+            .unwrap();
+    }
+    disk.chain = short.clone();
+    ground.assert_content(&disk).await;
+    ground.assert_content(&fork).await;
+
+    // A layer that came out wrong, or not at all, is found.
+    let object = Object::Layer(LayerId::random());
+    let staging = ground.store.stage(&object).await.unwrap();
+    merging.merge(&short.layers, size, &staging).await.unwrap();
+    let file = fs::File::options()
+        .read(true)
+        .write(true)
+        .open(staging.join(LAYER_DISK))
+        .unwrap();
+    let content = fs::read(staging.join(LAYER_DISK)).unwrap();
+    let last = content
+        .chunks(4096)
+        .rposition(|it| it.iter().all(|byte| *byte == 8));
+    file.write_all_at(&[0xff], last.unwrap() as u64 * 4096 + 17)
+        .unwrap();
+    let error = merging
+        .verify(&short.layers, size, &staging)
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+    ground.store.discard(&object).await.unwrap();
+    let staging = ground.store.stage(&object).await.unwrap();
+    for run in [&long.layers[..], &[LayerId::random()]] {
+        let error = merging.merge(run, size, &staging).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+        assert_eq!(
+            fs::read_dir(&staging).unwrap().count(),
+            0,
+            "nothing is left"
+        );
+    }
+    ground.store.discard(&object).await.unwrap();
 }

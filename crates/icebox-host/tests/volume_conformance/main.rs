@@ -48,6 +48,7 @@ macro_rules! conformance {
             a_disk_may_be_larger_than_its_base_but_not_smaller,
             what_is_missing_is_named,
             a_deep_chain_reads_right,
+            inv_09_inv_25_a_merged_chain_reads_as_before,
             $($check,)*
         );
     };

@@ -23,7 +23,11 @@ pub(crate) fn life<T>(work: impl AsyncFnOnce() -> T) -> T {
 }
 
 pub(crate) async fn open(host: Host) -> Engine {
-    Engine::open(host, Config::default()).await.unwrap()
+    open_with(host, Config::default()).await
+}
+
+pub(crate) async fn open_with(host: Host, config: Config) -> Engine {
+    Engine::open(host, config).await.unwrap()
 }
 
 pub(crate) async fn import_image(world: &World, engine: &Engine) {

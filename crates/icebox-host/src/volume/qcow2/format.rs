@@ -31,12 +31,14 @@ const VERSION: u32 = 3;
 const CLUSTER_BITS: u32 = 17;
 /// Bytes in a cluster.
 pub const CLUSTER: u64 = 1 << CLUSTER_BITS;
-const SUBCLUSTERS: u32 = 32;
+pub(super) const SUBCLUSTERS: u32 = 32;
 /// Bytes in a subcluster: the unit of copy-on-write.
 pub const SUBCLUSTER: u64 = CLUSTER / SUBCLUSTERS as u64;
-const L2_ENTRY: usize = 16;
+pub(super) const L2_ENTRY: usize = 16;
+/// Clusters under one L1 entry.
+pub(super) const CLUSTERS_PER_TABLE: u64 = CLUSTER / L2_ENTRY as u64;
 /// Guest bytes under one L1 entry: 1 GiB.
-const L1_SPAN: u64 = CLUSTER / L2_ENTRY as u64 * CLUSTER;
+pub(super) const L1_SPAN: u64 = CLUSTERS_PER_TABLE * CLUSTER;
 /// The largest disk: one cluster of L1 entries, 16 TiB.
 pub const SIZE_MAX: u64 = CLUSTER / 8 * L1_SPAN;
 /// Sixteen bits: `1 << 4`.
@@ -52,7 +54,7 @@ const FEATURE_NAMES: u32 = 0x6803_f857;
 /// Bits 9 to 55 of an L1 or L2 entry.
 const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 /// "The refcount is exactly one", in an L1 or L2 entry.
-const COPIED: u64 = 1 << 63;
+pub(super) const COPIED: u64 = 1 << 63;
 
 /// Why a file cannot be used as an overlay.
 #[derive(Debug, thiserror::Error)]
@@ -118,13 +120,28 @@ impl OverlayError {
 /// # Errors
 /// The size is impossible, or writing failed.
 pub fn write_empty(file: &File, size: u64) -> Result<(), OverlayError> {
-    let l1_entries = u32::try_from(size.div_ceil(L1_SPAN))
-        .ok()
-        .filter(|_| size.is_multiple_of(512) && (1..=SIZE_MAX).contains(&size))
-        .ok_or(OverlayError::Size(size))?;
+    let l1_entries = l1_entries(size)?;
     let (refcount_table, refcount_block, l1_table) = (CLUSTER, 2 * CLUSTER, 3 * CLUSTER);
     let clusters = 4;
 
+    // First the length: file systems reserve room behind what is written at a file's end.
+    file.set_len(clusters as u64 * CLUSTER)?;
+    file.write_all_at(&header(size, l1_entries, l1_table, refcount_table), 0)?;
+    file.write_all_at(&refcount_block.to_be_bytes(), refcount_table)?;
+    file.write_all_at(&1_u16.to_be_bytes().repeat(clusters), refcount_block)?;
+    Ok(())
+}
+
+/// Entries of the L1 table for a disk of `size` bytes.
+pub(super) fn l1_entries(size: u64) -> Result<u32, OverlayError> {
+    u32::try_from(size.div_ceil(L1_SPAN))
+        .ok()
+        .filter(|_| size.is_multiple_of(512) && (1..=SIZE_MAX).contains(&size))
+        .ok_or(OverlayError::Size(size))
+}
+
+/// The header of an overlay whose tables are at the given offsets.
+pub(super) fn header(size: u64, l1_entries: u32, l1_table: u64, refcount_table: u64) -> Vec<u8> {
     let mut header = Vec::with_capacity(128);
     header.extend(MAGIC.to_be_bytes());
     header.extend(VERSION.to_be_bytes());
@@ -146,13 +163,7 @@ pub fn write_empty(file: &File, size: u64) -> Result<(), OverlayError> {
     header.extend(HEADER_LENGTH.to_be_bytes());
     header.extend(0_u64.to_be_bytes()); // compression type, padding
     header.extend(0_u64.to_be_bytes()); // end of the header extensions
-
-    // First the length: file systems reserve room behind what is written at a file's end.
-    file.set_len(clusters as u64 * CLUSTER)?;
-    file.write_all_at(&header, 0)?;
-    file.write_all_at(&refcount_block.to_be_bytes(), refcount_table)?;
-    file.write_all_at(&1_u16.to_be_bytes().repeat(clusters), refcount_block)?;
-    Ok(())
+    header
 }
 
 /// An overlay whose header has been checked.
@@ -252,6 +263,11 @@ impl Overlay {
         })
     }
 
+    /// The length of the file.
+    pub(super) fn length(&self) -> u64 {
+        self.length
+    }
+
     /// The size of the disk.
     #[must_use]
     pub fn size(&self) -> u64 {
@@ -264,60 +280,96 @@ impl Overlay {
     /// # Errors
     /// A mapping is damaged, or reading or writing failed.
     pub fn apply(&self, out: &File) -> Result<(), OverlayError> {
-        let mut table = vec![0; clamp_usize(CLUSTER)];
         let mut data = vec![0; clamp_usize(CLUSTER)];
         for index in 0..self.size.div_ceil(L1_SPAN) {
-            let guest = index * L1_SPAN;
-            let mut entry = [0; 8];
-            read_padded(&self.file, &mut entry, self.l1_table + index * 8)?;
-            let Some(offset) = self.host_offset(u64::from_be_bytes(entry), guest)? else {
+            let Some(table) = self.table(index)? else {
                 continue;
             };
-            read_padded(&self.file, &mut table, offset)?;
-            let (entries, _) = table.as_chunks::<L2_ENTRY>();
-            for (entry, index) in entries.iter().zip(0..) {
-                let guest = guest + index * CLUSTER;
+            for number in 0..CLUSTERS_PER_TABLE {
+                let guest = index * L1_SPAN + number * CLUSTER;
                 if guest >= self.size {
                     break;
                 }
-                if *entry != [0; L2_ENTRY] {
-                    self.apply_cluster(double(entry, 0), double(entry, 8), guest, &mut data, out)?;
+                if let Some(cluster) = self.cluster(&table, guest)? {
+                    self.apply_cluster(&cluster, guest, &mut data, out)?;
                 }
             }
         }
         Ok(())
     }
 
-    /// One cluster: `entry` says where it is, `bits` what of it.
+    /// The L2 table of an L1 entry; `None` if nothing under it is mapped.
+    pub(super) fn table(&self, index: u64) -> Result<Option<Table>, OverlayError> {
+        if index >= self.size.div_ceil(L1_SPAN) {
+            return Ok(None);
+        }
+        let mut entry = [0; 8];
+        read_padded(&self.file, &mut entry, self.l1_table + index * 8)?;
+        let Some(offset) = self.host_offset(u64::from_be_bytes(entry), index * L1_SPAN)? else {
+            return Ok(None);
+        };
+        let mut table = vec![0; clamp_usize(CLUSTER)];
+        read_padded(&self.file, &mut table, offset)?;
+        Ok(Some(Table(table)))
+    }
+
+    /// What a table of this overlay says of the cluster at a guest offset; `None` if that is all below.
+    pub(super) fn cluster(
+        &self,
+        table: &Table,
+        guest: u64,
+    ) -> Result<Option<[Content; SUBCLUSTERS as usize]>, OverlayError> {
+        let number = clamp_usize(guest % L1_SPAN / CLUSTER);
+        let entry = &table.0[number * L2_ENTRY..][..L2_ENTRY];
+        if guest >= self.size || entry.iter().all(|byte| *byte == 0) {
+            return Ok(None);
+        }
+        let (host, bits) = (self.host_offset(double(entry, 0), guest)?, double(entry, 8));
+        let mut cluster = [Content::Below; SUBCLUSTERS as usize];
+        for (subcluster, skip) in cluster
+            .iter_mut()
+            .zip((0..).step_by(clamp_usize(SUBCLUSTER)))
+        {
+            let number = skip / SUBCLUSTER;
+            let allocated = bits >> number & 1 == 1;
+            let zero = bits >> (u64::from(SUBCLUSTERS) + number) & 1 == 1;
+            *subcluster = match (allocated, zero, host) {
+                (false, false, _) => Content::Below,
+                (false, true, _) => Content::Zero,
+                (true, false, Some(host)) => Content::Data(host + skip),
+                _ => return Err(OverlayError::Mapping { guest, entry: bits }),
+            };
+        }
+        Ok(Some(cluster))
+    }
+
+    /// Reads data of the guest offset `guest` from where a [cluster](Self::cluster) says it is. What lies beyond the end
+    /// of the disk is zero.
+    pub(super) fn read(&self, guest: u64, host: u64, data: &mut [u8]) -> Result<(), OverlayError> {
+        let within = clamp_usize(self.size.saturating_sub(guest)).min(data.len());
+        let (disk, beyond) = data.split_at_mut(within);
+        read_padded(&self.file, disk, host)?;
+        beyond.fill(0);
+        Ok(())
+    }
+
+    /// One cluster.
     fn apply_cluster(
         &self,
-        entry: u64,
-        bits: u64,
+        cluster: &[Content],
         guest: u64,
         data: &mut [u8],
         out: &File,
     ) -> Result<(), OverlayError> {
-        let host = self.host_offset(entry, guest)?;
-        let content = |subcluster: u32| {
-            let allocated = bits >> subcluster & 1 == 1;
-            let zero = bits >> (SUBCLUSTERS + subcluster) & 1 == 1;
-            match (allocated, zero, host) {
-                (false, false, _) => Ok(Content::Below),
-                (false, true, _) => Ok(Content::Zero),
-                (true, false, Some(host)) => Ok(Content::Data(host)),
-                _ => Err(OverlayError::Mapping { guest, entry: bits }),
-            }
-        };
         let mut first = 0;
-        while first < SUBCLUSTERS {
-            let here = content(first)?;
+        while first < cluster.len() {
+            let here = cluster[first];
             let mut end = first + 1;
-            while end < SUBCLUSTERS && content(end)? == here {
+            while end < cluster.len() && cluster[end] == here.after((end - first) as u64) {
                 end += 1;
             }
-            let skip = u64::from(first) * SUBCLUSTER;
-            let at = guest + skip;
-            let length = (u64::from(end - first) * SUBCLUSTER).min(self.size.saturating_sub(at));
+            let at = guest + first as u64 * SUBCLUSTER;
+            let length = ((end - first) as u64 * SUBCLUSTER).min(self.size.saturating_sub(at));
             match here {
                 _ if length == 0 => break,
                 Content::Below => {}
@@ -325,7 +377,7 @@ impl Overlay {
                 Content::Data(host) => {
                     // At most one cluster, which is what `data` has room for.
                     let run = &mut data[..clamp_usize(length)];
-                    read_padded(&self.file, run, host + skip)?;
+                    read_padded(&self.file, run, host)?;
                     write_sparse(out, run, at)?;
                 }
             }
@@ -345,15 +397,28 @@ impl Overlay {
     }
 }
 
+/// An L2 table: what an overlay says of the clusters under one L1 entry.
+pub(super) struct Table(Vec<u8>);
+
 /// Where the content of a subcluster is.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Content {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Content {
     /// In the next overlay or the base.
     Below,
     /// Nowhere: it is zero.
     Zero,
-    /// In the cluster at this offset.
+    /// At this offset.
     Data(u64),
+}
+
+impl Content {
+    /// What the subcluster `count` after this one has if both are read at once.
+    pub(super) fn after(self, count: u64) -> Self {
+        match self {
+            Self::Data(host) => Self::Data(host + count * SUBCLUSTER),
+            other => other,
+        }
+    }
 }
 
 /// Walks the header extensions that begin at `at`: a type, a length, and data padded to eight bytes, up to one of type 0.
@@ -400,14 +465,14 @@ fn read_padded(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::os::unix::fs::MetadataExt as _;
     use std::process::Command;
 
     use super::*;
 
     /// Runs a tool of QEMU, the other implementation of the format.
-    fn qemu(program: &str, arguments: &[&str]) {
+    pub(in super::super) fn qemu(program: &str, arguments: &[&str]) {
         let output = Command::new(program)
             .args(arguments)
             .output()
