@@ -26,13 +26,14 @@
 //! The files say how far it came: whether the guest goes on as `to` is whether `from`'s file is gone. A device that was
 //! left suspended goes on when the engine asks.
 //!
-//! Guests' discards are not passed on: the `snapshot` target cannot give a chunk back. Chains are as deep as there were
-//! freezes; each layer is a device that reads pass through.
+//! Guests' discards are not passed on: the `snapshot` target cannot give a chunk back. Each layer is a device that reads
+//! pass through; layers are [merged](merge) as files, whoever has devices on them.
 
 mod devices;
 mod exceptions;
 mod flatten;
 mod loops;
+mod merge;
 mod sys;
 
 use std::collections::HashSet;
@@ -50,6 +51,7 @@ use icebox_engine::host::{
 use icebox_engine::id::{Digest, HeadId, LayerId, SandboxId};
 use icebox_engine::layout::{LAYER_DISK, Layout};
 use icebox_engine::unit::Bytes;
+use sha2::{Digest as _, Sha256};
 
 use self::devices::{Control, Info, Number, Target};
 use self::exceptions::CHUNK_SECTORS;
@@ -121,9 +123,8 @@ impl VolumeDriver for DmSnapshot {
         false
     }
 
-    /// Chains are as deep as there were freezes.
     fn merges_layers(&self) -> Option<&dyn MergeLayers> {
-        None
+        Some(self)
     }
 
     /// Refuses an image that is not a whole number of sectors: no block device could show its end.
@@ -276,6 +277,35 @@ impl FreezeByHost for DmSnapshot {
     }
 }
 
+#[async_trait]
+impl MergeLayers for DmSnapshot {
+    async fn merge(&self, run: &[LayerId], size: Bytes, staging: &Path) -> Result<(), HostError> {
+        let (run, disk) = (run.to_owned(), staging.join(LAYER_DISK));
+        self.heads
+            .run(move |heads| {
+                let run = open_run(heads.layout(), &run, size)?;
+                fs::create_whole(&disk, |file| {
+                    merge::write(&run, size.0, file).map_err(|error| error.at(&disk))
+                })
+            })
+            .await
+    }
+
+    async fn verify(&self, run: &[LayerId], size: Bytes, staging: &Path) -> Result<(), HostError> {
+        let (run, disk) = (run.to_owned(), staging.join(LAYER_DISK));
+        self.heads
+            .run(move |heads| {
+                let run = open_run(heads.layout(), &run, size)?;
+                let merged = fs::open_file(&disk)?;
+                fs::forget_cached(&merged);
+                let found = exceptions::size_for(fs::length(&disk)?).unwrap_or(0);
+                heads::require_size(&disk, found, size)?;
+                merge::compare(&run, size.0, &merged).map_err(|error| error.at(&disk))
+            })
+            .await
+    }
+}
+
 /// The devices of one installation. Everything here blocks.
 #[derive(Debug)]
 struct Stacks {
@@ -310,9 +340,18 @@ impl Stacks {
         format!("{}head-{}-{}", self.prefix, head.sandbox, head.number)
     }
 
-    /// What heads of other sizes see under it is another device.
-    fn layer_name(&self, layer: &LayerId, sectors: u64) -> String {
-        format!("{}layer-{layer}-{sectors}", self.prefix)
+    /// What heads of other sizes see under it is another device. So is what they see who were attached before layers
+    /// under it were merged: a device keeps those that it was made over.
+    fn layer_name(&self, layer: &LayerId, below: &[LayerId], sectors: u64) -> String {
+        let mut hash = Sha256::new();
+        for layer in below {
+            hash.update(layer.as_str());
+        }
+        let below: String = hash.finalize()[..5]
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        format!("{}layer-{layer}-{below}-{sectors}", self.prefix)
     }
 
     fn base_name(&self, base: &Digest, sectors: u64) -> String {
@@ -363,7 +402,7 @@ impl Stacks {
         let sectors = chain.size.0 / SECTOR;
         let base = chain.base.as_ref().ok_or_else(no_base)?;
         let mut below = self.base(control, layout, base, sectors)?;
-        for layer in chain.layers.iter().rev() {
+        for (at, layer) in chain.layers.iter().enumerate().rev() {
             let path = layout.layer_disk(layer);
             let file = fs::open_file(&path)?;
             exceptions::require_usable(&file).map_err(|error| error.at(&path))?;
@@ -371,7 +410,7 @@ impl Stacks {
             if exceptions::is_unused(&file).map_err(|error| error.at(&path))? {
                 continue;
             }
-            let name = self.layer_name(layer, sectors);
+            let name = self.layer_name(layer, &chain.layers[at + 1..], sectors);
             below = shared(control, &name, || {
                 let store = Loop::on(&file, &path, Access::ReadOnly)?;
                 Ok((vec![snapshot(sectors, below.number, &store)], vec![store]))
@@ -854,6 +893,31 @@ fn require_sectors(image: &Path) -> Result<(), HostError> {
     .hint("append zeros up to a multiple of 512 bytes: truncate --size=%512"))
 }
 
+/// Opens layers for a merge.
+fn open_run(layout: &Layout, run: &[LayerId], size: Bytes) -> Result<Vec<File>, HostError> {
+    let open = |layer| {
+        let path = layout.layer_disk(layer);
+        require_store(&path, size)?;
+        fs::open_file(&path)
+    };
+    run.iter().map(open).collect()
+}
+
+/// Refuses a file that is no store for a disk of at most `size`.
+fn require_store(path: &Path, size: Bytes) -> Result<(), HostError> {
+    let length = fs::length(path)?;
+    let found = exceptions::size_for(length).ok_or_else(|| {
+        HostError::new(
+            ErrorKind::Invalid,
+            format!(
+                "{} has {length} bytes: no exception store has",
+                path.display()
+            ),
+        )
+    })?;
+    heads::require_room(path, found, size)
+}
+
 /// Refuses a chain whose files are not all there and what they should be. Returns its base's image.
 fn require_chain(layout: &Layout, chain: &Chain) -> Result<PathBuf, HostError> {
     let image = layout.base_image(chain.base.as_ref().ok_or_else(no_base)?);
@@ -861,18 +925,7 @@ fn require_chain(layout: &Layout, chain: &Chain) -> Result<PathBuf, HostError> {
     require_sectors(&image)?;
     heads::require_room(&image, fs::length(&image)?, chain.size)?;
     for layer in &chain.layers {
-        let path = layout.layer_disk(layer);
-        let length = fs::length(&path)?;
-        let size = exceptions::size_for(length).ok_or_else(|| {
-            HostError::new(
-                ErrorKind::Invalid,
-                format!(
-                    "{} has {length} bytes: no exception store has",
-                    path.display()
-                ),
-            )
-        })?;
-        heads::require_room(&path, size, chain.size)?;
+        require_store(&layout.layer_disk(layer), chain.size)?;
     }
     Ok(image)
 }

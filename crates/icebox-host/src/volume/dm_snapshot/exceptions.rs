@@ -31,7 +31,7 @@ pub(super) const CHUNK_SECTORS: u64 = 8;
 pub(super) const CHUNK: u64 = CHUNK_SECTORS * SECTOR;
 const EXCEPTION: usize = 16;
 /// Exceptions in an area.
-const AREA: u64 = CHUNK / EXCEPTION as u64;
+pub(super) const AREA: u64 = CHUNK / EXCEPTION as u64;
 /// The most chunks of a run.
 const RUN: u64 = 256;
 
@@ -93,6 +93,33 @@ pub(super) fn size_for(length: u64) -> Option<u64> {
         .find(|size| size.is_multiple_of(SECTOR) && length_for(*size) == length)
 }
 
+/// The beginning of a store that is in use.
+pub(super) fn header() -> Vec<u8> {
+    let numbers = [MAGIC, 1, VERSION].into_iter().flat_map(u32::to_le_bytes);
+    numbers
+        .chain(CHUNK_SECTORS.to_le_bytes())
+        .take(16)
+        .collect()
+}
+
+/// Where the kernel puts the chunk of the exception with this number, in chunks, if it allocates them one after the other.
+pub(super) fn place(index: u64) -> u64 {
+    2 + index / AREA * (AREA + 1) + index % AREA
+}
+
+/// Where the area is that has the exception with this number, in bytes.
+pub(super) fn table_of(index: u64) -> u64 {
+    (1 + index / AREA * (AREA + 1)) * CHUNK
+}
+
+/// One exception, as it stands in its area.
+pub(super) fn exception(old: u64, new: u64) -> [u8; EXCEPTION] {
+    let mut bytes = [0; EXCEPTION];
+    bytes[..8].copy_from_slice(&old.to_le_bytes());
+    bytes[8..].copy_from_slice(&new.to_le_bytes());
+    bytes
+}
+
 /// Whether nothing was ever written to it: no kernel has made a device of it yet.
 pub(super) fn is_unused(file: &File) -> Result<bool, StoreError> {
     let mut magic = [0; 4];
@@ -141,7 +168,7 @@ pub(super) fn for_each_run(
     let mut table = vec![0; clamp_usize(CHUNK)];
     let mut run: Option<Run> = None;
     'areas: for area in 0.. {
-        let at = (1 + area * (AREA + 1)) * CHUNK;
+        let at = table_of(area * AREA);
         if at + CHUNK > length {
             break;
         }
@@ -214,16 +241,11 @@ pub(super) mod tests {
     pub(in super::super) fn store(size: u64, exceptions: &[(u64, u64, u8)]) -> File {
         let file = tempfile::tempfile().unwrap();
         file.set_len(length_for(size)).unwrap();
-        let mut header = Vec::new();
-        for number in [MAGIC, 1, VERSION, 8] {
-            header.extend(number.to_le_bytes());
-        }
-        file.write_all_at(&header, 0).unwrap();
+        file.write_all_at(&header(), 0).unwrap();
         for (index, (old, new, byte)) in exceptions.iter().enumerate() {
             let index = index as u64;
-            let at = (1 + index / AREA * (AREA + 1)) * CHUNK + index % AREA * 16;
-            file.write_all_at(&[old.to_le_bytes(), new.to_le_bytes()].concat(), at)
-                .unwrap();
+            let at = table_of(index) + index % AREA * 16;
+            file.write_all_at(&exception(*old, *new), at).unwrap();
             file.write_all_at(&[*byte; 4096], new * CHUNK).unwrap();
         }
         file
@@ -259,7 +281,6 @@ pub(super) mod tests {
     #[test]
     fn neighbours_make_runs_and_areas_end_them() {
         let size = 600 * CHUNK + 512;
-        let place = |n: u64| 2 + n / AREA * (AREA + 1) + n % AREA;
         let mut exceptions: Vec<_> = (0..300).map(|n: u64| (n, place(n), 1)).collect();
         exceptions.push((600, place(300), 1));
         let run = |old, new, length| Run { old, new, length };

@@ -109,14 +109,14 @@ fn copy_base(base: &File, out: &File, written: &Written) -> std::io::Result<()> 
 }
 
 /// Reads a store in large pieces: chunks that lie apart on the disk lie side by side in it.
-struct Ahead<'a> {
+pub(super) struct Ahead<'a> {
     file: &'a File,
     at: u64,
     buffer: Vec<u8>,
 }
 
 impl<'a> Ahead<'a> {
-    fn new(file: &'a File) -> Self {
+    pub(super) fn new(file: &'a File) -> Self {
         Self {
             file,
             at: 0,
@@ -125,7 +125,7 @@ impl<'a> Ahead<'a> {
     }
 
     /// The `length` bytes at `at`, at most a [`PIECE`].
-    fn read(&mut self, at: u64, length: u64) -> std::io::Result<&[u8]> {
+    pub(super) fn read(&mut self, at: u64, length: u64) -> std::io::Result<&[u8]> {
         let end = self.at + self.buffer.len() as u64;
         if at < self.at || at + length > end {
             self.buffer.resize(clamp_usize(PIECE), 0);
@@ -156,7 +156,7 @@ const LEAF: u64 = 1 << 15;
 
 /// Which chunks of a disk have been written. Takes a bit for each in a stretch where there is one.
 #[derive(Default)]
-struct Written(Vec<Option<Box<[u64; 512]>>>);
+pub(super) struct Written(Vec<Option<Box<[u64; 512]>>>);
 
 impl Written {
     fn contains(&self, chunk: u64) -> bool {
@@ -170,7 +170,7 @@ impl Written {
         })
     }
 
-    fn add(&mut self, chunks: Range<u64>) {
+    pub(super) fn add(&mut self, chunks: Range<u64>) {
         for chunk in chunks {
             let index = clamp_usize(chunk / LEAF);
             if index >= self.0.len() {
@@ -183,7 +183,7 @@ impl Written {
     }
 
     /// The first chunks of `within` that are not written.
-    fn first_gap(&self, within: Range<u64>) -> Option<Range<u64>> {
+    pub(super) fn first_gap(&self, within: Range<u64>) -> Option<Range<u64>> {
         if self.0.is_empty() {
             return (!within.is_empty()).then_some(within);
         }
