@@ -26,6 +26,7 @@ macro_rules! tests {
     };
 }
 
+mod chains;
 mod crash;
 mod drivers;
 mod faults;
@@ -62,6 +63,7 @@ fn main() -> ExitCode {
         ("lifecycle", lifecycle::TESTS),
         ("faults", faults::TESTS),
         ("crash", crash::TESTS),
+        ("chains", chains::TESTS),
     ];
     let tests = suites
         .iter()
