@@ -13,6 +13,7 @@
 //! Nothing here starts a process, but for [`Zfs`], which has no other way to reach a pool.
 
 mod dm_snapshot;
+mod flatten;
 mod heads;
 pub mod qcow2;
 mod reflink;

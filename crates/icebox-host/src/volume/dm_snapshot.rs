@@ -31,13 +31,13 @@
 
 mod devices;
 mod exceptions;
-mod flatten;
 mod loops;
 mod merge;
 mod sys;
 
 use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
+use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -54,9 +54,9 @@ use icebox_engine::unit::Bytes;
 use sha2::{Digest as _, Sha256};
 
 use self::devices::{Control, Info, Number, Target};
-use self::exceptions::CHUNK_SECTORS;
-use self::flatten::Source;
+use self::exceptions::{CHUNK, CHUNK_SECTORS};
 use self::loops::{Access, Loop};
+use super::flatten::{self, Change, Content, Layer};
 use super::heads::{self, Heads};
 use crate::fs::{self, failed};
 use crate::instance::Instance;
@@ -941,15 +941,52 @@ fn lost_device(head: &HeadId) -> HostError {
     )
 }
 
+/// A layer's store, and its name for messages.
+struct Store {
+    path: PathBuf,
+    file: File,
+}
+
+impl Layer for Store {
+    fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Chunks that lie apart on the disk lie side by side in the store.
+    fn read_ahead(&self) -> u64 {
+        flatten::PIECE
+    }
+
+    fn for_each_change(
+        &self,
+        size: u64,
+        each: &mut dyn FnMut(Change) -> io::Result<()>,
+    ) -> Result<(), HostError> {
+        exceptions::for_each_run(&self.file, size, |run| {
+            each(Change {
+                blocks: run.old..run.old + run.length,
+                content: Content::At(run.new * CHUNK),
+            })?;
+            Ok(())
+        })
+        .map_err(|error| error.at(&self.path))
+    }
+}
+
 /// Writes the disk as of `chain` to `out`, which does not exist yet.
 fn flatten(layout: &Layout, chain: &Chain, out: &Path) -> Result<(), HostError> {
-    let base = Source::open(require_chain(layout, chain)?)?;
-    let layers: Vec<Source> = chain
+    let image = require_chain(layout, chain)?;
+    let base = fs::open_file(&image)?;
+    let layers: Vec<Store> = chain
         .layers
         .iter()
-        .map(|layer| Source::open(layout.layer_disk(layer)))
-        .collect::<Result<_, _>>()?;
+        .map(|layer| {
+            let path = layout.layer_disk(layer);
+            let file = fs::open_file(&path)?;
+            Ok(Store { path, file })
+        })
+        .collect::<Result<_, HostError>>()?;
     fs::create_whole(out, |file| {
-        flatten::flatten(&base, &layers, chain.size.0, file, out)
+        flatten::flatten((&base, &image), &layers, chain.size.0, (file, out))
     })
 }

@@ -18,6 +18,8 @@
 pub mod format;
 mod merge;
 
+use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
@@ -30,6 +32,7 @@ use icebox_engine::layout::{LAYER_DISK, Layout};
 use icebox_engine::unit::Bytes;
 
 use self::format::Overlay;
+use super::flatten::{self, BLOCK, Change, Content, Layer};
 use super::heads::{self, Heads};
 use crate::fs::{self, failed};
 
@@ -248,33 +251,68 @@ fn require_chain(layout: &Layout, chain: &Chain) -> Result<PathBuf, HostError> {
     Ok(image)
 }
 
-/// Writes, checks and flattens a scratch overlay in files that have no name.
+/// Writes, checks and reads a scratch overlay in a file that has no name.
 fn probe(data: &Path) -> Result<(), HostError> {
     const SIZE: u64 = 1 << 20;
-    let scratch = || {
-        tempfile::tempfile_in(data).map_err(|error| failed("make a scratch file in", data, error))
-    };
-    let (file, out) = (scratch()?, scratch()?);
+    let file = tempfile::tempfile_in(data)
+        .map_err(|error| failed("make a scratch file in", data, error))?;
     format::write_empty(&file, SIZE)
         .and_then(|()| Overlay::open(file, SIZE))
-        .and_then(|overlay| overlay.apply(&out))
+        .and_then(|overlay| overlay.for_each_run(|_, _, _| Ok(())))
         .map_err(|error| error.at(data))
 }
 
-/// Writes the disk as of `chain` to `out`: the base, then what each layer changed, oldest first.
+/// A layer's overlay, and its name for messages.
+struct Changed {
+    path: PathBuf,
+    overlay: Overlay,
+}
+
+impl Layer for Changed {
+    fn file(&self) -> &File {
+        self.overlay.file()
+    }
+
+    /// What lies side by side on the disk need not do so in the overlay.
+    fn read_ahead(&self) -> u64 {
+        0
+    }
+
+    fn for_each_change(
+        &self,
+        size: u64,
+        each: &mut dyn FnMut(Change) -> io::Result<()>,
+    ) -> Result<(), HostError> {
+        self.overlay
+            .for_each_run(|guest, length, content| {
+                let content = match content {
+                    format::Content::Below => return Ok(()),
+                    format::Content::Zero => Content::Zero,
+                    format::Content::Data(at) => Content::At(at),
+                };
+                let end = (guest + length).min(size).div_ceil(BLOCK);
+                let blocks = guest / BLOCK..end;
+                each(Change { blocks, content })?;
+                Ok(())
+            })
+            .map_err(|error| error.at(&self.path))
+    }
+}
+
+/// Writes the disk as of `chain` to `out`, which does not exist yet.
 fn flatten(layout: &Layout, chain: &Chain, out: &Path) -> Result<(), HostError> {
     let image = require_chain(layout, chain)?;
     let base = fs::open_file(&image)?;
-    fs::create_whole(out, |file| {
-        fs::sparse_copy(&base, file)
-            .and_then(|_| file.set_len(chain.size.0))
-            .map_err(|error| failed(&format!("copy {} to", image.display()), out, error))?;
-        for layer in chain.layers.iter().rev() {
+    let layers: Vec<Changed> = chain
+        .layers
+        .iter()
+        .map(|layer| {
             let path = layout.layer_disk(layer);
-            open(&path, chain.size)?
-                .apply(file)
-                .map_err(|error| error.at(&path))?;
-        }
-        Ok(())
+            let overlay = open(&path, chain.size)?;
+            Ok(Changed { path, overlay })
+        })
+        .collect::<Result<_, HostError>>()?;
+    fs::create_whole(out, |file| {
+        flatten::flatten((&base, &image), &layers, chain.size.0, (file, out))
     })
 }

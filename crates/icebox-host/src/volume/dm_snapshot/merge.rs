@@ -1,6 +1,6 @@
 //! Several exception stores as one: what a run of layers holds together, written as one store and compared with it.
 //!
-//! A chunk is taken from the newest store that has it, as when a chain is [flattened](super::flatten). The merged store is
+//! A chunk is taken from the newest store that has it, as when a chain is [flattened](crate::volume::flatten). The merged store is
 //! one that the kernel could have written: chunk after chunk, each area of exceptions before its chunks.
 
 use std::fs::File;
@@ -13,8 +13,8 @@ use icebox_engine::host::{ErrorKind, HostError};
 use super::exceptions::{
     AREA, CHUNK, StoreError, exception, for_each_run, header, length_for, place, table_of,
 };
-use super::flatten::{Ahead, Written};
 use crate::fs::{clamp_usize, failed, write_into_hole};
+use crate::volume::flatten::{Ahead, PIECE, Written};
 
 /// Why a merged store cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -54,7 +54,7 @@ fn for_each_visible(
 ) -> Result<(), MergeError> {
     let mut seen = Written::default();
     for store in stores {
-        let mut ahead = Ahead::new(store);
+        let mut ahead = Ahead::new(store, PIECE);
         // What `each` finds wrong ends the walk.
         let mut wrong = None;
         for_each_run(store, size, |run| {

@@ -24,7 +24,7 @@ use std::path::Path;
 
 use icebox_engine::host::{ErrorKind, HostError};
 
-use crate::fs::{clamp_usize, failed, punch, write_sparse};
+use crate::fs::{clamp_usize, failed};
 
 const MAGIC: u32 = 0x5146_49fb;
 const VERSION: u32 = 3;
@@ -274,13 +274,21 @@ impl Overlay {
         self.size
     }
 
-    /// Writes what the overlay holds over `out`, which is at least as long as the disk: data as data, blocks of zeros as
-    /// holes. The work is bounded by the size of the disk, whatever the overlay says. Not durable until synced.
+    /// The file that the overlay is in.
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Hands over the disk from its beginning to its end, in runs of one content: guest offset, length, and what is there.
+    /// A run stays within a cluster, and clusters of which nothing is mapped are left out. The work is bounded by the size
+    /// of the disk, whatever the overlay says.
     ///
     /// # Errors
-    /// A mapping is damaged, or reading or writing failed.
-    pub fn apply(&self, out: &File) -> Result<(), OverlayError> {
-        let mut data = vec![0; clamp_usize(CLUSTER)];
+    /// A mapping is damaged, reading failed, or what `each` returned.
+    pub(super) fn for_each_run(
+        &self,
+        mut each: impl FnMut(u64, u64, Content) -> Result<(), OverlayError>,
+    ) -> Result<(), OverlayError> {
         for index in 0..self.size.div_ceil(L1_SPAN) {
             let Some(table) = self.table(index)? else {
                 continue;
@@ -290,8 +298,23 @@ impl Overlay {
                 if guest >= self.size {
                     break;
                 }
-                if let Some(cluster) = self.cluster(&table, guest)? {
-                    self.apply_cluster(&cluster, guest, &mut data, out)?;
+                let Some(cluster) = self.cluster(&table, guest)? else {
+                    continue;
+                };
+                let mut first = 0;
+                while first < cluster.len() {
+                    let here = cluster[first];
+                    let mut end = first + 1;
+                    while end < cluster.len() && cluster[end] == here.after((end - first) as u64) {
+                        end += 1;
+                    }
+                    let at = guest + first as u64 * SUBCLUSTER;
+                    if at >= self.size {
+                        break;
+                    }
+                    let length = ((end - first) as u64 * SUBCLUSTER).min(self.size - at);
+                    each(at, length, here)?;
+                    first = end;
                 }
             }
         }
@@ -350,39 +373,6 @@ impl Overlay {
         let (disk, beyond) = data.split_at_mut(within);
         read_padded(&self.file, disk, host)?;
         beyond.fill(0);
-        Ok(())
-    }
-
-    /// One cluster.
-    fn apply_cluster(
-        &self,
-        cluster: &[Content],
-        guest: u64,
-        data: &mut [u8],
-        out: &File,
-    ) -> Result<(), OverlayError> {
-        let mut first = 0;
-        while first < cluster.len() {
-            let here = cluster[first];
-            let mut end = first + 1;
-            while end < cluster.len() && cluster[end] == here.after((end - first) as u64) {
-                end += 1;
-            }
-            let at = guest + first as u64 * SUBCLUSTER;
-            let length = ((end - first) as u64 * SUBCLUSTER).min(self.size.saturating_sub(at));
-            match here {
-                _ if length == 0 => break,
-                Content::Below => {}
-                Content::Zero => punch(out, at, length)?,
-                Content::Data(host) => {
-                    // At most one cluster, which is what `data` has room for.
-                    let run = &mut data[..clamp_usize(length)];
-                    read_padded(&self.file, run, host)?;
-                    write_sparse(out, run, at)?;
-                }
-            }
-            first = end;
-        }
         Ok(())
     }
 
@@ -470,6 +460,8 @@ pub(super) mod tests {
     use std::process::Command;
 
     use super::*;
+    use crate::volume::flatten::flatten;
+    use crate::volume::qcow2::Changed;
 
     /// Runs a tool of QEMU, the other implementation of the format.
     pub(in super::super) fn qemu(program: &str, arguments: &[&str]) {
@@ -555,12 +547,10 @@ pub(super) mod tests {
 
         let ours = directory.path().join("ours");
         let out = crate::fs::create_file(&ours).unwrap();
-        crate::fs::sparse_copy(&File::open(&base).unwrap(), &out).unwrap();
-        out.set_len(SIZE).unwrap();
-        Overlay::open(File::open(&path).unwrap(), SIZE)
-            .unwrap()
-            .apply(&out)
-            .unwrap();
+        let overlay = Overlay::open(File::open(&path).unwrap(), SIZE).unwrap();
+        let image = File::open(&base).unwrap();
+        let layers = [Changed { path, overlay }];
+        flatten((&image, &base), &layers, SIZE, (&out, &ours)).unwrap();
         // Compares content, reading through the chain on one side.
         qemu(
             "qemu-img",
@@ -640,13 +630,9 @@ pub(super) mod tests {
                 file.write_all_at(&bits.to_be_bytes(), 4 * CLUSTER + 8)
                     .unwrap();
             }
-            let out = tempfile::tempfile().unwrap();
-            out.set_len(1 << 30).unwrap();
-            let applied = Overlay::open(file, 1 << 30).unwrap().apply(&out);
-            assert!(
-                matches!(applied, Err(OverlayError::Mapping { .. })),
-                "{what}"
-            );
+            let overlay = Overlay::open(file, 1 << 30).unwrap();
+            let read = overlay.for_each_run(|_, _, _| Ok(()));
+            assert!(matches!(read, Err(OverlayError::Mapping { .. })), "{what}");
         }
     }
 }
