@@ -47,10 +47,8 @@ impl Pool {
             .args(["create", "-o", "cachefile=none", "-O", "mountpoint=none"])
             .args(["-O", "compression=off", &pool.name])
             .arg(&pool.file));
-        for dataset in ["icebox", "icebox/other", "other"] {
-            pool.zfs(&["create", &pool.path(dataset)]);
-        }
-        pool.zfs(&["create", "-s", "-V", "16M", &pool.path("other/disk")]);
+        pool.zfs(&["create", "-p", &pool.path("icebox/other")]);
+        pool.zfs(&["create", "-p", "-s", "-V", "16M", &pool.path("other/disk")]);
         pool.zfs(&["snapshot", &pool.path("other/disk@before")]);
         pool
     }

@@ -356,8 +356,7 @@ impl<P: Pool> Datasets<P> {
 
     /// Destroys a volume that was never finished, whatever of it there is.
     pub(super) fn discard(&self, volume: &Volume) -> Result<(), HostError> {
-        let looks = self.pool.look(Some(volume))?;
-        let Some(look) = looks.get(volume) else {
+        let Some(look) = self.look(volume)? else {
             return Ok(());
         };
         let snapshots: Vec<Snapshot> = look
@@ -499,47 +498,61 @@ impl<P: Pool> Datasets<P> {
         }
     }
 
+    /// What `find` finds in what is known, or else in a new listing: for what is about to be called absent.
+    fn find_surely<T>(&self, find: impl Fn(&Listing) -> Option<T>) -> Result<Option<T>, HostError> {
+        match self.find(&find)? {
+            None => Ok(find(&self.listing()?)),
+            found => Ok(found),
+        }
+    }
+
     /// Ensures that a head is not there, and nothing that only it needed.
     pub(super) fn remove_head(&self, head: &HeadId) -> Result<Removed, HostError> {
         let _removing = lock(&self.removing);
         self.catch_up()?;
-        let Some(line) = self.listing()?.head(head) else {
-            return Ok(Removed::AlreadyAbsent);
-        };
-        self.tidy(Volume::Head(line), true)?;
-        Ok(Removed::Removed)
+        self.at(|| {
+            let found = self.find_surely(|listing| listing.head(head))?;
+            let Some(line) = found else {
+                return Ok(Removed::AlreadyAbsent);
+            };
+            let volume = Volume::Head(line);
+            let look = self.look(&volume)?.ok_or_else(|| no_head(head))?;
+            self.tidy_from(volume, look, true)?;
+            Ok(Removed::Removed)
+        })
     }
 
     /// Ensures that a layer is not there, and nothing that only it needed.
     pub(super) fn remove_layer(&self, layer: &LayerId) -> Result<Removed, HostError> {
         let _removing = lock(&self.removing);
         self.catch_up()?;
-        let Some((volume, snapshot)) = self.listing()?.layer(layer) else {
-            return Ok(Removed::AlreadyAbsent);
-        };
-        let looks = self.pool.look(Some(&volume))?;
-        let look = looks.get(&volume).ok_or_else(|| no_layer(layer))?;
-        let seen = look
-            .snapshots
-            .iter()
-            .find(|seen| seen.name.as_ref() == Some(&snapshot));
-        let is_needed =
-            seen.is_some_and(Seen::is_cloned) || marker(&volume, look).as_ref() == Some(&snapshot);
-        if is_needed {
-            let gone = snapshot.gone();
-            self.pool.rename_snapshot(&volume, &snapshot, &gone)?;
-            self.did(|volumes| {
-                if let Some(snapshots) = volumes.get_mut(&volume) {
-                    snapshots.remove(&snapshot);
-                    snapshots.insert(gone);
-                }
-            });
-        } else {
-            self.destroy_snapshots(&volume, &[snapshot])?;
-        }
-        let goes = volume.is_kept();
-        self.tidy(volume, goes)?;
-        Ok(Removed::Removed)
+        self.at(|| {
+            let found = self.find_surely(|listing| listing.layer(layer))?;
+            let Some((volume, snapshot)) = found else {
+                return Ok(Removed::AlreadyAbsent);
+            };
+            let look = self.look(&volume)?.ok_or_else(|| no_layer(layer))?;
+            let mut all = look.snapshots.iter();
+            let seen = all.find(|seen| seen.name.as_ref() == Some(&snapshot));
+            let seen = seen.ok_or_else(|| no_layer(layer))?;
+            if seen.is_cloned() || marker(&volume, &look).as_ref() == Some(&snapshot) {
+                let gone = snapshot.gone();
+                self.pool.rename_snapshot(&volume, &snapshot, &gone)?;
+                self.did(|volumes| {
+                    if let Some(snapshots) = volumes.get_mut(&volume) {
+                        snapshots.remove(&snapshot);
+                        snapshots.insert(gone);
+                    }
+                });
+            } else {
+                self.destroy_snapshots(&volume, &[snapshot])?;
+            }
+            // A volume that is written to needs what it needed before.
+            if volume.is_kept() {
+                self.tidy(volume, true)?;
+            }
+            Ok(Removed::Removed)
+        })
     }
 
     /// Ensures that a base is not there. What heads and layers need of it stays with them.
@@ -598,15 +611,23 @@ impl<P: Pool> Datasets<P> {
         Ok(())
     }
 
+    fn look(&self, volume: &Volume) -> Result<Option<Look>, HostError> {
+        let mut looks = self.pool.look(Some(volume))?;
+        Ok(looks.remove(volume))
+    }
+
+    fn tidy(&self, volume: Volume, goes: bool) -> Result<(), HostError> {
+        match self.look(&volume)? {
+            Some(look) => self.tidy_from(volume, look, goes),
+            None => Ok(()),
+        }
+    }
+
     /// Removes what is not needed of a volume; if it `goes`, the volume too, or it is kept for its snapshots. Then the same
     /// of what it was a clone of. The caller holds `removing`.
-    fn tidy(&self, volume: Volume, goes: bool) -> Result<(), HostError> {
-        let (mut volume, mut goes) = (volume, goes);
+    fn tidy_from(&self, volume: Volume, look: Look, goes: bool) -> Result<(), HostError> {
+        let (mut volume, mut look, mut goes) = (volume, look, goes);
         for _ in 0..STEPS_MAX {
-            let mut looks = self.pool.look(Some(&volume))?;
-            let Some(look) = looks.remove(&volume) else {
-                return Ok(());
-            };
             match plan(&volume, &look, goes) {
                 Step::Keep => {
                     let kept = volume.kept();
@@ -647,6 +668,10 @@ impl<P: Pool> Datasets<P> {
                 }
                 Step::RollBack(newest) => self.pool.roll_back(&volume, &newest)?,
                 Step::Rest => return Ok(()),
+            }
+            match self.look(&volume)? {
+                Some(next) => look = next,
+                None => return Ok(()),
             }
         }
         Err(HostError::new(
