@@ -17,7 +17,7 @@ use icebox_host::volume;
 use serde_json::{Value, json};
 
 use crate::mounts::{can_map, can_mount, can_pool};
-use crate::pool::Pool;
+use crate::pool::{Pool, patiently};
 
 /// Set in the process that runs inside the private mount namespace; names the directory to work in.
 const INSIDE: &str = "ICEBOX_CONFORMANCE_DIRECTORY";
@@ -429,7 +429,7 @@ impl Ground {
         }
         match self.driver.attach(&disk.head, &disk.chain).await.unwrap() {
             BlockDevice::Raw { path } => {
-                let file = fs::OpenOptions::new().write(true).open(path).unwrap();
+                let file = patiently(|| fs::OpenOptions::new().write(true).open(&path));
                 for (offset, length, byte) in writes {
                     file.write_all_at(&vec![*byte; usize::try_from(*length).unwrap()], *offset)
                         .unwrap();
@@ -449,7 +449,7 @@ impl Ground {
     /// The disk's content as a guest reads it.
     pub(crate) async fn read(&self, disk: &Disk) -> Vec<u8> {
         let content = match self.driver.attach(&disk.head, &disk.chain).await.unwrap() {
-            BlockDevice::Raw { path } => fs::read(path).unwrap(),
+            BlockDevice::Raw { path } => patiently(|| fs::read(&path)),
             device @ BlockDevice::Qcow2 { .. } => {
                 let out = tempfile::NamedTempFile::new().unwrap();
                 run(Command::new("qemu-img")

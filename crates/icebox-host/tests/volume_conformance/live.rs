@@ -12,6 +12,7 @@ use icebox_engine::layout::Object;
 use serde_json::{Value, json};
 
 use crate::ground::{Ground, assert_same, blockdev, run};
+use crate::pool::patiently;
 
 const MIB: u64 = 1 << 20;
 
@@ -221,7 +222,7 @@ async fn freeze_under_an_open_descriptor(ground: &Ground) {
     else {
         panic!("not a raw device");
     };
-    let open = fs::OpenOptions::new().write(true).open(path).unwrap();
+    let open = patiently(|| fs::OpenOptions::new().write(true).open(&path));
     let mut layers = Vec::new();
     for round in 0..5_u8 {
         // Not flushed by the writer: the freeze must see it all the same.

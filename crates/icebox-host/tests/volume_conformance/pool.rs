@@ -13,6 +13,18 @@ const SIZE: u64 = 256 << 20;
 /// What is there before Icebox, and must be there after it.
 const FOREIGN: [&str; 4] = ["other", "other/disk", "other/disk@before", "icebox/other"];
 
+/// Opens a device as often as the kernel says, by a number that is its own, that it could not look: the first to open a
+/// volume waits a second for whoever makes or imports a pool, as other tests do.
+pub(crate) fn patiently<T>(open: impl Fn() -> std::io::Result<T>) -> T {
+    const ERESTARTSYS: i32 = 512;
+    loop {
+        match open() {
+            Err(error) if error.raw_os_error() == Some(ERESTARTSYS) => {}
+            opened => return opened.unwrap(),
+        }
+    }
+}
+
 /// The pool whose name is that of a test's directory.
 pub(crate) struct Pool {
     name: String,

@@ -15,7 +15,7 @@ use icebox_host::instance::Instance;
 use icebox_host::volume::Zfs;
 
 use crate::ground::{BASE_SIZE, Disk, Ground};
-use crate::pool::Pool;
+use crate::pool::{Pool, patiently};
 
 const MIB: u64 = 1 << 20;
 
@@ -41,11 +41,7 @@ async fn open(ground: &Ground, disk: &Disk) -> fs::File {
     else {
         panic!("not a raw device");
     };
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(path)
-        .unwrap()
+    patiently(|| OpenOptions::new().read(true).write(true).open(&path))
 }
 
 fn with_prefix(ground: &Ground, prefix: &str) -> Vec<String> {
@@ -199,7 +195,7 @@ pub(crate) async fn inv_25_a_zfs_import_that_was_killed_is_no_base(ground: &Grou
         let BlockDevice::Raw { path } = again.attach(&disk.head, &chain).await.unwrap() else {
             panic!("not a raw device");
         };
-        assert!(fs::read(path).unwrap() == content, "step {step}");
+        assert!(patiently(|| fs::read(&path)) == content, "step {step}");
         again.remove_head(&disk.head).await.unwrap();
     }
     // And one that nobody needs any more goes with the next start.
