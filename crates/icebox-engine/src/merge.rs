@@ -203,7 +203,9 @@ fn choose(links: &[Weight], bound: usize) -> Range<usize> {
 async fn merge(shared: &Shared, plan: &Plan) -> Result<(), Error> {
     let object = Object::Layer(plan.into.id.clone());
     let _pin = shared.catalog.pin([object.clone()]);
-    if let Err(error) = caught("merging layers", make(shared, plan, &object)).await {
+    let mut steps = Steps::default();
+    let made = make(shared, plan, &object, &mut steps);
+    if let Err(error) = caught("merging layers", made).await {
         let store = &shared.host.store;
         let discarded = within(deadline::STORE, "discarding a merged layer", async {
             store.discard(&object).await?;
@@ -215,16 +217,20 @@ async fn merge(shared: &Shared, plan: &Plan) -> Result<(), Error> {
         return Err(error);
     }
     shared.catalog.add_layer(1, plan.into.clone());
-    commit(shared, plan).await;
+    steps.time("commit", commit(shared, plan)).await;
     let (layers, above) = (plan.run.len(), &plan.above.layer.id);
     let detail = format!("{layers} layers under {above} are one: {}", plan.into.id);
-    let none = Steps::default();
-    shared.events.emit(None, "layers.merged", detail, &none);
+    shared.events.emit(None, "layers.merged", detail, &steps);
     Ok(())
 }
 
 /// Makes the merged layer, up to its publication.
-async fn make(shared: &Shared, plan: &Plan, object: &Object) -> Result<(), Error> {
+async fn make(
+    shared: &Shared,
+    plan: &Plan,
+    object: &Object,
+    steps: &mut Steps,
+) -> Result<(), Error> {
     let (store, into) = (&shared.host.store, &plan.into);
     let driver = find_volume_driver(&shared.host, &into.driver)?;
     let merging = driver.merges_layers().ok_or_else(|| Error::Step {
@@ -236,21 +242,16 @@ async fn make(shared: &Shared, plan: &Plan, object: &Object) -> Result<(), Error
     })?;
     within(deadline::DISK, "checking free space", store.check_space()).await?;
     let staging = within(deadline::STORE, "staging a layer", store.stage(object)).await?;
-    within(
-        deadline::FLATTEN,
-        "merging layers",
-        merging.merge(&plan.run, into.size, &staging),
-    )
-    .await?;
-    within(
-        deadline::FLATTEN,
-        "comparing a merged layer",
-        merging.verify(&plan.run, into.size, &staging),
-    )
-    .await?;
+    let merged = merging.merge(&plan.run, into.size, &staging);
+    let merged = within(deadline::FLATTEN, "merging layers", merged);
+    steps.time("merge", merged).await?;
+    let same = merging.verify(&plan.run, into.size, &staging);
+    let same = within(deadline::FLATTEN, "comparing a merged layer", same);
+    steps.time("verify", same).await?;
     let document = manifest::encode(1, into);
     let published = store.publish(object, &document);
-    within(deadline::STORE, "publishing a merged layer", published).await
+    let published = within(deadline::STORE, "publishing a merged layer", published);
+    steps.time("publish", published).await
 }
 
 /// Puts what is above the run on the merged layer. If that fails, the disk may have either chain, and both show the
