@@ -310,8 +310,10 @@ pub(crate) async fn inv_27_sizes_are_what_is_allocated(ground: &Ground) {
 pub(crate) async fn inv_28_a_full_file_system_is_a_typed_error_without_remains(ground: &Ground) {
     let mut disk = ground.disk().await;
     ground.write(&mut disk, 0, MIB, 3).await;
-    ground.freeze(&mut disk).await;
+    let layer = ground.freeze(&mut disk).await;
     let sandbox = Object::Sandbox(disk.head.sandbox.clone());
+    let merged = Object::Layer(LayerId::random());
+    let staging = ground.store.stage(&merged).await.unwrap();
     let filler = ground.mount.join("filler");
     let file = fs::File::create(&filler).unwrap();
     // Down to the last block, so that what follows has nothing.
@@ -343,6 +345,14 @@ pub(crate) async fn inv_28_a_full_file_system_is_a_typed_error_without_remains(g
             failures += 1;
         }
     }
+    if let Some(merging) = ground.driver.merges_layers() {
+        let made = merging.merge(&[layer], disk.chain.size, &staging).await;
+        let error = made.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Exhausted, "{error}");
+        assert_eq!(fs::read_dir(&staging).unwrap().count(), 0);
+        failures += 1;
+    }
+    ground.store.discard(&merged).await.unwrap();
     for number in 10..15 {
         let head = HeadId {
             number,
