@@ -22,8 +22,8 @@ use tokio_util::io::StreamReader;
 
 use crate::types::{
     BuildEvent, Event, Forked, GcReport, GcRequest, Kernel, KernelEvent, NewBuild, NewFork,
-    NewKernel, NewSandbox, NewSnapshot, Report, ResumeRequest, SandboxDetail, Snapshot, Template,
-    VerbResult, Version,
+    NewKernel, NewSandbox, NewSnapshot, Report, ResumeRequest, SandboxDetail, Snapshot, Stats,
+    Template, VerbResult, Version,
 };
 use crate::{ErrorBody, ErrorCode};
 
@@ -102,14 +102,15 @@ impl Client {
         self.post("/sandboxes", new).await
     }
 
-    /// All sandboxes, newest first.
-    pub async fn list(&self) -> Result<Vec<SandboxDetail>, ClientError> {
-        self.get("/sandboxes").await
+    /// All sandboxes, newest first; with `space`, what each occupies.
+    pub async fn list(&self, space: bool) -> Result<Vec<SandboxDetail>, ClientError> {
+        self.get(&format!("/sandboxes?space={space}")).await
     }
 
-    /// One sandbox.
-    pub async fn inspect(&self, sandbox: &str) -> Result<SandboxDetail, ClientError> {
-        self.get(&format!("/sandboxes/{}", segment(sandbox))).await
+    /// One sandbox; with `space`, what it occupies and who shares that.
+    pub async fn inspect(&self, sandbox: &str, space: bool) -> Result<SandboxDetail, ClientError> {
+        self.get(&format!("/sandboxes/{}?space={space}", segment(sandbox)))
+            .await
     }
 
     /// Destroys a sandbox.
@@ -222,6 +223,11 @@ impl Client {
             path.push_str(&format!("&since={since}"));
         }
         self.lines(Method::GET, &path, Bytes::new()).await
+    }
+
+    /// What everything occupies, and how much room there is.
+    pub async fn stats(&self) -> Result<Stats, ClientError> {
+        self.get("/stats").await
     }
 
     /// What works on the daemon's host.

@@ -11,8 +11,8 @@ use futures_util::Stream;
 use crate::ApiError;
 use crate::types::{
     BuildEvent, Event, Forked, GcReport, GcRequest, Kernel, KernelEvent, NewBuild, NewFork,
-    NewKernel, NewSandbox, NewSnapshot, Report, ResumeRequest, SandboxDetail, Snapshot, Template,
-    VerbResult,
+    NewKernel, NewSandbox, NewSnapshot, Report, ResumeRequest, SandboxDetail, Snapshot, Stats,
+    Template, VerbResult,
 };
 
 /// A stream that a response is made of.
@@ -26,10 +26,10 @@ pub type BoxStream<T> = Pin<Box<dyn Stream<Item = T> + Send>>;
 pub trait Daemon: Send + Sync + 'static {
     /// Creates a sandbox and waits until its agent answers.
     async fn create(&self, new: NewSandbox) -> Result<SandboxDetail, ApiError>;
-    /// All sandboxes, newest first.
-    async fn list(&self) -> Result<Vec<SandboxDetail>, ApiError>;
-    /// One sandbox.
-    async fn inspect(&self, sandbox: &str) -> Result<SandboxDetail, ApiError>;
+    /// All sandboxes, newest first; with `space`, what each occupies, which takes a look at its files.
+    async fn list(&self, space: bool) -> Result<Vec<SandboxDetail>, ApiError>;
+    /// One sandbox; with `space`, what it occupies and who shares that.
+    async fn inspect(&self, sandbox: &str, space: bool) -> Result<SandboxDetail, ApiError>;
     /// To `Paused`.
     async fn pause(&self, sandbox: &str) -> Result<VerbResult, ApiError>;
     /// From `Paused` to `Running`.
@@ -73,6 +73,8 @@ pub trait Daemon: Send + Sync + 'static {
     /// Events after number `since` (absent: from now on); ends with what is there unless `follow`. A subscriber that
     /// asks for what is no longer kept is told so first (INV-49).
     async fn events(&self, since: Option<u64>, follow: bool) -> Result<BoxStream<Event>, ApiError>;
+    /// What everything occupies, and how much room there is.
+    async fn stats(&self) -> Result<Stats, ApiError>;
     /// What works here.
     async fn doctor(&self) -> Result<Report, ApiError>;
     /// Removes what nothing reaches, or tells what it would.

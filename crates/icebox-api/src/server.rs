@@ -129,6 +129,7 @@ fn router(context: Context) -> Router {
         .route("/health", get(host::health))
         .route("/version", get(host::version))
         .route("/doctor", get(host::doctor))
+        .route("/stats", get(host::stats))
         .route("/gc", post(host::gc))
         .route("/events", get(events::events))
         .route("/sandboxes", get(sandboxes::list).post(sandboxes::create))

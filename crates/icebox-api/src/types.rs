@@ -9,6 +9,7 @@ mod event;
 mod gc;
 mod kernel;
 mod sandbox;
+mod space;
 mod template;
 
 pub use build::{BuildEvent, BuildSource, NewBuild};
@@ -18,8 +19,9 @@ pub use gc::{Garbage, GcReport, GcRequest};
 pub use kernel::{Kernel, KernelEvent, KernelSource, NewKernel};
 pub use sandbox::{
     Branch, Forked, Generation, ListedSandbox, NewFork, NewSandbox, NewSnapshot, Outcome,
-    ResumeRequest, SandboxDetail, Snapshot, State, VerbResult, Vmm,
+    ResumeRequest, SandboxDetail, Snapshot, State, Unusable, VerbResult, Vmm,
 };
+pub use space::{Kind, Owner, Part, Place, Stats};
 pub use template::{Template, TemplateKind};
 
 use serde::{Deserialize, Serialize};

@@ -104,6 +104,7 @@ impl Script {
                     State::Paused
                 },
                 verb: None,
+                stalled: None,
                 metadata: BTreeMap::new(),
                 envd_version: icebox_api::ENVD_VERSION.to_owned(),
                 address: Some(Ipv4Addr::LOCALHOST),
@@ -117,12 +118,22 @@ impl Script {
             pid: None,
             limits: None,
             allocated_bytes: None,
+            shared_bytes: None,
+            parts: Vec::new(),
             generations: Vec::new(),
+            unusable: Vec::new(),
             branches: Vec::new(),
             holds: Vec::new(),
             last_exit: None,
             disk_lost: None,
             broken: None,
+        }
+    }
+
+    fn measured(&self, space: bool) -> SandboxDetail {
+        SandboxDetail {
+            allocated_bytes: space.then_some(4096),
+            ..self.sandbox()
         }
     }
 
@@ -152,12 +163,12 @@ impl Daemon for Script {
             Err(ApiError::new(ErrorCode::NotFound, message).hint("see `icebox template ls`"))
         }
     }
-    async fn list(&self) -> Result<Vec<SandboxDetail>, ApiError> {
-        Ok(vec![self.sandbox()])
+    async fn list(&self, space: bool) -> Result<Vec<SandboxDetail>, ApiError> {
+        Ok(vec![self.measured(space)])
     }
-    async fn inspect(&self, sandbox: &str) -> Result<SandboxDetail, ApiError> {
+    async fn inspect(&self, sandbox: &str, space: bool) -> Result<SandboxDetail, ApiError> {
         self.known(sandbox, false)?;
-        Ok(self.sandbox())
+        Ok(self.measured(space))
     }
     async fn pause(&self, sandbox: &str) -> Result<VerbResult, ApiError> {
         self.known(sandbox, false)?;
@@ -254,6 +265,12 @@ impl Daemon for Script {
         Ok(match follow {
             true => events.chain(stream::pending()).boxed(),
             false => events.boxed(),
+        })
+    }
+    async fn stats(&self) -> Result<Stats, ApiError> {
+        Ok(Stats {
+            unneeded_bytes: 7,
+            ..Stats::default()
         })
     }
     async fn doctor(&self) -> Result<Report, ApiError> {
@@ -498,7 +515,17 @@ async fn the_client_understands_every_form_of_answer() {
     let script = Script::new();
     let served = Served::new(&script).await;
     let client = served.client();
-    assert_eq!(client.list().await.expect("a list").len(), 1);
+    let sizes = |list: Vec<SandboxDetail>| {
+        let sizes = list.into_iter().map(|one| one.allocated_bytes);
+        sizes.collect::<Vec<_>>()
+    };
+    let list = client.list(false).await.expect("a list");
+    assert_eq!(sizes(list), [None], "nobody asked for sizes");
+    let list = client.list(true).await.expect("a list");
+    assert_eq!(sizes(list), [Some(4096)]);
+    let one = client.inspect("web", true).await.expect("it is there");
+    assert_eq!(one.allocated_bytes, Some(4096));
+    assert_eq!(client.stats().await.expect("sums").unneeded_bytes, 7);
     let refused = client
         .template("../x/?#")
         .await
@@ -531,7 +558,7 @@ async fn the_client_understands_every_form_of_answer() {
         .await;
     assert_eq!(console.concat(), b"boot done");
     assert!(matches!(
-        Client::new("/nonexistent/socket").list().await,
+        Client::new("/nonexistent/socket").list(false).await,
         Err(ClientError::Connect { .. })
     ));
 }

@@ -59,6 +59,8 @@ pub(crate) struct Entry {
     pub(crate) busy: Option<&'static str>,
     /// A head that was lost while it was written to, and why.
     lost: Option<(u32, String)>,
+    /// Whether its guest stands still for want of room.
+    pub(crate) stalled: bool,
     pub(crate) gate: Gate,
     pub(crate) mailbox: Mailbox,
 }
@@ -108,6 +110,17 @@ pub(crate) struct Link {
 pub(crate) struct DeepChain {
     pub(crate) links: Vec<Link>,
     _pin: Pin,
+}
+
+/// A sandbox or template, and what it needs.
+pub(crate) struct Owner {
+    pub(crate) object: Object,
+    /// What people call it: `sandbox a`.
+    pub(crate) name: String,
+    /// The head that it holds, and whose that is.
+    pub(crate) head: Option<(String, HeadId)>,
+    /// Bases, layers and memories, the newest first.
+    pub(crate) needs: Vec<Object>,
 }
 
 /// Keeps objects from the collector until it is dropped.
@@ -484,6 +497,12 @@ impl Catalog {
             .collect()
     }
 
+    pub(crate) fn set_stalled(&self, sandbox: &SandboxId, stalled: bool) {
+        if let Some(entry) = lock(&self.inner).sandboxes.get_mut(sandbox) {
+            entry.stalled = stalled;
+        }
+    }
+
     pub(crate) fn forget_sandbox(&self, sandbox: &SandboxId) {
         lock(&self.inner).sandboxes.remove(sandbox);
     }
@@ -530,6 +549,52 @@ impl Catalog {
             "`icebox ls` lists the sandboxes there are",
         )
         .cloned()
+    }
+
+    // Who needs what.
+
+    /// Every template and sandbox, the oldest of each first, with everything that it needs beside itself. What is in the
+    /// making needs nothing yet.
+    pub(crate) fn owners(&self) -> Vec<Owner> {
+        let inner = lock(&self.inner);
+        let mut templates: Vec<_> = inner.templates.values().collect();
+        templates.sort_by_key(|template| template.created_at);
+        let mut sandboxes: Vec<_> = inner.sandboxes.values().collect();
+        sandboxes.sort_by_key(|entry| entry.record.created_at);
+        let templates = templates.into_iter().map(|template| Owner {
+            object: Object::Template(template.id.clone()),
+            name: format!("template {}", template.name),
+            head: None,
+            needs: inner.in_order(content_roots(template)),
+        });
+        let sandboxes = sandboxes.into_iter().map(|entry| {
+            let record = &entry.record;
+            let generations = entry.generations.values();
+            let captures = generations.flat_map(|it| capture_roots(&it.capture));
+            let intended = intended_layer(record);
+            let opened = record.opened.iter().cloned().map(Object::Layer);
+            let roots = record_roots(record)
+                .into_iter()
+                .chain(captures)
+                .chain(opened);
+            let held = record.holds.iter().find_map(|hold| match hold {
+                Hold::Head { number, .. } => Some(*number),
+                _ => None,
+            });
+            Owner {
+                object: Object::Sandbox(record.id.clone()),
+                name: format!("sandbox {}", display_name(record)),
+                head: held.map(|number| {
+                    let sandbox = record.id.clone();
+                    (
+                        record.spec.volume_driver.clone(),
+                        HeadId { sandbox, number },
+                    )
+                }),
+                needs: inner.in_order(roots.filter(|root| Some(root) != intended.as_ref())),
+            }
+        });
+        templates.chain(sandboxes).collect()
     }
 
     // Reachability.
@@ -732,6 +797,7 @@ impl Inner {
                 generations,
                 busy: None,
                 lost: None,
+                stalled: false,
                 gate,
                 mailbox,
             },
@@ -760,10 +826,21 @@ impl Inner {
     }
 
     /// What the objects in `reached` need, they themselves included.
-    fn closure(&self, mut reached: BTreeSet<Object>) -> BTreeSet<Object> {
-        let mut frontier: Vec<Object> = reached.iter().cloned().collect();
-        while let Some(object) = frontier.pop() {
-            let needs: Vec<Object> = match &object {
+    fn closure(&self, reached: BTreeSet<Object>) -> BTreeSet<Object> {
+        self.in_order(reached).into_iter().collect()
+    }
+
+    /// What `roots` need, they themselves included: each object once, and before what it needs.
+    fn in_order(&self, roots: impl IntoIterator<Item = Object>) -> Vec<Object> {
+        let mut reached = BTreeSet::new();
+        let mut order: Vec<Object> = roots
+            .into_iter()
+            .filter(|root| reached.insert(root.clone()))
+            .collect();
+        let mut at = 0;
+        while let Some(object) = order.get(at) {
+            at += 1;
+            let needs: Vec<Object> = match object {
                 Object::Layer(id) => self
                     .layers
                     .get(id)
@@ -778,13 +855,13 @@ impl Inner {
                     .collect(),
                 _ => Vec::new(),
             };
-            frontier.extend(
+            order.extend(
                 needs
                     .into_iter()
                     .filter(|need| reached.insert(need.clone())),
             );
         }
-        reached
+        order
     }
 
     /// What manifests refer to, other than what is still in the making.

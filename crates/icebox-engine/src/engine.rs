@@ -4,6 +4,7 @@
 
 mod open;
 mod templates;
+mod usage;
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
@@ -16,11 +17,10 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::catalog::{Entry, display_name};
 use crate::collect::{self, Plan};
-use crate::deadline::{self, within};
 use crate::error::Error;
 use crate::event::Events;
 use crate::gate::{Gate, Pass};
-use crate::host::{Egress, Host, Secret};
+use crate::host::{Egress, Host, Secret, Space};
 use crate::id::{GenerationNo, Name, SandboxId, Slot};
 use crate::layout::Object;
 use crate::ledger::Ledger;
@@ -35,9 +35,12 @@ use crate::sandbox::{
 use crate::unit::{Bytes, Geometry};
 
 pub use templates::ImageRequest;
+pub use usage::{Part, Usage, Usages};
 
 /// How many slots the network is asked to keep ready.
 const SLOTS_READY: usize = 4;
+/// The largest disk: what ext4 has with blocks of 4 KiB unless it is made otherwise, and qcow2 with clusters of 128 KiB.
+const MAX_DISK: Bytes = Bytes::mib(16 << 20);
 /// How many sandboxes are recovered, or forks made, at once.
 const AT_ONCE: usize = 8;
 
@@ -50,6 +53,9 @@ pub struct Config {
     pub max_mem_mib: u32,
     /// How many layers may lie under a disk before some are merged into one, in the background. At least 4.
     pub max_layers: usize,
+    /// How much must be free for new work to be admitted. Unless it is said: 1 GiB, or a twentieth of what there is if that
+    /// is less.
+    pub keep_free: Option<Bytes>,
 }
 
 impl Default for Config {
@@ -58,6 +64,7 @@ impl Default for Config {
             keep_generations: 8,
             max_mem_mib: u32::MAX,
             max_layers: merge::MAX_LAYERS,
+            keep_free: None,
         }
     }
 }
@@ -102,6 +109,8 @@ pub struct SandboxView {
     pub busy: Option<&'static str>,
     /// Why its newest disk is lost, if it is.
     pub disk_lost: Option<String>,
+    /// Whether its guest stands still because a write to its disk found no room.
+    pub stalled: bool,
     /// Reaches its guest from the host, on any port.
     pub host_address: Ipv4Addr,
 }
@@ -141,8 +150,8 @@ impl Engine {
     /// Nothing of it is left.
     pub async fn create(&self, request: CreateRequest) -> Result<SandboxView, Error> {
         let (template, pin) = self.shared.catalog.template(&request.template)?;
-        self.check_space().await?;
         let spec = self.spec(&template, &request)?;
+        self.shared.require_room(Some(&spec.volume_driver)).await?;
         let beginning = match template.content {
             TemplateContent::Image { base } => Beginning::Image { base, _pin: pin },
             TemplateContent::Snapshot { capture } => {
@@ -173,8 +182,7 @@ impl Engine {
                 hint: "ask for at least one: `-n 1`".into(),
             });
         }
-        self.check_space().await?;
-        let entry = self.shared.catalog.sandbox(wanted)?;
+        let entry = self.with_room(wanted).await?;
         self.detached("forking", |engine| async move {
             let origin = Arc::new(ask(&entry, Request::Fork).await?);
             let mut spec = entry.record.spec.clone();
@@ -305,6 +313,12 @@ impl Engine {
             self.shared.config.max_mem_mib,
         )?;
         let disk_size = request.disk_size.unwrap_or(template.disk_size);
+        if disk_size > MAX_DISK {
+            return Err(Error::Invalid {
+                message: format!("a sandbox cannot have a disk of {disk_size}"),
+                hint: format!("ask for at most {MAX_DISK}"),
+            });
+        }
         if disk_size < template.disk_size || !disk_size.0.is_multiple_of(512) {
             return Err(Error::Invalid {
                 message: format!(
@@ -322,7 +336,7 @@ impl Engine {
                     "template {} is a snapshot of a machine with {} vCPUs, {} MiB and a disk of {}: it cannot become another",
                     template.name, template.geometry.vcpus, template.geometry.mem_mib, template.disk_size
                 ),
-                hint: "leave CPUs, memory and disk size out, or `flatten` it to a template of its disk alone".into(),
+                hint: "leave CPUs, memory and disk size out; for another machine, `icebox flatten` a sandbox made from it and create from that template".into(),
             });
         }
         let mut env = template.env.clone();
@@ -343,7 +357,7 @@ impl Engine {
 
     /// Boots a stopped sandbox's newest disk.
     pub async fn start(&self, wanted: &str) -> Result<(Outcome, SandboxView), Error> {
-        self.check_space().await?;
+        self.with_room(wanted).await?;
         self.verb(wanted, Request::Start).await
     }
 
@@ -358,7 +372,7 @@ impl Engine {
         wanted: &str,
         generation: Option<GenerationNo>,
     ) -> Result<(Outcome, SandboxView), Error> {
-        self.check_space().await?;
+        self.with_room(wanted).await?;
         self.verb(wanted, |reply| Request::Resume(generation, reply))
             .await
     }
@@ -370,8 +384,7 @@ impl Engine {
 
     /// Makes a snapshot template of a running or paused sandbox.
     pub async fn snapshot(&self, wanted: &str, name: Name) -> Result<Template, Error> {
-        self.check_space().await?;
-        let entry = self.shared.catalog.sandbox(wanted)?;
+        let entry = self.with_room(wanted).await?;
         ask(&entry, |reply| Request::Snapshot(name, reply)).await
     }
 
@@ -429,30 +442,9 @@ impl Engine {
             unusable,
             busy: entry.busy,
             disk_lost,
+            stalled: entry.stalled,
             host_address,
         }
-    }
-
-    /// Allocated bytes that are this sandbox's own: its head and its generations' device states.
-    pub async fn usage(&self, wanted: &str) -> Result<Bytes, Error> {
-        let entry = self.shared.catalog.sandbox(wanted)?;
-        let object = Object::Sandbox(entry.record.id.clone());
-        within(
-            deadline::DISK,
-            "measuring the sandbox",
-            self.shared.host.store.allocated(&object),
-        )
-        .await
-    }
-
-    /// Allocated bytes of an immutable object.
-    pub async fn object_usage(&self, object: &Object) -> Result<Bytes, Error> {
-        within(
-            deadline::DISK,
-            "measuring an object",
-            self.shared.host.store.allocated(object),
-        )
-        .await
     }
 
     /// Admits a connection to a running guest. `None` while it does not run, or stands still for a capture.
@@ -500,13 +492,30 @@ impl Engine {
         self.shared.host.network.prepare(&next);
     }
 
-    async fn check_space(&self) -> Result<(), Error> {
-        within(
-            deadline::DISK,
-            "checking free space",
-            self.shared.host.store.check_space(),
-        )
-        .await
+    /// The places where data are kept, each with its low-water mark: the store's first, then those of drivers that keep
+    /// disks elsewhere.
+    ///
+    /// # Errors
+    /// One of them does not answer.
+    pub async fn room(&self) -> Result<Vec<(Space, Bytes)>, Error> {
+        self.shared.room().await
+    }
+
+    /// Refuses work that would begin to fill the data directory's file system while little of it is free: for what the
+    /// engine does not do itself. What it does, it checks.
+    ///
+    /// # Errors
+    /// Says how much is free, and how much should be.
+    pub async fn require_room(&self) -> Result<(), Error> {
+        self.shared.require_room(None).await
+    }
+
+    /// Finds a sandbox for a verb that makes something new of it.
+    async fn with_room(&self, wanted: &str) -> Result<Entry, Error> {
+        let entry = self.shared.catalog.sandbox(wanted)?;
+        let driver = &entry.record.spec.volume_driver;
+        self.shared.require_room(Some(driver)).await?;
+        Ok(entry)
     }
 }
 

@@ -26,7 +26,7 @@ pub use error::{ErrorKind, HostError};
 pub use guest::{Guest, GuestAddress, GuestOrigin, Secret, Welcome};
 pub use kernels::{BootFiles, Kernels};
 pub use network::{Egress, Network, SlotNetwork};
-pub use store::{Store, StoredDocument};
+pub use store::{Space, Store, StoredDocument};
 pub use vmm::{
     Capabilities, DiskSwitch, ExitReason, LaunchPlan, Machine, MemorySource, ProcessIdentity,
     SavePlan, SavedMemory, SavedPages, Start, VcpuState, Vmm, VmmIdentity,

@@ -24,11 +24,14 @@ mod merge;
 mod panics;
 mod phase;
 mod sandbox;
+mod space;
 pub mod unit;
 mod watch;
 
 pub use collect::Plan;
-pub use engine::{Config, CreateRequest, Engine, ImageRequest, Route, SandboxView};
+pub use engine::{
+    Config, CreateRequest, Engine, ImageRequest, Part, Route, SandboxView, Usage, Usages,
+};
 pub use error::Error;
 pub use event::{Batch, Event, Events};
 pub use gate::{Gate, Pass};

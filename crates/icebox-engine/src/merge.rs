@@ -240,7 +240,7 @@ async fn make(
             format!("{} keeps no chains of layers", into.driver),
         ),
     })?;
-    within(deadline::DISK, "checking free space", store.check_space()).await?;
+    shared.require_room(Some(&into.driver)).await?;
     let staging = within(deadline::STORE, "staging a layer", store.stage(object)).await?;
     let merged = merging.merge(&plan.run, into.size, &staging);
     let merged = within(deadline::FLATTEN, "merging layers", merged);

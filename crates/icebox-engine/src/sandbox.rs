@@ -26,6 +26,7 @@ use crate::ledger::Ledger;
 use crate::manifest::v1::{self, Capture, Exit, Hold, Intent, Rest, Under};
 use crate::panics::caught;
 use crate::phase::{Phase, Refusal, Step, Verb};
+use crate::space::Stall;
 
 /// How many verbs may wait for their turn at one sandbox. Equal ones coalesce, so a client with a purpose has few.
 pub(crate) const QUEUE: usize = 64;
@@ -91,6 +92,8 @@ pub(crate) struct Sandbox {
     pub(crate) ledger: Ledger,
     pub(crate) life: Life,
     pub(crate) gate: Gate,
+    /// Set while the guest stands still for want of room, and after it did.
+    stall: Option<Stall>,
     unnamed: Vec<Unnamed>,
     /// How often in a row what was left undone could not be finished.
     vain: u32,
@@ -120,6 +123,7 @@ impl Sandbox {
             ledger,
             life: Life::AtRest,
             gate,
+            stall: None,
             unnamed: Vec::new(),
             vain: 0,
         }
@@ -132,9 +136,23 @@ impl Sandbox {
                 Life::Running(machine) => Some(Arc::clone(machine)),
                 Life::AtRest => None,
             };
+            let look_at = self.stall.as_ref().and_then(Stall::look_at);
+            let watched = machine.clone().filter(|_| look_at.is_none());
             let ended = async move {
                 match machine {
                     Some(machine) => machine.exited().await,
+                    None => std::future::pending().await,
+                }
+            };
+            let stalled = async move {
+                match watched {
+                    Some(machine) => machine.stalled().await,
+                    None => std::future::pending().await,
+                }
+            };
+            let look = async move {
+                match look_at {
+                    Some(at) => tokio::time::sleep_until(at).await,
                     None => std::future::pending().await,
                 }
             };
@@ -144,6 +162,20 @@ impl Sandbox {
                 reason = ended => {
                     self.alone("noticing the end of the VMM", async |it| {
                         it.vmm_ended(&reason).await;
+                        Fate::Lives
+                    })
+                    .await
+                }
+                () = stalled => {
+                    self.alone("noticing that the guest stands still", async |it| {
+                        it.guest_stalled();
+                        Fate::Lives
+                    })
+                    .await
+                }
+                () = look => {
+                    self.alone("looking for room", async |it| {
+                        it.go_on().await;
                         Fate::Lives
                     })
                     .await
@@ -318,6 +350,13 @@ impl Sandbox {
         // What was finished may have moved it: a disk that is set aside leaves it paused.
         let step = verb.from(self.phase())?;
         self.require_disk(verb)?;
+        let needs_guest = matches!(
+            verb,
+            Verb::Pause | Verb::Snapshot | Verb::Fork | Verb::Flatten
+        );
+        if needs_guest && self.stands_still() && !self.go_on().await {
+            return Err(no_room());
+        }
         Ok(step)
     }
 
@@ -425,7 +464,63 @@ impl Sandbox {
             biased;
             result = within(limit, step, work) => result,
             reason = machine.exited() => Err(Error::VmmEnded { step, detail: reason.detail }),
+            () = machine.stalled() => Err(no_room()),
         }
+    }
+
+    // A guest without room.
+
+    /// Whether the guest is known to stand still for want of room.
+    pub(crate) fn stands_still(&self) -> bool {
+        self.stall
+            .as_ref()
+            .is_some_and(|stall| stall.look_at().is_some())
+    }
+
+    fn guest_stalled(&mut self) {
+        self.stall = Some(Stall::again(self.stall.as_ref()));
+        self.shared.catalog.set_stalled(self.id(), true);
+        self.emit(
+            "sandbox.stalled",
+            "a write to its disk found no room: the guest stands still until there is some",
+            &Steps::default(),
+        );
+    }
+
+    /// Lets a guest that stands still run if it would get somewhere. Whether it runs.
+    async fn go_on(&mut self) -> bool {
+        let (Life::Running(machine), Some(_)) = (&self.life, &self.stall) else {
+            return false;
+        };
+        let machine = Arc::clone(machine);
+        let went_on = async {
+            let driver = &self.record().spec.volume_driver;
+            if !self.shared.has_room_to_go_on(driver).await? {
+                return Ok(false);
+            }
+            let resumed = within(
+                deadline::VCPUS,
+                "letting the vCPUs run",
+                machine.resume_vcpus(),
+            );
+            resumed.await.map(|()| true)
+        };
+        let went_on = went_on.await.unwrap_or_else(|error: Error| {
+            tracing::warn!(sandbox = %self.id(), error = %Chained(&error), "its guest still stands for want of room");
+            false
+        });
+        let Some(stall) = &mut self.stall else {
+            return went_on;
+        };
+        if went_on {
+            stall.over();
+            self.shared.catalog.set_stalled(self.id(), false);
+            let detail = "there is room again: the guest goes on";
+            self.emit("sandbox.continued", detail, &Steps::default());
+        } else {
+            stall.lasts();
+        }
+        went_on
     }
 
     // Giving back.
@@ -539,6 +634,9 @@ impl Sandbox {
     pub(crate) fn leave_guest(&mut self) {
         self.gate.shut();
         self.life = Life::AtRest;
+        if self.stall.take().is_some() {
+            self.shared.catalog.set_stalled(self.id(), false);
+        }
     }
 
     /// The VMM ended without being asked to: its holds are given back, the newest disk stays (INV-31).
@@ -733,6 +831,14 @@ fn stuck_error(hold: &Hold, error: Error) -> Error {
             stuck: hold_name(hold).to_owned(),
             source: HostError::new(ErrorKind::Timeout, other.to_string()),
         },
+    }
+}
+
+/// What is asked for needs a guest that runs.
+pub(crate) fn no_room() -> Error {
+    Error::Exhausted {
+        message: "the guest stands still: a write to its disk found no room".into(),
+        hint: "free some space on the host: the guest goes on by itself then; or `stop` it, which keeps its disk".into(),
     }
 }
 

@@ -13,7 +13,7 @@ use std::os::unix::fs::{
 };
 use std::path::Path;
 
-use icebox_engine::host::{Ensured, ErrorKind, HostError, Removed};
+use icebox_engine::host::{Ensured, ErrorKind, HostError, Removed, Space};
 use icebox_engine::id::Digest;
 use icebox_engine::unit::Bytes;
 use rustix::fs::{FallocateFlags, RenameFlags, SeekFrom};
@@ -288,6 +288,14 @@ pub fn allocated(path: &Path) -> Result<Bytes, HostError> {
 /// # Errors
 /// A directory cannot be listed.
 pub fn allocated_tree(path: &Path) -> Result<Bytes, HostError> {
+    allocated_without(path, None)
+}
+
+/// [`allocated_tree`], without what is at `except`.
+pub(crate) fn allocated_without(path: &Path, except: Option<&Path>) -> Result<Bytes, HostError> {
+    if except == Some(path) {
+        return Ok(Bytes(0));
+    }
     let own = match allocated(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Bytes(0)),
         own => own?,
@@ -295,9 +303,9 @@ pub fn allocated_tree(path: &Path) -> Result<Bytes, HostError> {
     if !path.is_dir() || path.is_symlink() {
         return Ok(own);
     }
-    entries(path)?
-        .iter()
-        .try_fold(own, |sum, entry| Ok(sum + allocated_tree(&entry.path())?))
+    entries(path)?.iter().try_fold(own, |sum, entry| {
+        Ok(sum + allocated_without(&entry.path(), except)?)
+    })
 }
 
 /// Bytes that the file system stores for `file` alone: extents it shares with another file (a clone) do not count.
@@ -558,15 +566,6 @@ pub fn sparse_copy(from: &File, to: &File) -> io::Result<Copied> {
     Ok(Copied::Copied)
 }
 
-/// Room on a file system.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Space {
-    /// All of it.
-    pub total: Bytes,
-    /// What can still be written without the reserve of the superuser.
-    pub available: Bytes,
-}
-
 /// Makes `to`, an empty file, equal to `from` by sharing its extents (`FICLONE`, ioctl_ficlone(2)). Whether that could be
 /// done.
 pub(crate) fn share(from: &File, to: &File) -> io::Result<bool> {
@@ -589,6 +588,7 @@ pub fn space(path: &Path) -> Result<Space, HostError> {
     let stat = rustix::fs::statvfs(path)
         .map_err(|error| failed("ask for the free space of", path, error.into()))?;
     Ok(Space {
+        place: format!("the file system of {}", path.display()),
         total: Bytes(stat.f_blocks.saturating_mul(stat.f_frsize)),
         available: Bytes(stat.f_bavail.saturating_mul(stat.f_frsize)),
     })

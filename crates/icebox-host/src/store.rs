@@ -24,14 +24,14 @@ use std::io::{Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
-use icebox_engine::host::{Ensured, ErrorKind, HostError, Removed, Store, StoredDocument};
+use icebox_engine::host::{Ensured, ErrorKind, HostError, Removed, Space, Store, StoredDocument};
 use icebox_engine::id::{Digest, GenerationNo, SandboxId};
 use icebox_engine::layout::{Layout, MANIFEST, Object, parse_number};
 use icebox_engine::unit::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::blocking::blocking;
-use crate::fs::{self, Space, failed};
+use crate::fs::{self, failed};
 use crate::turns::Turns;
 
 /// The version of the layout that this program reads and writes.
@@ -40,8 +40,6 @@ pub const FORMAT: u32 = 1;
 const MANIFEST_MAX: u64 = 16 << 20;
 /// Far above the file; see [`MANIFEST_MAX`].
 const FORMAT_MAX: u64 = 4096;
-/// What must be free for new work, on all but small file systems.
-const RESERVE: Bytes = Bytes::mib(1024);
 /// Directories of the layout that exist in every store.
 const AREAS: [&str; 8] = [
     "kernels",
@@ -72,7 +70,6 @@ struct FormatHeader {
 /// The store in a directory that this process owns until the value is dropped.
 pub struct FileStore {
     layout: Layout,
-    reserve: Option<Bytes>,
     turns: Turns,
     /// Holds the flock. Closed on exec, so a VMM that outlives the daemon does not keep the tree locked.
     _lock: File,
@@ -116,18 +113,9 @@ impl FileStore {
         }
         Ok(Self {
             layout,
-            reserve: None,
             turns: Turns::new(),
             _lock: lock,
         })
-    }
-
-    /// Sets how much must be free for [`Store::check_space`] to admit new work. Without it: 1 GiB, or a twentieth of
-    /// the file system if that is less.
-    #[must_use]
-    pub fn with_reserve(mut self, reserve: Bytes) -> Self {
-        self.reserve = Some(reserve);
-        self
     }
 
     /// Runs `work` after everything that was asked of the same object before.
@@ -258,13 +246,15 @@ impl Store for FileStore {
 
     async fn allocated(&self, object: &Object) -> Result<Bytes, HostError> {
         let directory = self.layout.object(object);
-        blocking(move || fs::allocated_tree(&directory)).await
+        let heads = match object {
+            Object::Sandbox(sandbox) => Some(self.layout.heads(sandbox)),
+            _ => None,
+        };
+        blocking(move || fs::allocated_without(&directory, heads.as_deref())).await
     }
 
-    async fn check_space(&self) -> Result<(), HostError> {
-        let reserve = self.reserve;
-        self.aside(move |layout| check_space(fs::space(layout.data())?, reserve, layout.data()))
-            .await
+    async fn space(&self) -> Result<Space, HostError> {
+        self.aside(|layout| fs::space(layout.data())).await
     }
 
     fn path(&self, object: &Object, file: &str) -> PathBuf {
@@ -296,23 +286,6 @@ impl Store for FileStore {
         })
         .await
     }
-}
-
-fn check_space(space: Space, reserve: Option<Bytes>, data: &Path) -> Result<(), HostError> {
-    let reserve = reserve.unwrap_or_else(|| RESERVE.min(Bytes(space.total.0 / 20)));
-    if space.available >= reserve {
-        return Ok(());
-    }
-    Err(HostError::new(
-        ErrorKind::Exhausted,
-        format!(
-            "only {} of {} are free on the file system of {}, less than the reserve of {reserve} that running sandboxes keep",
-            space.available,
-            space.total,
-            data.display(),
-        ),
-    )
-    .hint("free some space: `icebox rm` what is no longer needed, then `icebox gc`"))
 }
 
 /// Reads the layout's version. `false` if there is none.
@@ -411,10 +384,14 @@ fn lock(layout: &Layout) -> Result<File, HostError> {
         }
         Err(TryLockError::Error(error)) => return Err(failed("lock", &path, error)),
     }
-    file.set_len(0)
+    let named = file
+        .set_len(0)
         .and_then(|()| file.rewind())
-        .and_then(|()| writeln!(file, "{}", std::process::id()))
-        .map_err(|error| failed("write", &path, error))?;
+        .and_then(|()| writeln!(file, "{}", std::process::id()));
+    if let Err(error) = named {
+        // On a full disk: sandboxes that run there need their daemon all the same.
+        tracing::warn!(%error, path = %path.display(), "the lock does not say whose it is");
+    }
     Ok(file)
 }
 

@@ -13,6 +13,7 @@
 //! Nothing here starts a process, but for [`Zfs`], which has no other way to reach a pool.
 
 mod dm_snapshot;
+mod exercise;
 mod flatten;
 mod heads;
 pub mod qcow2;
@@ -20,6 +21,7 @@ mod reflink;
 mod zfs;
 
 pub use dm_snapshot::DmSnapshot;
+pub use exercise::{Scratch, exercise};
 pub use qcow2::Qcow2;
 pub use reflink::Reflink;
 pub use zfs::Zfs;

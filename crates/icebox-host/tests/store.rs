@@ -357,14 +357,18 @@ fn a_damaged_or_foreign_directory_is_refused_and_left_as_it_was() {
 }
 
 #[tokio::test]
-async fn inv_28_low_space_is_refused_with_a_hint() {
+async fn inv_28_the_room_is_that_of_the_file_system_below() {
     let fixture = Fixture::new();
-    let store = fixture.open().with_reserve(Bytes(1));
-    store.check_space().await.unwrap();
-    let store = store.with_reserve(Bytes(u64::MAX));
-    let error = store.check_space().await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Exhausted);
-    assert!(error.hint_text().is_some());
+    let data = fixture.layout.data().to_owned();
+    let space = fixture.open().space().await.unwrap();
+    let stat = rustix::fs::statvfs(&data).unwrap();
+    assert_eq!(space.total, Bytes(stat.f_blocks * stat.f_frsize));
+    assert!(Bytes(0) < space.available && space.available <= space.total);
+    assert!(
+        space.place.contains(data.to_str().unwrap()),
+        "{}",
+        space.place
+    );
 }
 
 #[tokio::test]

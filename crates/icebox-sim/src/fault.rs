@@ -15,7 +15,7 @@ use icebox_engine::host::{
     BlockDevice, BootFiles, Boxes, Capabilities, Chain, DiskSwitch, Egress, Ensured, ErrorKind,
     ExitReason, FreezeByHost, Guest, GuestAddress, Host, HostError, Kernels, LaunchPlan, Limits,
     LimitsInForce, LiveFreeze, Machine, MergeLayers, Network, ProcessIdentity, Removed, SavePlan,
-    SavedMemory, Secret, SlotNetwork, Store, StoredDocument, VcpuState, Vmm, VmmIdentity,
+    SavedMemory, Secret, SlotNetwork, Space, Store, StoredDocument, VcpuState, Vmm, VmmIdentity,
     VolumeDriver, WatchHeads, Welcome,
 };
 use icebox_engine::id::{Digest, HeadId, LayerId, SandboxId, Slot};
@@ -316,9 +316,9 @@ impl Store for Faulty<dyn Store> {
             .around("store.allocated", self.inner.allocated(object))
             .await
     }
-    async fn check_space(&self) -> Result<(), HostError> {
+    async fn space(&self) -> Result<Space, HostError> {
         self.injector
-            .around("store.check_space", self.inner.check_space())
+            .around("store.space", self.inner.space())
             .await
     }
     fn path(&self, object: &Object, file: &str) -> PathBuf {
@@ -422,6 +422,11 @@ impl VolumeDriver for Faulty<dyn VolumeDriver> {
     async fn layer_usage(&self, layer: &LayerId) -> Result<Bytes, HostError> {
         self.injector
             .around("volume.layer_usage", self.inner.layer_usage(layer))
+            .await
+    }
+    async fn space(&self) -> Result<Option<Space>, HostError> {
+        self.injector
+            .around("volume.space", self.inner.space())
             .await
     }
     async fn list_heads(&self) -> Result<Vec<HeadId>, HostError> {
@@ -552,6 +557,9 @@ impl Machine for Faulty<dyn Machine> {
     }
     fn disk_switch(&self) -> Option<&dyn DiskSwitch> {
         self.inner.disk_switch().map(|_| self as &dyn DiskSwitch)
+    }
+    async fn stalled(&self) {
+        self.inner.stalled().await;
     }
     async fn exited(&self) -> ExitReason {
         self.inner.exited().await

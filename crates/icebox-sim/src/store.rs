@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
-use icebox_engine::host::{ErrorKind, HostError, Removed, Store, StoredDocument};
+use icebox_engine::host::{ErrorKind, HostError, Removed, Space, Store, StoredDocument};
 use icebox_engine::id::Digest;
 use icebox_engine::layout::Object;
 use icebox_engine::unit::Bytes;
@@ -175,23 +175,23 @@ impl Store for SimStore {
     }
 
     async fn allocated(&self, object: &Object) -> Result<Bytes, HostError> {
-        let files = self
-            .world
-            .lock()
-            .objects
-            .get(object)
-            .map_or(0, |directory| directory.files.len());
-        Ok(Bytes(4096 * (1 + files as u64)))
+        let state = self.world.lock();
+        let own = |of: &Object| {
+            let files = state
+                .objects
+                .get(of)
+                .map_or(0, |directory| directory.files.len());
+            4096 * (1 + files as u64)
+        };
+        let within = state.objects.keys().filter(|other| match (object, other) {
+            (Object::Sandbox(id), Object::Generation(of, _)) => id == of,
+            _ => false,
+        });
+        Ok(Bytes(own(object) + within.map(own).sum::<u64>()))
     }
 
-    async fn check_space(&self) -> Result<(), HostError> {
-        if self.world.lock().low_space {
-            return Err(HostError::new(
-                ErrorKind::Exhausted,
-                "less than the low-water mark is free",
-            ));
-        }
-        Ok(())
+    async fn space(&self) -> Result<Space, HostError> {
+        Ok(self.world.lock().space("the simulated file system"))
     }
 
     fn path(&self, object: &Object, file: &str) -> PathBuf {

@@ -26,6 +26,7 @@ struct SimMachine {
     sandbox: SandboxId,
     process: ProcessIdentity,
     exit: watch::Receiver<Option<ExitReason>>,
+    stalled: watch::Receiver<bool>,
 }
 
 impl SimVmm {
@@ -47,6 +48,7 @@ impl SimVmm {
             sandbox: sandbox.clone(),
             process: vm.process.clone(),
             exit: vm.exit.subscribe(),
+            stalled: vm.stalled.subscribe(),
         })
     }
 }
@@ -152,6 +154,7 @@ impl Vmm for SimVmm {
             token,
             geometry: plan.geometry,
             exit,
+            stalled: watch::Sender::new(false),
         };
         let machine = self.machine(&plan.sandbox, &vm);
         state.vms.insert(plan.sandbox, vm);
@@ -217,12 +220,18 @@ impl Machine for SimMachine {
         self.with(|vm| match vm.vcpus {
             Vcpus::Running => VcpuState::Running,
             Vcpus::Paused => VcpuState::Paused,
+            Vcpus::Stalled => VcpuState::Stalled,
         })
         .await
     }
 
     async fn pause_vcpus(&self) -> Result<(), HostError> {
-        self.with(|vm| vm.vcpus = Vcpus::Paused).await
+        self.with(|vm| {
+            if vm.vcpus == Vcpus::Running {
+                vm.vcpus = Vcpus::Paused;
+            }
+        })
+        .await
     }
 
     async fn resume_vcpus(&self) -> Result<(), HostError> {
@@ -232,7 +241,11 @@ impl Machine for SimMachine {
                 "the VMM refuses to continue",
             ));
         }
-        self.with(|vm| vm.vcpus = Vcpus::Running).await
+        self.with(|vm| {
+            vm.vcpus = Vcpus::Running;
+            vm.stalled.send_replace(false);
+        })
+        .await
     }
 
     async fn save(&self, plan: SavePlan) -> Result<SavedMemory, HostError> {
@@ -274,6 +287,19 @@ impl Machine for SimMachine {
 
     fn disk_switch(&self) -> Option<&dyn DiskSwitch> {
         Some(self)
+    }
+
+    async fn stalled(&self) {
+        // The sender goes with the VMM, whose end is told elsewhere.
+        if self
+            .stalled
+            .clone()
+            .wait_for(|stalled| *stalled)
+            .await
+            .is_err()
+        {
+            std::future::pending::<()>().await;
+        }
     }
 
     async fn exited(&self) -> ExitReason {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use icebox_engine::host::{
     BlockDevice, Chain, Ensured, ErrorKind, FreezeByHost, HostError, LiveFreeze, MergeLayers,
-    Removed, Trouble, VolumeDriver, Watch, WatchHeads,
+    Removed, Space, Trouble, VolumeDriver, Watch, WatchHeads,
 };
 use icebox_engine::id::{Digest, HeadId, LayerId};
 use icebox_engine::layout::{LAYER_DISK, Object};
@@ -307,6 +307,10 @@ impl VolumeDriver for SimVolumes {
 
     async fn layer_usage(&self, _layer: &LayerId) -> Result<Bytes, HostError> {
         Ok(Bytes(4096))
+    }
+
+    async fn space(&self) -> Result<Option<Space>, HostError> {
+        Ok(None)
     }
 
     async fn list_heads(&self) -> Result<Vec<HeadId>, HostError> {

@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use icebox_engine::host::{ErrorKind, ExitReason, Host, HostError, ProcessIdentity, Welcome};
+use icebox_engine::host::{
+    ErrorKind, ExitReason, Host, HostError, ProcessIdentity, Space, Welcome,
+};
 use icebox_engine::id::{Digest, HeadId, LayerId, SandboxId, Slot};
 use icebox_engine::layout::{LAYER_DISK, Object};
 use icebox_engine::manifest::{self, v1};
@@ -61,6 +63,8 @@ pub enum Vcpus {
     Running,
     /// They stand still.
     Paused,
+    /// They stand still: a write to the disk found no room.
+    Stalled,
 }
 
 pub(crate) struct Vm {
@@ -76,6 +80,7 @@ pub(crate) struct Vm {
     pub(crate) token: String,
     pub(crate) geometry: Geometry,
     pub(crate) exit: watch::Sender<Option<ExitReason>>,
+    pub(crate) stalled: watch::Sender<bool>,
 }
 
 #[derive(Default)]
@@ -93,9 +98,10 @@ pub(crate) struct State {
     pub(crate) welcomes: BTreeMap<SandboxId, Vec<Welcome>>,
     pub(crate) next_pid: u32,
     pub(crate) next_value: u64,
-    pub(crate) low_space: bool,
     pub(crate) loses_heads: bool,
     pub(crate) lost: BTreeSet<HeadId>,
+    /// What is left on the simulated file system, if little is.
+    pub(crate) left: Option<Bytes>,
     pub(crate) vcpus_stuck: bool,
     pub(crate) save_fails: bool,
     pub(crate) agent_wedged: bool,
@@ -142,6 +148,16 @@ impl State {
             if let Some(head) = self.heads.get_mut(&vm.head) {
                 head.value = Some(value);
             }
+        }
+    }
+
+    pub(crate) fn space(&self, place: &str) -> Space {
+        /// Of the simulated file system.
+        const TOTAL: Bytes = Bytes::mib(64 << 10);
+        Space {
+            place: place.to_owned(),
+            total: TOTAL,
+            available: self.left.unwrap_or(TOTAL),
         }
     }
 
@@ -355,6 +371,12 @@ impl World {
         self.lock().end_vm(sandbox, true, "the guest powered off");
     }
 
+    /// What a guest's vCPUs do, if it has a VMM.
+    #[must_use]
+    pub fn vcpus(&self, sandbox: &SandboxId) -> Option<Vcpus> {
+        self.lock().vms.get(sandbox).map(|vm| vm.vcpus)
+    }
+
     /// Makes a VMM answer nothing any more.
     pub fn wedge_vmm(&self, sandbox: &SandboxId) {
         if let Some(vm) = self.lock().vms.get_mut(sandbox) {
@@ -382,9 +404,19 @@ impl World {
         self.lock().save_fails = true;
     }
 
-    /// Makes the store report that space is low, or not.
-    pub fn set_low_space(&self, low: bool) {
-        self.lock().low_space = low;
+    /// Leaves so much room on the simulated file system, or with `None` all that anybody could want.
+    pub fn set_left(&self, left: Option<Bytes>) {
+        self.lock().left = left;
+    }
+
+    /// Lets a guest write to a file system without room: it stands still.
+    pub fn stall(&self, sandbox: &SandboxId) {
+        let mut state = self.lock();
+        state.left = Some(Bytes(0));
+        if let Some(vm) = state.vms.get_mut(sandbox) {
+            vm.vcpus = Vcpus::Stalled;
+            vm.stalled.send_replace(true);
+        }
     }
 
     /// Makes volumes ones that can lose heads, for hosts made from now on.

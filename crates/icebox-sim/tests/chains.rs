@@ -6,6 +6,7 @@ mod support;
 use std::time::Duration;
 
 use icebox_engine::id::Name;
+use icebox_engine::unit::Bytes;
 use icebox_engine::{Config, Engine, Error, Phase};
 use icebox_sim::fault::{Fault, Injector, Kind, When, inject};
 use icebox_sim::{FreezeBy, World};
@@ -277,12 +278,12 @@ fn inv_50_a_merge_that_never_ends_keeps_no_verb_waiting() {
 fn inv_28_no_merge_begins_without_room() {
     story(async |world, _, engine| {
         deepen(world, engine).await;
-        world.set_low_space(true);
+        world.set_left(Some(Bytes::mib(1)));
         a_moment().await;
         assert_eq!(depth(engine, "subject"), MAX_LAYERS + 1);
         assert_eq!(events(engine, "layers.merge-failed"), 1);
         assert_eq!(layers(world).len(), MAX_LAYERS + 1);
-        world.set_low_space(false);
+        world.set_left(None);
         // By itself, without anybody asking.
         tokio::time::sleep(Duration::from_mins(11)).await;
         assert!(depth(engine, "subject") <= MAX_LAYERS);

@@ -479,20 +479,6 @@ fn inv_26_a_driver_that_is_not_here_is_an_error_and_what_was_used_is_recorded() 
 }
 
 #[test]
-fn inv_28_low_space_refuses_new_work_and_lets_the_old_go() {
-    story(async |world, engine| {
-        create(engine, "a").await;
-        engine.pause("a").await.unwrap();
-        world.set_low_space(true);
-        engine.create(named(IMAGE, "b")).await.unwrap_err();
-        engine.resume("a", None).await.unwrap_err();
-        assert_eq!(rests(engine, "a"), Phase::Paused);
-        engine.destroy("a").await.unwrap();
-        world.set_low_space(false);
-    });
-}
-
-#[test]
 fn inv_31_a_vmm_that_dies_leaves_the_newest_disk_and_the_last_generation() {
     story(async |world, engine| {
         let id = create(engine, "a").await;

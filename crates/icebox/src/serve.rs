@@ -33,6 +33,7 @@ use icebox_engine::host::Host;
 use icebox_engine::layout::Layout;
 use icebox_engine::unit::Geometry;
 use icebox_engine::{Engine, Error};
+use icebox_host::boxes::HostBoxes;
 use icebox_host::network::NetworkSlots;
 use rustix::process::{Resource, getrlimit, setrlimit};
 use sd_notify::NotifyState;
@@ -72,7 +73,27 @@ struct Ground {
     host: Host,
     workshop: Arc<dyn Workshop>,
     /// What to ask to take off the host what only a daemon needs. A simulation leaves nothing.
-    network: Option<Arc<NetworkSlots>>,
+    fixtures: Option<Fixtures>,
+}
+
+/// What a daemon has on the host whether or not sandboxes run.
+#[derive(Clone)]
+struct Fixtures {
+    network: Arc<NetworkSlots>,
+    boxes: Arc<HostBoxes>,
+}
+
+impl Fixtures {
+    /// Takes off the host what serves no sandbox.
+    async fn remove(&self) {
+        self.boxes.cgroups().remove_parents();
+        if let Err(error) = self.network.close().await {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "rules stay on the host"
+            );
+        }
+    }
 }
 
 /// How serving ended.
@@ -113,19 +134,12 @@ async fn serve(config: Config, args: &Args, output: Output) -> Ended {
     } else {
         real::ground(&config, &layout).await?
     };
-    let network = ground.network.clone();
+    let fixtures = ground.fixtures.clone();
     let left = attend(ground, layout, &config, (unix, tcp), socket_file, output).await;
-    match (&left, network) {
+    match (&left, fixtures) {
         // What a verb under way sets up would be without its rules.
         (Ok(Left::VerbsUnderWay), _) | (_, None) => {}
-        (Ok(Left::Clean) | Err(_), Some(network)) => {
-            if let Err(error) = network.close().await {
-                tracing::warn!(
-                    error = &error as &dyn std::error::Error,
-                    "rules stay on the host"
-                );
-            }
-        }
+        (Ok(Left::Clean) | Err(_), Some(fixtures)) => fixtures.remove().await,
     }
     left.map(|_| ExitCode::SUCCESS)
 }
@@ -139,7 +153,7 @@ async fn attend(
     socket_file: SocketFile,
     output: Output,
 ) -> Result<Left, Failure> {
-    let engine = Engine::open(ground.host, engine_config())
+    let engine = Engine::open(ground.host, config.engine())
         .await
         .map_err(|error| opening_failed(&error))?;
     let daemon = Arc::new(Icebox {
@@ -230,15 +244,6 @@ fn raise_file_limit() {
     limit.current = limit.maximum;
     if let Err(error) = setrlimit(Resource::Nofile, limit) {
         tracing::debug!(%error, "the limit of open files stays");
-    }
-}
-
-fn engine_config() -> icebox_engine::Config {
-    let total = rustix::system::sysinfo();
-    let bytes = u128::from(total.totalram) * u128::from(total.mem_unit);
-    icebox_engine::Config {
-        max_mem_mib: u32::try_from(bytes >> 20).unwrap_or(u32::MAX),
-        ..icebox_engine::Config::default()
     }
 }
 

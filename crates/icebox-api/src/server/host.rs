@@ -6,7 +6,7 @@ use http::StatusCode;
 use super::Context;
 use super::extract::Json;
 use crate::ApiError;
-use crate::types::{GcReport, GcRequest, Report, Version};
+use crate::types::{GcReport, GcRequest, Report, Stats, Version};
 
 pub(super) async fn health() -> StatusCode {
     StatusCode::NO_CONTENT
@@ -21,6 +21,10 @@ pub(super) async fn version() -> axum::Json<Version> {
 
 pub(super) async fn doctor(State(context): State<Context>) -> Result<axum::Json<Report>, ApiError> {
     context.daemon.doctor().await.map(axum::Json)
+}
+
+pub(super) async fn stats(State(context): State<Context>) -> Result<axum::Json<Stats>, ApiError> {
+    context.daemon.stats().await.map(axum::Json)
 }
 
 pub(super) async fn gc(

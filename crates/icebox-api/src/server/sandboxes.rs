@@ -7,7 +7,7 @@ use http::StatusCode;
 use http::header::CONTENT_TYPE;
 
 use super::Context;
-use super::extract::{Json, WantsSandbox};
+use super::extract::{Json, Query, WantsSandbox};
 use crate::types::{
     Forked, NewFork, NewSandbox, NewSnapshot, Outcome, ResumeRequest, SandboxDetail, Snapshot,
     Template, VerbResult,
@@ -24,10 +24,17 @@ pub(super) async fn create(
     Ok((StatusCode::CREATED, axum::Json(context.shown(made))))
 }
 
+#[derive(serde::Deserialize)]
+pub(super) struct Wanted {
+    #[serde(default)]
+    space: bool,
+}
+
 pub(super) async fn list(
     State(context): State<Context>,
+    Query(wanted): Query<Wanted>,
 ) -> Result<axum::Json<Vec<SandboxDetail>>, ApiError> {
-    let mut all = context.daemon.list().await?;
+    let mut all = context.daemon.list(wanted.space).await?;
     for sandbox in &mut all {
         // E2B's lists have none.
         sandbox.envd_access_token = None;
@@ -38,8 +45,9 @@ pub(super) async fn list(
 pub(super) async fn inspect(
     State(context): State<Context>,
     Path(id): Path<String>,
+    Query(wanted): Query<Wanted>,
 ) -> Result<axum::Json<SandboxDetail>, ApiError> {
-    let sandbox = context.daemon.inspect(&id).await?;
+    let sandbox = context.daemon.inspect(&id, wanted.space).await?;
     Ok(axum::Json(context.shown(sandbox)))
 }
 

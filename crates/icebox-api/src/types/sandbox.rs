@@ -116,6 +116,9 @@ pub struct ListedSandbox {
     /// The verb under way, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verb: Option<String>,
+    /// Why its guest stands still though it runs, if it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stalled: Option<String>,
     /// Labels.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub metadata: BTreeMap<String, String>,
@@ -155,12 +158,21 @@ pub struct SandboxDetail {
     /// Which limits the host enforces on it, or why none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limits: Option<String>,
-    /// Allocated bytes that are this sandbox's own: its head and generations.
+    /// Allocated bytes of what nothing else needs: removing the sandbox gives so much back. Only if it was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocated_bytes: Option<u64>,
+    /// Allocated bytes of what it needs and others need, too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shared_bytes: Option<u64>,
+    /// What these are made of.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<super::Part>,
     /// What its pauses wrote, oldest first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub generations: Vec<Generation>,
+    /// Generations of which something is missing or cannot be read.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unusable: Vec<Unusable>,
     /// Disks that were set aside.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub branches: Vec<Branch>,
@@ -204,6 +216,18 @@ pub struct Generation {
     pub allocated_bytes: u64,
     /// Memory pages that had changed since what the guest was restored from.
     pub changed_pages: u64,
+}
+
+/// A generation that cannot be resumed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Unusable {
+    /// Its number within the sandbox.
+    pub number: u32,
+    /// What it lacks.
+    pub why: String,
+    /// Whether the sandbox rests at it.
+    pub current: bool,
 }
 
 /// A disk that was set aside.

@@ -52,9 +52,18 @@ pub struct Template {
     /// What a snapshot needs in order to be restored.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vmm: Option<super::Vmm>,
-    /// Allocated bytes that are this template's: its layer and memory, or its image.
+    /// Allocated bytes of what nothing else needs: removing the template gives so much back.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocated_bytes: Option<u64>,
+    /// Allocated bytes of what it needs and others need, too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shared_bytes: Option<u64>,
+    /// What these are made of: a base, or a memory and layers down to one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<super::Part>,
+    /// Why nothing can be created from it, if so: what is missing or cannot be read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unusable: Option<String>,
     /// In words, where it came from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub origin: Option<String>,

@@ -44,7 +44,7 @@ impl Engine {
         image: &Path,
         request: ImageRequest,
     ) -> Result<Template, Error> {
-        self.check_space().await?;
+        self.require_room().await?;
         let image = image.to_owned();
         self.detached("importing an image", |engine| async move {
             engine.publish_image(&image, request).await
@@ -148,9 +148,8 @@ impl Engine {
 
     /// Makes an image template of a sandbox's disk as it is now. The sandbox stands still for the freeze alone.
     pub async fn flatten(&self, wanted: &str, name: Name) -> Result<Template, Error> {
-        self.check_space().await?;
+        let entry = self.with_room(wanted).await?;
         drop(self.shared.catalog.reserve_template_name(&name)?);
-        let entry = self.shared.catalog.sandbox(wanted)?;
         self.detached("flattening", |engine| async move {
             let frozen = ask(&entry, Request::Freeze).await?;
             engine.write_flat(&entry.record, frozen, name).await
@@ -224,6 +223,16 @@ impl Engine {
             .catalog
             .template(wanted)
             .map(|(template, _)| template)
+    }
+
+    /// One template, and why it cannot be used, if so.
+    ///
+    /// # Errors
+    /// There is none of that name.
+    pub fn inspect_template(&self, wanted: &str) -> Result<(Template, Option<String>), Error> {
+        let (template, _pin) = self.shared.catalog.any_template(wanted)?;
+        let flaw = self.shared.catalog.template_flaw(&template);
+        Ok((template, flaw))
     }
 
     /// Removes a template. What only it needed goes with it.

@@ -18,6 +18,17 @@ pub struct StoredDocument {
     pub manifest: Option<Vec<u8>>,
 }
 
+/// How much room there is in a place where data are kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Space {
+    /// Which place, for people: "the file system of /var/lib/icebox".
+    pub place: String,
+    /// All of it.
+    pub total: Bytes,
+    /// What can still be written, without what is reserved for the superuser.
+    pub available: Bytes,
+}
+
 /// Keeps manifests and object directories. One process at a time owns a store.
 ///
 /// Every method that changes something is durable on return: files fsynced, renames followed by an fsync of the
@@ -69,12 +80,12 @@ pub trait Store: Send + Sync {
         as_file: &str,
     ) -> Result<(), HostError>;
 
-    /// Allocated bytes of a published object's directory, as the file system counts them.
+    /// Allocated bytes of a published object's directory, as the file system counts them. Of a sandbox: without its
+    /// heads, which are its volume driver's to measure, and with its generations.
     async fn allocated(&self, object: &Object) -> Result<Bytes, HostError>;
 
-    /// Fails with [`ErrorKind::Exhausted`](super::ErrorKind::Exhausted) when free space is under the low-water
-    /// mark, so that new work is refused before running guests suffer.
-    async fn check_space(&self) -> Result<(), HostError>;
+    /// The room where the store keeps everything.
+    async fn space(&self) -> Result<Space, HostError>;
 
     /// A read-only path to a file of a published object.
     fn path(&self, object: &Object, file: &str) -> PathBuf;

@@ -105,6 +105,9 @@ pub enum VcpuState {
     Running,
     /// The guest stands still.
     Paused,
+    /// The guest stands still because a write to its disk found no room. The VMM keeps that write, and does it again
+    /// when the vCPUs are told to run.
+    Stalled,
 }
 
 /// Why a VMM ended.
@@ -201,6 +204,10 @@ pub trait Machine: Send + Sync {
     /// be durable on return: [`super::Store::publish`] makes them so, after the guest may run again.
     /// A page not loaded yet is never saved as zero (INV-08).
     async fn save(&self, plan: SavePlan) -> Result<SavedMemory, HostError>;
+
+    /// Completes when the guest [stalls](VcpuState::Stalled), at once if it has. Never, if it does not. Dropping it
+    /// loses nothing.
+    async fn stalled(&self);
 
     /// The ability behind [`Capabilities::disk_switch`].
     fn disk_switch(&self) -> Option<&dyn DiskSwitch>;

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
-use super::{Ensured, HostError, Removed};
+use super::{Ensured, HostError, Removed, Space};
 use crate::id::{Digest, HeadId, LayerId};
 use crate::unit::Bytes;
 
@@ -127,6 +127,9 @@ pub trait VolumeDriver: Send + Sync {
     /// Allocated bytes of a layer's data, wherever it is: what it added to what is below. A driver that cannot tell
     /// whose shared bytes are answers what the layer stores alone.
     async fn layer_usage(&self, layer: &LayerId) -> Result<Bytes, HostError>;
+
+    /// The room where heads and layers are kept, if that is not the store's.
+    async fn space(&self) -> Result<Option<Space>, HostError>;
 
     /// Heads that exist on the host, whether or not a manifest holds them: what the sweep compares.
     async fn list_heads(&self) -> Result<Vec<HeadId>, HostError>;

@@ -17,13 +17,13 @@ use jiff::Timestamp;
 use crate::deadline::{self, within};
 use crate::error::Error;
 use crate::event::Steps;
-use crate::host::{Machine, SavePlan, SavedPages};
+use crate::host::{Machine, SavePlan, SavedPages, VcpuState};
 use crate::id::MemoryId;
 use crate::layout::{DEVICE_STATE, Object};
 use crate::lifecycle::freeze::Freeze;
 use crate::manifest;
 use crate::manifest::v1::{Capture, Memory, Sandbox as Record};
-use crate::sandbox::{Chained, Sandbox};
+use crate::sandbox::{Chained, Sandbox, no_room};
 
 /// What the guest does after the instant.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -80,7 +80,9 @@ impl Sandbox {
         let token = self.record().token.clone();
         // First, since a freeze that has begun asks the VMM again if it must be taken back.
         let probe = within(deadline::PROBE, "probing the VMM", machine.probe());
-        steps.time("probe", probe).await?;
+        if steps.time("probe", probe).await? == VcpuState::Stalled {
+            return Err(no_room());
+        }
         let prepare = within(
             deadline::PREPARE,
             "preparing the guest",

@@ -9,11 +9,11 @@ use std::sync::Arc;
 use crate::deadline::{self, within};
 use crate::error::Error;
 use crate::event::Steps;
-use crate::host::Machine;
+use crate::host::{Machine, VcpuState};
 use crate::id::LayerId;
 use crate::manifest::v1::{Rest, Under};
 use crate::phase::Verb;
-use crate::sandbox::{Chained, Frozen, Life, Sandbox};
+use crate::sandbox::{Chained, Frozen, Life, Sandbox, no_room};
 
 impl Sandbox {
     pub(crate) async fn freeze_disk(&mut self) -> Result<Frozen, Error> {
@@ -51,7 +51,10 @@ impl Sandbox {
         if let Err(error) = prepare.await {
             tracing::info!(sandbox = %self.id(), error = %Chained(&error), "the guest did not prepare for the freeze");
         }
-        within(deadline::PROBE, "probing the VMM", machine.probe()).await?;
+        let state = within(deadline::PROBE, "probing the VMM", machine.probe()).await?;
+        if state == VcpuState::Stalled {
+            return Err(no_room());
+        }
         let freeze = match self.begin_freeze(None).await {
             Ok(freeze) => freeze,
             Err(error) => return Err(self.settle_after(error).await),

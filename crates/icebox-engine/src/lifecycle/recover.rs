@@ -79,7 +79,8 @@ impl Sandbox {
             let Some(machine) = vmm.adopt(self.id(), Some(process)).await? else {
                 return Ok(None);
             };
-            Ok((machine.probe().await? == VcpuState::Running).then_some(machine))
+            // One that ran out of room since did run on.
+            Ok((machine.probe().await? != VcpuState::Paused).then_some(machine))
         };
         let running = within(
             deadline::LAUNCH,

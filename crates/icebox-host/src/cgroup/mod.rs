@@ -263,8 +263,9 @@ impl Cgroups {
         ))
     }
 
-    /// Removes the common parent of all groups where it is empty. It costs nothing to make again.
-    fn remove_parents(&self) {
+    /// Removes the common parent of all groups where it is empty, which a daemon that was killed between making the two
+    /// has left. It costs nothing to make again.
+    pub fn remove_parents(&self) {
         let _lock = self.parent.lock().unwrap_or_else(PoisonError::into_inner);
         for root in self.roots() {
             let parent = root.join(&self.group);

@@ -46,7 +46,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use icebox_engine::host::{
     BlockDevice, Chain, Ensured, ErrorKind, FreezeByHost, HostError, LiveFreeze, MergeLayers,
-    Removed, Trouble, VolumeDriver, Watch, WatchHeads,
+    Removed, Space, Trouble, VolumeDriver, Watch, WatchHeads,
 };
 use icebox_engine::id::{Digest, HeadId, LayerId, SandboxId};
 use icebox_engine::layout::{LAYER_DISK, Layout};
@@ -212,6 +212,10 @@ impl VolumeDriver for DmSnapshot {
         self.heads
             .run(move |heads| fs::allocated(&heads.path(&head)))
             .await
+    }
+
+    async fn space(&self) -> Result<Option<Space>, HostError> {
+        Ok(None)
     }
 
     async fn list_heads(&self) -> Result<Vec<HeadId>, HostError> {

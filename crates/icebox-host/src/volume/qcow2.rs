@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
 use icebox_engine::host::{
-    BlockDevice, Chain, Ensured, ErrorKind, HostError, LiveFreeze, MergeLayers, Removed,
+    BlockDevice, Chain, Ensured, ErrorKind, HostError, LiveFreeze, MergeLayers, Removed, Space,
     VolumeDriver, WatchHeads,
 };
 use icebox_engine::id::{Digest, HeadId, LayerId};
@@ -163,6 +163,10 @@ impl VolumeDriver for Qcow2 {
         self.heads
             .run(move |heads| fs::allocated(&heads.path(&head)))
             .await
+    }
+
+    async fn space(&self) -> Result<Option<Space>, HostError> {
+        Ok(None)
     }
 
     async fn list_heads(&self) -> Result<Vec<HeadId>, HostError> {

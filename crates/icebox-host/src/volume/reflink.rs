@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use async_trait::async_trait;
 use icebox_engine::host::{
     BlockDevice, Chain, Ensured, ErrorKind, FreezeByHost, HostError, LiveFreeze, MergeLayers,
-    Removed, VolumeDriver, WatchHeads,
+    Removed, Space, VolumeDriver, WatchHeads,
 };
 use icebox_engine::id::{Digest, HeadId, LayerId};
 use icebox_engine::layout::{LAYER_DISK, Layout};
@@ -157,6 +157,10 @@ impl VolumeDriver for Reflink {
             .await
     }
 
+    async fn space(&self) -> Result<Option<Space>, HostError> {
+        Ok(None)
+    }
+
     async fn list_heads(&self) -> Result<Vec<HeadId>, HostError> {
         self.heads.run(Heads::list).await
     }
@@ -277,8 +281,9 @@ fn probe(data: &Path) -> Result<(), HostError> {
     };
     let (from, to) = (scratch()?, scratch()?);
     let access = |error| failed("use a scratch file in", data, error);
-    from.write_all_at(&CONTENT, 0).map_err(access)?;
-    rustix::fs::ioctl_ficlone(&to, &from).map_err(|error| {
+    // Empty first: that needs no room.
+    let shared = rustix::fs::ioctl_ficlone(&to, &from);
+    shared.map_err(|error| {
         HostError::new(
             ErrorKind::Unsupported,
             format!(
@@ -290,6 +295,8 @@ fn probe(data: &Path) -> Result<(), HostError> {
         .caused_by(std::io::Error::from(error))
         .hint("put the data directory on btrfs, or on XFS made with reflink=1 (the default of mkfs.xfs since 5.1), or choose the qcow2 driver")
     })?;
+    from.write_all_at(&CONTENT, 0).map_err(access)?;
+    clone(&from, data, &to, data)?;
     to.write_all_at(&[1], 0).map_err(access)?;
     let mut first = [0; 1];
     from.read_exact_at(&mut first, 0).map_err(access)?;

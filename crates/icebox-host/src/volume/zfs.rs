@@ -31,7 +31,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use async_trait::async_trait;
 use icebox_engine::host::{
     BlockDevice, Chain, Ensured, ErrorKind, FreezeByHost, HostError, LiveFreeze, MergeLayers,
-    Removed, VolumeDriver, WatchHeads,
+    Removed, Space, VolumeDriver, WatchHeads,
 };
 use icebox_engine::id::{Digest, HeadId, LayerId, SandboxId};
 use icebox_engine::layout::{Layout, Object};
@@ -249,6 +249,13 @@ impl VolumeDriver for Zfs {
             datasets.pool.written(&volume, Some(&snapshot))
         })
         .await
+    }
+
+    async fn space(&self) -> Result<Option<Space>, HostError> {
+        if self.datasets.is_none() {
+            return Ok(None);
+        }
+        self.run(|datasets| datasets.pool.space()).await.map(Some)
     }
 
     async fn list_heads(&self) -> Result<Vec<HeadId>, HostError> {

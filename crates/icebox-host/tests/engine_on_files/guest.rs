@@ -280,6 +280,10 @@ impl Machine for Number {
         Some(self)
     }
 
+    async fn stalled(&self) {
+        std::future::pending::<()>().await;
+    }
+
     async fn exited(&self) -> ExitReason {
         let mut exit = self.exit.clone();
         let ended = exit.wait_for(Option::is_some).await;

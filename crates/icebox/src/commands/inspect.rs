@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use icebox_api::types::SandboxDetail;
 
+use super::size::space;
 use super::{Context, Ended, reference};
 use crate::output::{NONE, Table, bytes, instant, mib};
 
@@ -16,7 +17,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) async fn run(context: &Context, args: &Args) -> Ended {
-    let sandbox = context.client.inspect(&args.sandbox).await?;
+    let sandbox = context.client.inspect(&args.sandbox, true).await?;
     if context.output.is_json() {
         context.output.document(&sandbox)?;
     } else {
@@ -35,6 +36,9 @@ fn page(sandbox: &SandboxDetail) -> Table {
     row("state", listed.state.to_string());
     if let Some(verb) = &listed.verb {
         row("under way", verb.clone());
+    }
+    if let Some(stalled) = &listed.stalled {
+        row("stalled", stalled.clone());
     }
     if let Some(broken) = &sandbox.broken {
         row("broken", broken.clone());
@@ -57,8 +61,13 @@ fn page(sandbox: &SandboxDetail) -> Table {
         "disk",
         format!("{} ({})", mib(listed.disk_size_mb), sandbox.volume_driver),
     );
-    if let Some(allocated) = sandbox.allocated_bytes {
-        row("allocated", bytes(allocated));
+    let sizes = space(
+        sandbox.allocated_bytes,
+        sandbox.shared_bytes,
+        &sandbox.parts,
+    );
+    for (key, value) in sizes {
+        row(key, value);
     }
     if let Some(vmm) = &sandbox.vmm {
         row("vmm", format!("{} {}", vmm.name, vmm.version));
@@ -101,6 +110,12 @@ fn page(sandbox: &SandboxDetail) -> Table {
                 generation.changed_pages,
                 bytes(generation.allocated_bytes)
             ),
+        );
+    }
+    for unusable in &sandbox.unusable {
+        row(
+            "generation",
+            format!("{}  cannot be used: {}", unusable.number, unusable.why),
         );
     }
     for branch in &sandbox.branches {

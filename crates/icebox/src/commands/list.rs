@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use super::{Context, Ended};
-use crate::output::{NONE, Table, age, mib};
+use crate::output::{NONE, Table, age, bytes, mib};
 
 /// List sandboxes, newest first.
 #[derive(Debug, clap::Args)]
@@ -14,7 +14,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) async fn run(context: &Context, args: &Args) -> Ended {
-    let sandboxes = context.client.list().await?;
+    let sandboxes = context.client.list(!args.quiet).await?;
     if context.output.is_json() {
         context.output.document(&sandboxes)?;
     } else if args.quiet {
@@ -23,12 +23,24 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Ended {
         }
     } else {
         let mut table = Table::new(&[
-            "NAME", "ID", "STATE", "TEMPLATE", "CPUS", "MEMORY", "DISK", "ADDRESS", "AGE",
+            "NAME",
+            "ID",
+            "STATE",
+            "TEMPLATE",
+            "CPUS",
+            "MEMORY",
+            "DISK",
+            "ALLOCATED",
+            "ADDRESS",
+            "AGE",
         ]);
         for sandbox in sandboxes {
+            let unusable = sandbox.unusable.iter().any(|it| it.current);
             let listed = sandbox.listed;
             let lost = sandbox.disk_lost.map(|_| "disk lost".to_owned());
-            let state = match listed.verb.or(lost) {
+            let stalled = listed.stalled.map(|_| "stalled: no space".to_owned());
+            let unusable = unusable.then(|| "unusable".to_owned());
+            let state = match listed.verb.or(lost).or(stalled).or(unusable) {
                 Some(remark) => format!("{} ({remark})", listed.state),
                 None => listed.state.to_string(),
             };
@@ -40,6 +52,9 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Ended {
                 listed.cpu_count.to_string(),
                 mib(listed.memory_mb.into()),
                 mib(listed.disk_size_mb),
+                sandbox
+                    .allocated_bytes
+                    .map_or_else(|| NONE.to_owned(), bytes),
                 listed
                     .address
                     .map_or_else(|| NONE.to_owned(), |address| address.to_string()),

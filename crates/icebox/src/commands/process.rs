@@ -32,7 +32,7 @@ pub(super) async fn agent(
     context: &Context,
     sandbox: &str,
 ) -> Result<(AgentClient, SandboxDetail), Failure> {
-    let sandbox = context.client.inspect(sandbox).await?;
+    let sandbox = context.client.inspect(sandbox, false).await?;
     let label = verb::label(&sandbox);
     let state = sandbox.listed.state;
     if state != State::Running {

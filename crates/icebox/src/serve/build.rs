@@ -95,7 +95,7 @@ impl Build {
     pub(super) async fn run(self, events: Events) {
         let last = match self.build(&events).await {
             Ok(template) => BuildEvent::Done {
-                template: Box::new(translate::template(&template, None)),
+                template: Box::new(translate::template(&template, None, None)),
             },
             Err(error) => BuildEvent::Error {
                 error: error.into_body(),

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use icebox_engine::unit::Bytes;
 use icebox_host::vmm::qemu::AcceleratorChoice;
 
 use super::log::Format;
@@ -145,6 +146,8 @@ struct File {
     network: NetworkSection,
     #[serde(default)]
     defaults: DefaultsSection,
+    #[serde(default)]
+    space: SpaceSection,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -175,6 +178,12 @@ struct DefaultsSection {
     internet: Option<bool>,
 }
 
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SpaceSection {
+    keep_free_mib: Option<u32>,
+}
+
 /// The settings, complete.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Config {
@@ -195,6 +204,7 @@ pub(crate) struct Config {
     pub(crate) cpus: u8,
     pub(crate) memory_mib: u32,
     pub(crate) internet: bool,
+    pub(crate) keep_free: Option<Bytes>,
 }
 
 impl Config {
@@ -208,6 +218,17 @@ impl Config {
         config.log_filter = args.log.clone().unwrap_or(config.log_filter);
         config.log_format = args.log_format.unwrap_or(config.log_format);
         Ok(config)
+    }
+
+    /// What the engine is to know of them, on this machine.
+    pub(crate) fn engine(&self) -> icebox_engine::Config {
+        let total = rustix::system::sysinfo();
+        let bytes = u128::from(total.totalram) * u128::from(total.mem_unit);
+        icebox_engine::Config {
+            max_mem_mib: u32::try_from(bytes >> 20).unwrap_or(u32::MAX),
+            keep_free: self.keep_free,
+            ..icebox_engine::Config::default()
+        }
     }
 
     /// As [`load`](Self::load), for commands that serve nothing.
@@ -260,6 +281,7 @@ impl Config {
             cpus: file.defaults.cpus.unwrap_or(1),
             memory_mib: file.defaults.memory_mib.unwrap_or(512),
             internet: file.defaults.internet.unwrap_or(false),
+            keep_free: file.space.keep_free_mib.map(|mib| Bytes::mib(mib.into())),
         })
     }
 }
@@ -356,6 +378,7 @@ mod tests {
         );
         assert_eq!(config.volume_driver.take().as_deref(), Some("qcow2"));
         assert_eq!(config.zfs_dataset.take().as_deref(), Some("tank/icebox"));
+        assert_eq!(config.keep_free.take(), Some(Bytes::mib(1024)));
         assert_eq!(config, load("").expect("nothing is valid"));
     }
 }

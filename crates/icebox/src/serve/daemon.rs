@@ -1,5 +1,6 @@
 //! The daemon behind the routes: the engine, and what the engine does not know (builds, kernels, this host).
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
@@ -8,20 +9,20 @@ use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
 use icebox_api::types::{
     BuildEvent, Event, Forked, GcReport, GcRequest, Kernel, KernelEvent, NewBuild, NewFork,
-    NewKernel, NewSandbox, NewSnapshot, Report, ResumeRequest, SandboxDetail, Snapshot, Template,
-    VerbResult,
+    NewKernel, NewSandbox, NewSnapshot, Report, ResumeRequest, SandboxDetail, Snapshot, Stats,
+    Template, VerbResult,
 };
 use icebox_api::{ApiError, BoxStream, Daemon, ErrorCode, Pass, Route};
 use icebox_engine::id::GenerationNo;
 use icebox_engine::layout::{Layout, Object};
 use icebox_engine::manifest::v1;
-use icebox_engine::unit::{Bytes as Size, Geometry};
-use icebox_engine::{Engine, Error, SandboxView};
+use icebox_engine::unit::Geometry;
+use icebox_engine::{Engine, Error, SandboxView, Usage};
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::build::Build;
-use super::translate;
 use super::workshop::Workshop;
+use super::{doctor, translate};
 
 /// E2B's bound on one call's forks.
 const FORKS_MAX: i64 = 100;
@@ -39,16 +40,22 @@ pub(super) struct Icebox {
 }
 
 impl Icebox {
-    fn detail(&self, view: &SandboxView, allocated: Option<Size>) -> SandboxDetail {
+    fn detail(&self, view: &SandboxView, usage: Option<&Usage>) -> SandboxDetail {
         let limits = self.engine.host().boxes.limits_in_force();
         translate::sandbox(
             view,
             translate::Beside {
                 domain: self.domain.as_deref(),
                 limits: format!("{}: {}", limits.mechanism, limits.detail),
-                allocated,
+                usage,
             },
         )
+    }
+
+    /// Refuses work of the workshop while there is little room for it.
+    async fn require_room(&self) -> Result<(), ApiError> {
+        let room = self.engine.require_room().await;
+        room.map_err(|error| translate::error(&error))
     }
 
     fn result(
@@ -62,22 +69,11 @@ impl Icebox {
         })
     }
 
-    /// A template with what it occupies. A size that cannot be had is left out: it is no reason not to list the rest.
-    async fn measured(&self, template: &v1::Template) -> Template {
-        let mut objects = vec![Object::Template(template.id.clone())];
-        match &template.content {
-            v1::TemplateContent::Image { base } => objects.push(Object::Base(base.clone())),
-            v1::TemplateContent::Snapshot { capture } => objects.extend([
-                Object::Layer(capture.layer.clone()),
-                Object::Memory(capture.memory.clone()),
-            ]),
-        }
-        let mut allocated = Some(Size(0));
-        for object in objects {
-            let size = self.engine.object_usage(&object).await.ok();
-            allocated = allocated.zip(size).map(|(sum, size)| sum + size);
-        }
-        translate::template(template, allocated)
+    /// A template with what it occupies. A size that cannot be had is left out.
+    async fn measured(&self, template: &v1::Template, unusable: Option<String>) -> Template {
+        let object = Object::Template(template.id.clone());
+        let usage = self.engine.usage(&object).await.ok();
+        translate::template(template, unusable, usage.as_ref())
     }
 }
 
@@ -91,23 +87,37 @@ impl Daemon for Icebox {
             .map_err(|error| translate::error(&error))
     }
 
-    async fn list(&self) -> Result<Vec<SandboxDetail>, ApiError> {
+    async fn list(&self, space: bool) -> Result<Vec<SandboxDetail>, ApiError> {
         let mut views = self.engine.list();
         views.sort_by(|a, b| {
             let (a, b) = (&a.record, &b.record);
             (b.created_at, &b.id).cmp(&(a.created_at, &a.id))
         });
-        Ok(views.iter().map(|view| self.detail(view, None)).collect())
+        let usages = match space {
+            true => self.engine.usages().await.owners,
+            false => BTreeMap::new(),
+        };
+        let usage = |view: &SandboxView| usages.get(&Object::Sandbox(view.record.id.clone()));
+        Ok(views
+            .iter()
+            .map(|view| self.detail(view, usage(view)))
+            .collect())
     }
 
-    async fn inspect(&self, sandbox: &str) -> Result<SandboxDetail, ApiError> {
+    async fn inspect(&self, sandbox: &str, space: bool) -> Result<SandboxDetail, ApiError> {
         let view = self
             .engine
             .inspect(sandbox)
             .map_err(|error| translate::error(&error))?;
-        // It may be on its way out: the rest is still worth showing.
-        let allocated = self.engine.usage(view.record.id.as_str()).await.ok();
-        Ok(self.detail(&view, allocated))
+        let usage = match space {
+            // It may be on its way out: the rest is still worth showing.
+            true => {
+                let object = Object::Sandbox(view.record.id.clone());
+                self.engine.usage(&object).await.ok()
+            }
+            false => None,
+        };
+        Ok(self.detail(&view, usage.as_ref()))
     }
 
     async fn pause(&self, sandbox: &str) -> Result<VerbResult, ApiError> {
@@ -134,7 +144,7 @@ impl Daemon for Icebox {
             .snapshot(sandbox, name)
             .await
             .map_err(|error| translate::error(&error))?;
-        let template = self.measured(&template).await;
+        let template = self.measured(&template, None).await;
         Ok(Snapshot {
             snapshot_id: template.template_id.clone(),
             names: template.names.clone(),
@@ -171,7 +181,7 @@ impl Daemon for Icebox {
             .flatten(sandbox, name)
             .await
             .map_err(|error| translate::error(&error))?;
-        Ok(self.measured(&template).await)
+        Ok(self.measured(&template, None).await)
     }
 
     async fn destroy(&self, sandbox: &str) -> Result<String, ApiError> {
@@ -232,21 +242,25 @@ impl Daemon for Icebox {
     }
 
     async fn templates(&self) -> Result<Vec<Template>, ApiError> {
-        let mut templates = self.engine.templates();
-        templates.sort_by(|a, b| a.name.cmp(&b.name));
-        let mut measured = Vec::with_capacity(templates.len());
-        for template in &templates {
-            measured.push(self.measured(template).await);
-        }
-        Ok(measured)
+        let usable = self.engine.templates().into_iter().map(|it| (it, None));
+        let unusable = self.engine.unusable_templates().into_iter();
+        let unusable = unusable.map(|(it, why)| (it, Some(why)));
+        let mut templates: Vec<_> = usable.chain(unusable).collect();
+        templates.sort_by(|(a, _), (b, _)| a.name.cmp(&b.name));
+        let usages = self.engine.usages().await.owners;
+        let usage = |template: &v1::Template| usages.get(&Object::Template(template.id.clone()));
+        Ok(templates
+            .into_iter()
+            .map(|(it, unusable)| translate::template(&it, unusable, usage(&it)))
+            .collect())
     }
 
     async fn template(&self, template: &str) -> Result<Template, ApiError> {
-        let template = self
+        let (template, unusable) = self
             .engine
-            .template(template)
+            .inspect_template(template)
             .map_err(|error| translate::error(&error))?;
-        Ok(self.measured(&template).await)
+        Ok(self.measured(&template, unusable).await)
     }
 
     async fn remove_template(&self, template: &str) -> Result<String, ApiError> {
@@ -263,6 +277,7 @@ impl Daemon for Icebox {
             new,
             self.geometry,
         )?;
+        self.require_room().await?;
         let (events, stream) = tokio::sync::mpsc::channel(16);
         tokio::spawn(build.run(events));
         Ok(ReceiverStream::new(stream).boxed())
@@ -273,6 +288,7 @@ impl Daemon for Icebox {
     }
 
     async fn import_kernel(&self, new: NewKernel) -> Result<BoxStream<KernelEvent>, ApiError> {
+        self.require_room().await?;
         let workshop = Arc::clone(&self.workshop);
         let (events, stream) = tokio::sync::mpsc::channel(16);
         tokio::spawn(async move {
@@ -309,8 +325,22 @@ impl Daemon for Icebox {
         Ok(batches.flatten().boxed())
     }
 
+    async fn stats(&self) -> Result<Stats, ApiError> {
+        let places = self.engine.room().await;
+        let places = places.map_err(|error| translate::error(&error))?;
+        Ok(translate::stats(&self.engine.usages().await, places))
+    }
+
     async fn doctor(&self) -> Result<Report, ApiError> {
-        Ok(self.workshop.doctor().await)
+        let mut report = self.workshop.doctor().await;
+        let places = self.engine.room().await;
+        let places = places.map_err(|error| translate::error(&error))?;
+        report.checks.extend(
+            places
+                .iter()
+                .map(|(space, mark)| doctor::space(space, *mark)),
+        );
+        Ok(report)
     }
 
     async fn gc(&self, request: GcRequest) -> Result<GcReport, ApiError> {

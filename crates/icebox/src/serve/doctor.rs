@@ -1,9 +1,8 @@
 //! What works on this host: each thing that sandboxes need, how it was found out, and what to do if it does not.
 
-use std::path::Path;
-
 use icebox_api::types::{Check, CheckResult};
-use icebox_engine::host::{Boxes, ErrorKind, Host, HostError, Vmm, VolumeDriver};
+use icebox_engine::host::{Boxes, ErrorKind, Host, HostError, Space, Vmm};
+use icebox_engine::unit::Bytes;
 
 /// Something that works.
 pub(super) fn works(name: &str, detail: impl Into<String>) -> Check {
@@ -67,13 +66,32 @@ pub(super) fn vmm(vmm: &dyn Vmm) -> [Check; 2] {
     ]
 }
 
-/// Tries a volume driver. One that does not work leaves others.
-pub(super) async fn volume(driver: &dyn VolumeDriver) -> Check {
-    let name = format!("volume driver {}", driver.name());
-    match driver.probe().await {
-        Ok(()) => works(&name, "a scratch volume worked"),
-        Err(error) => absent(&name, &error),
-    }
+/// A volume driver by its name, and whether it worked.
+pub(super) type Tried = (&'static str, Result<(), HostError>);
+
+/// What trying the volume drivers came to, in the order of preference. The default is the one that the settings name,
+/// or the first that works. One that does not leaves others, unless it was named or none is left.
+pub(super) fn volumes(tried: Vec<Tried>, named: Option<&str>) -> Vec<Check> {
+    let first = tried
+        .iter()
+        .find_map(|(name, result)| result.is_ok().then_some(*name));
+    let default = named.or(first);
+    tried
+        .into_iter()
+        .map(|(driver, result)| {
+            let name = format!("volume driver {driver}");
+            let is_default = default == Some(driver);
+            match result {
+                Ok(()) => {
+                    let role = if is_default { "; the default" } else { "" };
+                    let detail = "a scratch disk was written, frozen, forked and removed";
+                    works(&name, format!("{detail}{role}"))
+                }
+                Err(error) if is_default || first.is_none() => fails(&name, &error),
+                Err(error) => absent(&name, &error),
+            }
+        })
+        .collect()
 }
 
 /// Whether networks can be made.
@@ -95,26 +113,28 @@ pub(super) fn limits(boxes: &dyn Boxes) -> Check {
     }
 }
 
-/// How much is free where the data are.
-pub(super) fn space(data: &Path) -> Check {
-    match icebox_host::fs::space(data) {
-        Ok(space) => works(
-            "space",
-            format!("{} free at {}", space.available, data.display()),
-        ),
-        Err(error) => fails("space", &error),
+/// How much is free in a place where data are kept. Below `mark`, what is new is refused.
+pub(super) fn space(space: &Space, mark: Bytes) -> Check {
+    let detail = format!(
+        "{} of {} free on {}; below {mark} nothing new begins",
+        space.available, space.total, space.place
+    );
+    if space.available >= mark {
+        return works("space", detail);
     }
+    let error = HostError::new(ErrorKind::Exhausted, detail).hint(
+        "free some space: `icebox stats` shows what takes how much, then `icebox rm` and `icebox template rm`",
+    );
+    fails("space", &error)
 }
 
 /// Looks at the parts that `host` is made of.
-pub(super) async fn host(host: &Host, data: &Path) -> Vec<Check> {
+pub(super) async fn host(host: &Host, tried: Vec<Tried>, named: Option<&str>) -> Vec<Check> {
     let mut checks = Vec::new();
     for it in &host.vmms {
         checks.extend(vmm(it.as_ref()));
     }
-    for driver in &host.volumes {
-        checks.push(volume(driver.as_ref()).await);
-    }
+    checks.extend(volumes(tried, named));
     checks.push(network(host.network.probe().await));
     checks.push(limits(host.boxes.as_ref()));
     checks.push(match host.kernels.default_kernel().await {
@@ -129,10 +149,40 @@ pub(super) async fn host(host: &Host, data: &Path) -> Vec<Check> {
         Err(error) if error.kind() == ErrorKind::NotFound => absent("kernel and agent", &error),
         Err(error) => fails("kernel and agent", &error),
     });
-    checks.push(probed(
-        "space",
-        host.store.check_space().await,
-        &format!("enough is free at {}", data.display()),
-    ));
     checks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use CheckResult::{Absent, Fails, Works};
+
+    #[test]
+    fn inv_26_the_default_is_the_first_that_works_and_a_named_one_is_never_replaced() {
+        let broken = || Err(HostError::new(ErrorKind::Unsupported, "no").hint("do"));
+        let results = |tried, named| {
+            let checks: Vec<Check> = volumes(tried, named);
+            let shown = checks.into_iter().map(|check| {
+                let default = check.detail.contains("default");
+                assert_eq!(check.hint.is_some(), check.result != Works);
+                (check.result, default)
+            });
+            shown.collect::<Vec<_>>()
+        };
+        let tried = || vec![("a", broken()), ("b", Ok(())), ("c", Ok(()))];
+        assert_eq!(
+            results(tried(), None),
+            [(Absent, false), (Works, true), (Works, false)]
+        );
+        assert_eq!(
+            results(tried(), Some("c")),
+            [(Absent, false), (Works, false), (Works, true)]
+        );
+        assert_eq!(
+            results(tried(), Some("a")),
+            [(Fails, false), (Works, false), (Works, false)]
+        );
+        assert_eq!(results(vec![("a", broken())], None), [(Fails, false)]);
+    }
 }

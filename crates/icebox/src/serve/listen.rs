@@ -47,8 +47,15 @@ impl Drop for SocketFile {
 /// # Errors
 /// Another daemon serves there, or something that is no socket is in the way.
 pub(super) async fn unix(path: &Path) -> Result<(UnixListener, SocketFile), Failure> {
-    let cannot =
-        |error: &io::Error| Failure::because(format!("cannot listen on {}", path.display()), error);
+    let cannot = |error: &io::Error| {
+        let failure = Failure::because(format!("cannot listen on {}", path.display()), error);
+        match error.kind() {
+            io::ErrorKind::PermissionDenied => failure.hint(
+                "that place is another user's: run the daemon with sudo, or name a socket of your own with --socket",
+            ),
+            _ => failure,
+        }
+    };
     if let Some(parent) = path.parent() {
         std::fs::DirBuilder::new()
             .recursive(true)
@@ -86,8 +93,10 @@ pub(super) async fn unix(path: &Path) -> Result<(UnixListener, SocketFile), Fail
     let before = rustix::process::umask(Mode::RWXG | Mode::RWXO | Mode::XUSR);
     let bound = UnixListener::bind(path);
     rustix::process::umask(before);
-    let listener =
-        bound.map_err(|error| cannot(&error).hint("a socket's path has at most 107 bytes"))?;
+    let listener = bound.map_err(|error| match error.kind() {
+        io::ErrorKind::InvalidInput => cannot(&error).hint("a socket's path has at most 107 bytes"),
+        _ => cannot(&error),
+    })?;
     let identity = Identity::of(path).map_err(|error| cannot(&error))?;
     let file = SocketFile {
         path: path.to_owned(),

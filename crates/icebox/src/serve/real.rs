@@ -24,11 +24,11 @@ use icebox_host::launcher::Launcher;
 use icebox_host::network::{NetworkConfig, NetworkSlots};
 use icebox_host::store::FileStore;
 use icebox_host::vmm::qemu::{Qemu, QemuConfig};
-use icebox_host::volume::{DmSnapshot, Qcow2, Reflink, Zfs};
+use icebox_host::volume::{DmSnapshot, Qcow2, Reflink, Scratch, Zfs, exercise};
 use ipnet::Ipv4Net;
 
 use super::config::Config;
-use super::{Ground, doctor};
+use super::{Fixtures, Ground, doctor};
 use crate::failure::Failure;
 use workshop::RealWorkshop;
 
@@ -75,20 +75,21 @@ pub(super) async fn ground(config: &Config, layout: &Layout) -> Result<Ground, F
         volumes,
         vmms: vec![Arc::new(qemu)],
         network: network.clone(),
-        boxes,
+        boxes: boxes.clone(),
         kernels: Arc::new(kernels),
         guest: Arc::new(AgentGuests),
     };
     let workshop = Arc::new(RealWorkshop {
         host: host.clone(),
         places,
-        data: layout.data().to_owned(),
+        layout: layout.clone(),
+        config: config.clone(),
         findings,
     });
     Ok(Ground {
         host,
         workshop,
-        network: Some(network),
+        fixtures: Some(Fixtures { network, boxes }),
     })
 }
 
@@ -133,13 +134,19 @@ pub(super) async fn survey(config: &Config) -> Report {
     if layout.data().is_dir() {
         match volumes {
             Ok(volumes) => {
+                let mut tried = Vec::new();
                 for driver in volumes {
-                    checks.push(doctor::volume(driver.as_ref()).await);
+                    let works = try_volume(driver.as_ref(), config, &layout).await;
+                    tried.push((driver.name(), works));
                 }
+                checks.extend(doctor::volumes(tried, config.volume_driver.as_deref()));
             }
             Err(error) => checks.push(doctor::fails("volume drivers", &error)),
         }
-        checks.push(doctor::space(layout.data()));
+        checks.push(match icebox_host::fs::space(layout.data()) {
+            Ok(space) => doctor::space(&space, config.engine().low_water_mark(&space)),
+            Err(error) => doctor::fails("space", &error),
+        });
     } else {
         checks.push(doctor::works(
             "data directory",
@@ -289,6 +296,28 @@ fn all_volumes(
     ])
 }
 
+/// Whether a volume driver of `layout` works: whether it has what it needs, and then whether a twin of it does on a
+/// scratch disk beside the data what sandboxes need of it. One that keeps disks elsewhere tries that itself.
+async fn try_volume(
+    driver: &dyn VolumeDriver,
+    config: &Config,
+    layout: &Layout,
+) -> Result<(), HostError> {
+    driver.probe().await?;
+    if driver.space().await?.is_some() {
+        return Ok(());
+    }
+    let data = layout.data().to_owned();
+    let scratch = blocking(move || Scratch::new(&data)).await?;
+    let instance = instance(scratch.layout());
+    let twins = all_volumes(config, scratch.layout(), &instance)?;
+    let twin = twins.into_iter().find(|twin| twin.name() == driver.name());
+    match twin {
+        Some(twin) => exercise(twin.as_ref(), &scratch).await,
+        None => Ok(()),
+    }
+}
+
 /// The volume drivers that work here, the one that the settings name first; and what is to be said of the others.
 async fn volumes(
     config: &Config,
@@ -309,8 +338,13 @@ async fn volumes(
         all.sort_by_key(|driver| driver.name() != wanted);
     }
     for driver in all {
-        match driver.probe().await {
+        match try_volume(driver.as_ref(), config, layout).await {
             Ok(()) => working.push(driver),
+            // Not known, for want of room to try it in. Sandboxes that are there need it, and nothing new begins now.
+            Err(error) if error.kind() == ErrorKind::Exhausted => {
+                tracing::warn!(driver = driver.name(), %error, "a volume driver was not tried");
+                working.push(driver);
+            }
             // What was asked for and does not work is no reason to take something else (INV-26).
             Err(error) if config.volume_driver.as_deref() == Some(driver.name()) => {
                 return Err(failed(&error));

@@ -41,7 +41,7 @@ pub(super) fn ground(guests: Option<Ipv4Addr>) -> Ground {
     Ground {
         host,
         workshop,
-        network: None,
+        fixtures: None,
     }
 }
 
@@ -145,8 +145,12 @@ impl Workshop for SimWorkshop {
     }
 
     async fn doctor(&self) -> Report {
+        let mut tried = Vec::new();
+        for driver in &self.host.volumes {
+            tried.push((driver.name(), driver.probe().await));
+        }
         Report {
-            checks: doctor::host(&self.host, "memory".as_ref()).await,
+            checks: doctor::host(&self.host, tried, None).await,
         }
     }
 }

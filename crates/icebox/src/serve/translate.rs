@@ -5,15 +5,16 @@
 use std::net::Ipv4Addr;
 
 use icebox_api::types::{
-    Branch, Event, Garbage, GcReport, ListedSandbox, NewSandbox, Outcome, SandboxDetail, State,
-    StepTime, Template, TemplateKind, Vmm,
+    Branch, Event, Garbage, GcReport, Kind, ListedSandbox, NewSandbox, Outcome, Owner, Part, Place,
+    SandboxDetail, State, Stats, StepTime, Template, TemplateKind, Unusable, Vmm,
 };
 use icebox_api::{ApiError, ENVD_VERSION, ErrorCode};
-use icebox_engine::host::{Egress, ErrorKind, HostError, VmmIdentity};
+use icebox_engine::host::{Egress, ErrorKind, HostError, Space, VmmIdentity};
 use icebox_engine::id::Name;
+use icebox_engine::layout::Object;
 use icebox_engine::manifest::v1;
 use icebox_engine::unit::{Bytes, Geometry};
-use icebox_engine::{CreateRequest, Error, Plan, Refusal, SandboxView};
+use icebox_engine::{CreateRequest, Error, Plan, Refusal, SandboxView, Usage, Usages};
 
 /// E2B's clients need the name of a node; there is only this one.
 const CLIENT_ID: &str = "icebox";
@@ -84,33 +85,44 @@ pub(super) fn required_name(text: Option<&str>) -> Result<Name, ApiError> {
 
 /// CPUs and memory as the user gave them.
 pub(super) fn vcpus(asked: Option<i64>) -> Result<Option<u8>, ApiError> {
-    in_range(asked, "CPUs")
+    in_range(asked, "CPUs", "ask for a whole number from 1 on")
 }
 
 pub(super) fn mem_mib(asked: Option<i64>) -> Result<Option<u32>, ApiError> {
-    in_range(asked, "MiB of memory")
+    in_range(
+        asked,
+        "MiB of memory",
+        "ask for a whole number of MiB, from 64 on: `--memory 512` or `--memory 2G`",
+    )
 }
 
 pub(super) fn disk_size(asked: Option<i64>) -> Result<Option<Bytes>, ApiError> {
-    let mib: Option<u32> = in_range(asked, "MiB of disk")?;
+    const HINT: &str =
+        "leave it out for the template's size, or ask for at least that: `--disk 10G`";
+    let mib: Option<u32> = in_range(asked, "MiB of disk", HINT)?;
     if mib == Some(0) {
-        return Err(out_of_range(0, "MiB of disk"));
+        return Err(out_of_range(0, "MiB of disk", HINT));
     }
     Ok(mib.map(|mib| Bytes::mib(mib.into())))
 }
 
 /// The engine says which sizes make sense; here a number only has to be one.
-fn in_range<T: TryFrom<i64>>(asked: Option<i64>, unit: &str) -> Result<Option<T>, ApiError> {
+fn in_range<T: TryFrom<i64>>(
+    asked: Option<i64>,
+    unit: &str,
+    hint: &str,
+) -> Result<Option<T>, ApiError> {
     asked
-        .map(|asked| T::try_from(asked).map_err(|_| out_of_range(asked, unit)))
+        .map(|asked| T::try_from(asked).map_err(|_| out_of_range(asked, unit, hint)))
         .transpose()
 }
 
-fn out_of_range(asked: i64, unit: &str) -> ApiError {
+fn out_of_range(asked: i64, unit: &str, hint: &str) -> ApiError {
     ApiError::new(
         ErrorCode::Invalid,
         format!("a sandbox cannot have {asked} {unit}"),
     )
+    .hint(hint)
 }
 
 /// What to create. `internet` is what those who say nothing get.
@@ -160,13 +172,73 @@ pub(super) fn geometry(
 pub(super) struct Beside<'a> {
     pub(super) domain: Option<&'a str>,
     pub(super) limits: String,
-    pub(super) allocated: Option<Bytes>,
+    pub(super) usage: Option<&'a Usage>,
+}
+
+/// What something occupies, unless part of it could not be measured.
+fn sizes(usage: Option<&Usage>) -> (Option<u64>, Option<u64>) {
+    let complete = usage.filter(|usage| !usage.incomplete);
+    (
+        complete.map(|usage| usage.own.0),
+        complete.map(|usage| usage.shared.0),
+    )
+}
+
+fn parts(usage: Option<&Usage>) -> Vec<Part> {
+    let parts = usage.into_iter().flat_map(|usage| &usage.parts);
+    parts
+        .map(|part| Part {
+            object: part.object.to_string(),
+            allocated_bytes: part.allocated.0,
+            shared_with: part.shared_with.clone(),
+        })
+        .collect()
+}
+
+/// What everything occupies.
+pub(super) fn stats(usages: &Usages, places: Vec<(Space, Bytes)>) -> Stats {
+    Stats {
+        places: places
+            .into_iter()
+            .map(|(space, mark)| Place {
+                place: space.place,
+                total_bytes: space.total.0,
+                free_bytes: space.available.0,
+                keep_free_bytes: mark.0,
+            })
+            .collect(),
+        kinds: usages
+            .kinds
+            .iter()
+            .map(|(kind, (count, sum))| Kind {
+                kind: (*kind).to_owned(),
+                count: *count,
+                allocated_bytes: sum.0,
+            })
+            .collect(),
+        owners: usages
+            .owners
+            .iter()
+            .map(|(object, usage)| Owner {
+                id: match object {
+                    Object::Sandbox(id) => id.to_string(),
+                    Object::Template(id) => id.to_string(),
+                    other => other.to_string(),
+                },
+                name: usage.name.clone(),
+                allocated_bytes: usage.own.0,
+                shared_bytes: usage.shared.0,
+            })
+            .collect(),
+        unneeded_bytes: usages.unneeded.0,
+    }
 }
 
 /// A sandbox, whole.
 pub(super) fn sandbox(view: &SandboxView, beside: Beside<'_>) -> SandboxDetail {
     let record = &view.record;
     let running = matches!(record.rests, v1::Rest::Running);
+    let (allocated_bytes, shared_bytes) = sizes(beside.usage);
     SandboxDetail {
         listed: listed(view),
         envd_access_token: Some(record.token.expose().to_owned()),
@@ -180,7 +252,9 @@ pub(super) fn sandbox(view: &SandboxView, beside: Beside<'_>) -> SandboxDetail {
             _ => None,
         }),
         limits: running.then_some(beside.limits),
-        allocated_bytes: beside.allocated.map(|bytes| bytes.0),
+        allocated_bytes,
+        shared_bytes,
+        parts: parts(beside.usage),
         generations: view
             .generations
             .iter()
@@ -189,6 +263,18 @@ pub(super) fn sandbox(view: &SandboxView, beside: Beside<'_>) -> SandboxDetail {
                 created_at: generation.capture.captured_at,
                 allocated_bytes: generation.capture.saved.allocated.0,
                 changed_pages: generation.capture.saved.changed_pages,
+            })
+            .collect(),
+        unusable: view
+            .unusable
+            .iter()
+            .map(|(number, why)| Unusable {
+                number: number.0,
+                why: why.clone(),
+                current: record.rests
+                    == v1::Rest::Paused {
+                        generation: *number,
+                    },
             })
             .collect(),
         branches: record
@@ -227,6 +313,9 @@ fn listed(view: &SandboxView) -> ListedSandbox {
         disk_size_mb: record.spec.disk_size.0 >> 20,
         state,
         verb: view.busy.map(ToOwned::to_owned),
+        stalled: view.stalled.then(|| {
+            "a write to its disk found no room: it stands still until there is some".to_owned()
+        }),
         metadata: record.spec.metadata.clone(),
         envd_version: ENVD_VERSION.to_owned(),
         address: reachable(view.host_address),
@@ -261,8 +350,13 @@ fn vmm(identity: &VmmIdentity) -> Vmm {
     }
 }
 
-/// A template. `allocated` is what its objects occupy.
-pub(super) fn template(template: &v1::Template, allocated: Option<Bytes>) -> Template {
+/// A template. `unusable` says what it lacks, if something.
+pub(super) fn template(
+    template: &v1::Template,
+    unusable: Option<String>,
+    usage: Option<&Usage>,
+) -> Template {
+    let (allocated_bytes, shared_bytes) = sizes(usage);
     let (kind, base, captured) = match &template.content {
         v1::TemplateContent::Image { base } => (TemplateKind::Image, Some(base.to_string()), None),
         v1::TemplateContent::Snapshot { capture } => {
@@ -280,7 +374,10 @@ pub(super) fn template(template: &v1::Template, allocated: Option<Bytes>) -> Tem
         base,
         kernel: Some(template.kernel.to_string()),
         vmm: captured.map(vmm),
-        allocated_bytes: allocated.map(|bytes| bytes.0),
+        allocated_bytes,
+        shared_bytes,
+        parts: parts(usage),
+        unusable,
         origin: Some(template.source.clone()),
     }
 }

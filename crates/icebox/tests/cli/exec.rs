@@ -69,17 +69,35 @@ fn inv_39_ten_megabytes_arrive_whole() {
 fn what_running_sandboxes_use() {
     let daemon = Daemon::start().with_guest();
     let stats = daemon.get(&["--json", "stats"]);
-    let stats: serde_json::Value = serde_json::from_str(&stats).unwrap();
+    let (stats, installation) = stats.split_once('\n').unwrap();
+    let stats: serde_json::Value = serde_json::from_str(stats).unwrap();
     assert_eq!(stats["sandbox"], "web");
     assert!(stats["metrics"]["mem_total"].as_u64().unwrap() > 0);
+    assert!(stats["allocatedBytes"].as_u64().unwrap() > 0);
+    let installation: serde_json::Value = serde_json::from_str(installation).unwrap();
+    let place = &installation["places"][0];
+    assert!(place["freeBytes"].as_u64() > place["keepFreeBytes"].as_u64());
+    let named = |one: &serde_json::Value| one["name"] == "sandbox web";
+    assert!(installation["owners"].as_array().unwrap().iter().any(named));
     let table = daemon.get(&["stats", "web"]);
     assert!(
         table.starts_with("NAME") && table.contains("\nweb "),
         "{table}"
     );
     daemon.get(&["pause", "web"]);
-    assert_eq!(daemon.run(&["stats", "web"]).status.code(), Some(1));
-    assert!(!daemon.get(&["stats"]).contains("web"), "only what runs");
+    let table = daemon.get(&["stats", "web"]);
+    assert!(table.contains("\nweb   -    -"), "no guest counts: {table}");
+    assert_eq!(daemon.run(&["stats", "none"]).status.code(), Some(1));
+    let all = daemon.get(&["stats"]);
+    for word in [
+        "\nweb ",
+        "ON DISK",
+        "memories",
+        "PLACE",
+        "NOTHING NEW BELOW",
+    ] {
+        assert!(all.contains(word), "{word}: {all}");
+    }
 }
 
 #[test]

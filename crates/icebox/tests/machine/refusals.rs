@@ -266,7 +266,7 @@ fn inv_28_no_room_for_new_work() {
     if !root("inv_28_no_room_for_new_work") {
         return;
     }
-    let place = Place::new();
+    let mut place = Place::new();
     let small = place.data();
     std::fs::create_dir(&small).unwrap();
     // In a mount namespace of its own, so that nothing of it stays.
@@ -296,6 +296,20 @@ fn inv_28_no_room_for_new_work() {
     ]);
     assert!(said.contains("space") && said.contains("hint:"), "{said}");
     assert_eq!(daemon.get(&["template", "ls", "--quiet"]), "");
+    daemon.stop();
+
+    // Below the low-water mark a build does not begin.
+    place.settings = "[space]\nkeep_free_mib = 8".to_owned();
+    let serve = under("unshare", &["--mount", "sh", "-c", &script], &place.serve());
+    let daemon = place.start(serve);
+    let build = ["template", "build", "x", "--from-dir", "tree"];
+    let said = daemon.fails(&build);
+    assert!(
+        said.contains("less than the 8.0 MiB") && said.contains("hint:"),
+        "{said}"
+    );
+    let report = daemon.run(&["doctor"]);
+    assert_eq!(report.status.code(), Some(1), "doctor says so, too");
     daemon.stop();
 }
 

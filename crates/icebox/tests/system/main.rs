@@ -38,6 +38,7 @@ mod monitor;
 mod mounts;
 mod power_cut;
 mod site;
+mod space;
 
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
@@ -64,6 +65,7 @@ fn main() -> ExitCode {
         ("faults", faults::TESTS),
         ("crash", crash::TESTS),
         ("chains", chains::TESTS),
+        ("space", space::TESTS),
     ];
     let tests = suites
         .iter()

@@ -41,6 +41,8 @@ const MEMORY_BYTES_MAX: u64 = 1 << 40;
 /// To stop the vCPUs, QEMU first finishes the guest's requests in flight and flushes its disk, which takes as long as
 /// the host has dirty pages of it; to let them run, it may have to finish that first.
 const FLIP_DEADLINE: Duration = Duration::from_secs(30);
+/// Before a monitor that cannot be talked to is tried again, to hear what QEMU announces.
+const DEAF_PAUSE: Duration = Duration::from_secs(1);
 /// A switch of heads drains the guest's requests in flight first.
 const SWITCH_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -239,7 +241,11 @@ impl QemuMachine {
     }
 
     async fn status(&self) -> Result<RunState, QmpError> {
-        Ok(self.qmp.execute(qmp::query_status {}, QUICK).await?.status)
+        let status = self.qmp.execute(qmp::query_status {}, QUICK).await?.status;
+        if status == RunState::io_error {
+            self.qmp.announced().found_standing();
+        }
+        Ok(status)
     }
 
     /// Where the guest's memory is, when it is not a file's mapping.
@@ -334,6 +340,13 @@ impl QemuMachine {
     }
 }
 
+/// Completes when it is so. Never, if nobody says any more whether it is.
+async fn until(said: &mut watch::Receiver<bool>) {
+    if said.wait_for(|so| *so).await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
 /// A file in memory, and a descriptor of it that can only be written.
 fn state_buffer() -> io::Result<(File, OwnedFd)> {
     let buffer: File = memfd_create("device-state", MemfdFlags::CLOEXEC)?.into();
@@ -415,6 +428,7 @@ impl Machine for QemuMachine {
             RunState::paused | RunState::prelaunch | RunState::save_vm | RunState::suspended => {
                 Ok(VcpuState::Paused)
             }
+            RunState::io_error => Ok(VcpuState::Stalled),
             other => Err(self.error(ErrorKind::Other, format!("vCPUs are {other:?}"))),
         }
     }
@@ -440,8 +454,15 @@ impl Machine for QemuMachine {
     }
 
     async fn save(&self, plan: SavePlan) -> Result<SavedMemory, HostError> {
-        if self.probe().await? != VcpuState::Paused {
-            return Err(self.error(ErrorKind::Invalid, "save while vCPUs run"));
+        match self.probe().await? {
+            VcpuState::Paused => {}
+            VcpuState::Running => {
+                return Err(self.error(ErrorKind::Invalid, "save while vCPUs run"));
+            }
+            VcpuState::Stalled => {
+                let message = "a write to the guest's disk found no room";
+                return Err(self.error(ErrorKind::Exhausted, message));
+            }
         }
         let anonymous = match &plan.restored_from {
             None => Some(self.anonymous_ram().await?),
@@ -461,6 +482,35 @@ impl Machine for QemuMachine {
             zero_pages: saved.zero,
             allocated: Bytes(saved.allocated + state_bytes.next_multiple_of(4096)),
         })
+    }
+
+    /// QEMU stops the vCPUs by itself when a write finds no room (`werror=enospc`, its default), and says `STOP`; only its
+    /// state tells that from a stop of ours.
+    async fn stalled(&self) {
+        let announced = self.qmp.announced();
+        let mut stands = announced.stands();
+        loop {
+            tokio::select! {
+                () = until(&mut stands) => {}
+                // What happened meanwhile nobody heard.
+                () = announced.deaf() => tokio::time::sleep(DEAF_PAUSE).await,
+            }
+            match self.status().await {
+                Ok(RunState::io_error) => return,
+                Ok(_) => tokio::select! {
+                    changed = stands.changed() => {
+                        if changed.is_err() {
+                            std::future::pending::<()>().await;
+                        }
+                    }
+                    () = announced.deaf() => {}
+                },
+                Err(error) => {
+                    tracing::debug!(sandbox = %self.sandbox, %error, "asking why the vCPUs stand still");
+                    tokio::time::sleep(DEAF_PAUSE).await;
+                }
+            }
+        }
     }
 
     fn disk_switch(&self) -> Option<&dyn DiskSwitch> {

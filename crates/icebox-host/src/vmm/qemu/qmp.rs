@@ -101,6 +101,8 @@ pub(super) struct Announced {
     guest_ended: AtomicBool,
     /// How far the loading of device state is.
     incoming: watch::Sender<Option<MigrationStatus>>,
+    /// Whether the vCPUs stand still, by us or by QEMU, as far as was heard.
+    stands: watch::Sender<bool>,
     /// Open connections: what is announced may still be on its way while there is one.
     connections: watch::Sender<usize>,
 }
@@ -142,6 +144,29 @@ impl Announced {
     }
 }
 
+impl Announced {
+    /// The vCPUs were found standing still, which may have been announced when nobody listened.
+    pub(super) fn found_standing(&self) {
+        self.stands.send_replace(true);
+    }
+
+    /// Whether the vCPUs stand still, whoever stopped them.
+    pub(super) fn stands(&self) -> watch::Receiver<bool> {
+        self.stands.subscribe()
+    }
+
+    /// Completes when there is no connection: what QEMU announces then, nobody hears.
+    pub(super) async fn deaf(&self) {
+        let mut connections = self.connections.subscribe();
+        // Cannot fail: the sender lives in `self`.
+        connections
+            .wait_for(|open| *open == 0)
+            .await
+            .map(drop)
+            .unwrap_or_default();
+    }
+}
+
 impl Qmp {
     /// The monitor that listens at `path`. Connects on first use.
     pub(super) fn new(path: PathBuf) -> Self {
@@ -151,6 +176,7 @@ impl Qmp {
             announced: Arc::new(Announced {
                 guest_ended: AtomicBool::new(false),
                 incoming: watch::Sender::new(None),
+                stands: watch::Sender::new(false),
                 connections: watch::Sender::new(0),
             }),
         }
@@ -279,6 +305,8 @@ async fn listen(mut events: QapiEvents<QmpStreamTokio<Half>>, open: Open) {
             qmp::Event::SHUTDOWN { data, .. } if data.guest => {
                 open.0.guest_ended.store(true, Ordering::Release);
             }
+            qmp::Event::STOP { .. } => drop(open.0.stands.send_replace(true)),
+            qmp::Event::RESUME { .. } => drop(open.0.stands.send_replace(false)),
             qmp::Event::MIGRATION { data, .. } => {
                 open.0.incoming.send_replace(Some(data.status));
             }

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use icebox_engine::host::{ErrorKind, HostError};
+use icebox_engine::host::{ErrorKind, HostError, Space};
 use icebox_engine::layout::Layout;
 use icebox_engine::unit::Bytes;
 
@@ -201,6 +201,24 @@ impl ZfsPool {
     /// What can still be written to the dataset.
     pub(super) fn available(&self) -> Result<Bytes, HostError> {
         self.number("available", self.root.name())
+    }
+
+    /// The room in the dataset, asked for in one go.
+    pub(super) fn space(&self) -> Result<Space, HostError> {
+        let name = self.root.name();
+        let text = self.zfs(&["get", "-H", "-p", "-o", "value", "available,used", name])?;
+        let mut numbers = text.lines().map(|line| line.trim().parse().map(Bytes));
+        let (Some(Ok(available)), Some(Ok(used))) = (numbers.next(), numbers.next()) else {
+            return Err(HostError::new(
+                ErrorKind::Other,
+                format!("available and used of {name} are {:?}", text.trim()),
+            ));
+        };
+        Ok(Space {
+            place: format!("the dataset {name}"),
+            total: available + used,
+            available,
+        })
     }
 
     /// Bytes that a volume, or a snapshot, added to the snapshot before it.

@@ -6,7 +6,8 @@ use icebox_api::types::Template;
 
 use super::{Context, Ended};
 use crate::commands::reference;
-use crate::output::{NONE, Table, bytes, instant, mib};
+use crate::commands::size::space;
+use crate::output::{NONE, Table, instant, mib};
 
 /// Show everything about one template.
 #[derive(Debug, clap::Args)]
@@ -44,8 +45,16 @@ fn page(template: &Template) -> Table {
     row("cpus", template.cpu_count.to_string());
     row("memory", mib(template.memory_mb.into()));
     row("disk", mib(template.disk_size_mb));
-    if let Some(allocated) = template.allocated_bytes {
-        row("allocated", bytes(allocated));
+    if let Some(unusable) = &template.unusable {
+        row("unusable", unusable.clone());
+    }
+    let sizes = space(
+        template.allocated_bytes,
+        template.shared_bytes,
+        &template.parts,
+    );
+    for (key, value) in sizes {
+        row(key, value);
     }
     if let Some(base) = &template.base {
         row("base", base.clone());

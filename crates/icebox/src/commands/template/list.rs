@@ -30,6 +30,7 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Ended {
             "MEMORY",
             "DISK",
             "ALLOCATED",
+            "SHARED",
             "AGE",
         ]);
         for template in templates {
@@ -41,13 +42,17 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Ended {
             table.row([
                 names,
                 template.template_id,
-                template.kind.to_string(),
+                match template.unusable {
+                    Some(_) => format!("{} (unusable)", template.kind),
+                    None => template.kind.to_string(),
+                },
                 template.cpu_count.to_string(),
                 mib(template.memory_mb.into()),
                 mib(template.disk_size_mb),
                 template
                     .allocated_bytes
                     .map_or_else(|| NONE.to_owned(), bytes),
+                template.shared_bytes.map_or_else(|| NONE.to_owned(), bytes),
                 age(template.created_at),
             ]);
         }

@@ -1,7 +1,5 @@
 //! Root images and kernels on this machine, made by worker processes.
 
-use std::path::PathBuf;
-
 use async_trait::async_trait;
 use icebox_api::types::{
     BuildEvent, BuildSource, Check, Kernel, KernelEvent, KernelSource, Report,
@@ -9,12 +7,13 @@ use icebox_api::types::{
 use icebox_api::{ApiError, ErrorCode};
 use icebox_engine::host::{Host, HostError};
 use icebox_engine::id::Digest;
-use icebox_engine::layout::Object;
+use icebox_engine::layout::{Layout, Object};
 use icebox_engine::unit::Bytes;
 use icebox_host::guest_image::{Places, kernel};
 use tokio::sync::mpsc;
 
-use super::job;
+use super::{job, try_volume};
+use crate::serve::config::Config;
 use crate::serve::workshop::{RootImage, Workshop};
 use crate::serve::{doctor, host_error};
 use crate::worker::Work;
@@ -23,7 +22,8 @@ use crate::worker::Work;
 pub(super) struct RealWorkshop {
     pub(super) host: Host,
     pub(super) places: Places,
-    pub(super) data: PathBuf,
+    pub(super) layout: Layout,
+    pub(super) config: Config,
     /// What was left out when the daemon started, and why.
     pub(super) findings: Vec<Check>,
 }
@@ -113,7 +113,13 @@ impl Workshop for RealWorkshop {
     }
 
     async fn doctor(&self) -> Report {
-        let mut checks = doctor::host(&self.host, &self.data).await;
+        let named = self.config.volume_driver.as_deref();
+        let mut tried = Vec::new();
+        for driver in &self.host.volumes {
+            let works = try_volume(driver.as_ref(), &self.config, &self.layout).await;
+            tried.push((driver.name(), works));
+        }
+        let mut checks = doctor::host(&self.host, tried, named).await;
         checks.extend(self.findings.iter().cloned());
         Report { checks }
     }
