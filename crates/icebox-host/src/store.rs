@@ -32,6 +32,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::blocking::blocking;
 use crate::fs::{self, failed};
+use crate::pool::NOT_MOUNTED;
 use crate::turns::Turns;
 
 /// The version of the layout that this program reads and writes.
@@ -336,6 +337,14 @@ fn refuse_foreign(layout: &Layout) -> Result<(), HostError> {
         .find(|name| !matches!(name.as_str(), "lock" | "format.new" | "lost+found"));
     match foreign {
         None => Ok(()),
+        Some(name) if name == NOT_MOUNTED => Err(HostError::new(
+            ErrorKind::Invalid,
+            format!("a pool belongs on {} and is not mounted", data.display()),
+        )
+        .hint(format!(
+            "`mount {0}` mounts it if /etc/fstab names it; {0}/{NOT_MOUNTED} says which file it is, and is to be removed if there is to be no pool",
+            data.display()
+        ))),
         Some(name) => Err(HostError::new(
             ErrorKind::Invalid,
             format!(

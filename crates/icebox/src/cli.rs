@@ -6,7 +6,7 @@ use clap::{Parser, Subcommand};
 
 use crate::commands::{
     completions, copy, create, destroy, doctor, events, exec, flatten, fork, gc, inspect, kernel,
-    list, logs, pause, resume, shell, snapshot, start, stats, stop, template,
+    list, logs, pause, pool, resume, shell, snapshot, start, stats, stop, template,
 };
 use crate::serve;
 
@@ -54,6 +54,8 @@ pub(crate) enum Command {
     Serve(serve::Args),
     #[command(flatten)]
     Client(ClientCommand),
+    #[command(subcommand)]
+    Pool(pool::Command),
     Completions(completions::Args),
 }
 

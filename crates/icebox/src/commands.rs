@@ -15,6 +15,7 @@ pub(crate) mod kernel;
 pub(crate) mod list;
 pub(crate) mod logs;
 pub(crate) mod pause;
+pub(crate) mod pool;
 pub(crate) mod resume;
 pub(crate) mod shell;
 pub(crate) mod snapshot;
@@ -51,6 +52,7 @@ pub(crate) fn run(cli: Cli, output: Output) -> Ended {
     let command = match cli.command {
         Command::Client(command) => command,
         Command::Serve(args) => return serve::run(&args, cli.socket.as_deref(), output),
+        Command::Pool(command) => return pool::run(&command, output),
         Command::Completions(args) => return completions::run(&args),
     };
     let context = Context {

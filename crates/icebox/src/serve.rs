@@ -22,7 +22,7 @@ mod sys;
 mod translate;
 mod workshop;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -66,6 +66,14 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 pub(crate) async fn survey(settings: &Settings, socket: Option<&Path>) -> Result<Report, Failure> {
     let config = Config::of_machine(settings, socket)?;
     Ok(real::survey(&config).await)
+}
+
+/// Where a daemon with these settings keeps its data.
+///
+/// # Errors
+/// The settings are not understood.
+pub(crate) fn data_directory(settings: &Settings) -> Result<PathBuf, Failure> {
+    Ok(Config::of_machine(settings, None)?.data_dir)
 }
 
 /// What the daemon runs on: this machine, or a simulation.

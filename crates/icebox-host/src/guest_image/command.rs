@@ -21,13 +21,13 @@ const LINE_BYTES: u64 = 1024;
 const SBIN: &str = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin";
 
 /// One external tool, about to run.
-pub(super) struct Tool {
+pub(crate) struct Tool {
     name: String,
     command: Command,
 }
 
 /// What a tool that ran to its end left behind.
-pub(super) struct Finished {
+pub(crate) struct Finished {
     pub(super) status: ExitStatus,
     pub(super) stdout: Vec<u8>,
     /// The last lines of stderr, or of stdout where that is what was watched.
@@ -43,7 +43,7 @@ pub(super) enum Watch {
 }
 
 impl Tool {
-    pub(super) fn new(name: &str) -> Self {
+    pub(crate) fn new(name: &str) -> Self {
         Self::wrapped(name, &[])
     }
 
@@ -77,12 +77,12 @@ impl Tool {
         }
     }
 
-    pub(super) fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
+    pub(crate) fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
         self.command.arg(arg);
         self
     }
 
-    pub(super) fn args<S: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
+    pub(crate) fn args<S: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
         self.command.args(args);
         self
     }
@@ -98,7 +98,7 @@ impl Tool {
     }
 
     /// Runs to the end and returns what it printed. Blocks.
-    pub(super) fn run(self) -> Result<Finished, ImageError> {
+    pub(crate) fn run(self) -> Result<Finished, ImageError> {
         self.watch(Watch::Stderr, |_| {})
     }
 
@@ -163,7 +163,7 @@ impl Tool {
 
 impl Finished {
     /// Turns a status other than 0 into an error.
-    pub(super) fn success(self) -> Result<Self, ImageError> {
+    pub(crate) fn success(self) -> Result<Self, ImageError> {
         self.success_or(Self::error)
     }
 
@@ -193,7 +193,7 @@ impl Finished {
 }
 
 /// Whether the path search finds `name`.
-pub(super) fn installed(name: &str) -> bool {
+pub(crate) fn installed(name: &str) -> bool {
     let path = std::env::var("PATH").unwrap_or_default();
     path.split(':')
         .chain(SBIN.split(':'))

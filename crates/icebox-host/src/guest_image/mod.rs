@@ -19,7 +19,7 @@
 
 mod apt;
 mod archive;
-mod command;
+pub(crate) mod command;
 mod digest;
 mod error;
 #[cfg(feature = "fixture")]

@@ -6,5 +6,8 @@
     reason = "a test fails by panicking, in helpers too"
 )]
 
+#[path = "../../../icebox-host/tests/support/mounts.rs"]
+mod mounts;
+mod pool;
 mod refusals;
 mod support;

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use crate::support::{Place, root};
 
 /// The command with all its arguments, run by another program first.
-fn under(program: &str, arguments: &[&str], command: &Command) -> Command {
+pub(crate) fn under(program: &str, arguments: &[&str], command: &Command) -> Command {
     let mut wrapped = Command::new(program);
     wrapped
         .args(arguments)
