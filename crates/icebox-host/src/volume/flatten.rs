@@ -19,6 +19,9 @@ pub(super) const BLOCK: u64 = 4096;
 /// How much is read at a time, at most.
 pub(super) const PIECE: u64 = 256 * BLOCK;
 
+/// How much is written before the disk is told to begin with it.
+const WRITE_OUT: u64 = 8 << 20;
+
 /// What a layer says of blocks that follow each other, at most a [`PIECE`].
 pub(super) struct Change {
     pub(super) blocks: Range<u64>,
@@ -66,23 +69,60 @@ pub(super) fn flatten<L: Layer>(
     };
     let is_clone = fs::share(base, out).map_err(failed_at_base)?;
     out.set_len(size).map_err(failed_at_base)?;
+    let mut out = Out {
+        file: out,
+        is_clone,
+        cached: 0,
+    };
     let mut written = Written::default();
     for layer in layers {
-        copy_layer(layer, size, &mut written, out, is_clone)?;
+        copy_layer(layer, size, &mut written, &mut out)?;
     }
     if is_clone {
         return Ok(());
     }
-    copy_base(base, out, &written).map_err(failed_at_base)
+    copy_base(base, &mut out, &written).map_err(failed_at_base)
 }
 
-/// Copies what no newer layer had. In a clone, zeros have to be made; in what is still a hole, they are there.
+/// The image that is being written.
+struct Out<'a> {
+    file: &'a File,
+    /// It began with the base's content, so zeros have to be made. In what is still a hole, they are there.
+    is_clone: bool,
+    /// Bytes since the disk was last told to begin with them.
+    cached: u64,
+}
+
+impl Out<'_> {
+    fn write(&mut self, bytes: &[u8], at: u64) -> io::Result<()> {
+        if self.is_clone {
+            fs::write_sparse(self.file, bytes, at)?;
+        } else {
+            fs::write_into_hole(self.file, bytes, at)?;
+        }
+        self.cached += bytes.len() as u64;
+        if self.cached >= WRITE_OUT {
+            self.cached = 0;
+            // The disk works while the next pieces are read, and nobody else's pages go for ones that nobody reads.
+            rustix::fs::fadvise(self.file, 0, None, rustix::fs::Advice::DontNeed)?;
+        }
+        Ok(())
+    }
+
+    fn zero(&self, at: u64, length: u64) -> io::Result<()> {
+        if self.is_clone {
+            fs::punch(self.file, at, length)?;
+        }
+        Ok(())
+    }
+}
+
+/// Copies what no newer layer had.
 fn copy_layer(
     layer: &impl Layer,
     size: u64,
     written: &mut Written,
-    out: &File,
-    is_clone: bool,
+    out: &mut Out,
 ) -> Result<(), HostError> {
     let mut ahead = Ahead::new(layer.file(), layer.read_ahead());
     layer.for_each_change(size, &mut |change| {
@@ -94,15 +134,9 @@ fn copy_layer(
             match change.content {
                 Content::At(offset) => {
                     let offset = offset + (part.start - change.blocks.start) * BLOCK;
-                    let bytes = ahead.read(offset, length)?;
-                    if is_clone {
-                        fs::write_sparse(out, bytes, at)?;
-                    } else {
-                        fs::write_into_hole(out, bytes, at)?;
-                    }
+                    out.write(ahead.read(offset, length)?, at)?;
                 }
-                Content::Zero if is_clone => fs::punch(out, at, length)?,
-                Content::Zero => {}
+                Content::Zero => out.zero(at, length)?,
             }
             written.add(part.clone());
             from = part.end;
@@ -111,7 +145,7 @@ fn copy_layer(
     })
 }
 
-fn copy_base(base: &File, out: &File, written: &Written) -> io::Result<()> {
+fn copy_base(base: &File, out: &mut Out, written: &Written) -> io::Result<()> {
     let mut buffer = vec![0; clamp_usize(PIECE)];
     fs::for_each_extent(base, |extent| {
         let mut from = extent.start;
@@ -126,7 +160,7 @@ fn copy_base(base: &File, out: &File, written: &Written) -> io::Result<()> {
                 let part = (from - at).min(PIECE);
                 let bytes = &mut buffer[..clamp_usize(part)];
                 base.read_exact_at(bytes, at)?;
-                fs::write_into_hole(out, bytes, at)?;
+                out.write(bytes, at)?;
                 at += part;
             }
         }
