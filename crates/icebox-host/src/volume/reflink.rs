@@ -293,7 +293,7 @@ fn probe(data: &Path) -> Result<(), HostError> {
             ),
         )
         .caused_by(std::io::Error::from(error))
-        .hint("put the data directory on btrfs, or on XFS made with reflink=1 (the default of mkfs.xfs since 5.1), or choose the qcow2 driver")
+        .hint("put the data directory on btrfs, or on XFS made with reflink=1 (the default of mkfs.xfs since 5.1), have `icebox pool create` make such an XFS in a file, or choose the qcow2 driver")
     })?;
     from.write_all_at(&CONTENT, 0).map_err(access)?;
     clone(&from, data, &to, data)?;
