@@ -290,6 +290,7 @@ fn allocated(path: &Path) -> u64 {
 }
 
 fn inv_27_sizes_are_allocated_bytes(site: &mut Site) {
+    site.build(COLD, &[]);
     let cold = site.get(&["template", "inspect", COLD]);
     // Its image is the other template's, too.
     let reported = cold["allocatedBytes"].as_u64().unwrap() + cold["sharedBytes"].as_u64().unwrap();
@@ -326,6 +327,7 @@ fn inv_27_sizes_are_allocated_bytes(site: &mut Site) {
         allocated(&directory)
     );
     site.get(&["rm", "small"]);
+    site.get(&["template", "rm", COLD]);
 }
 
 fn inv_30_inv_33_killed_daemons_lose_nothing_and_leave_nothing(site: &mut Site) {

@@ -489,6 +489,7 @@ fn inv_50_destroy_comes_through_whatever_is_under_way(site: &mut Site) {
 }
 
 fn a_sandbox_boots_stops_and_starts_with_its_disk(site: &mut Site) {
+    site.build(COLD, &[]);
     site.create(COLD, "classic");
     write(site, "classic", "c");
     let sums = site.exec("classic", SUMS);
@@ -500,4 +501,5 @@ fn a_sandbox_boots_stops_and_starts_with_its_disk(site: &mut Site) {
     site.get(&["resume", "classic"]);
     assert_eq!(site.exec("classic", SUMS), sums);
     site.get(&["rm", "classic"]);
+    site.get(&["template", "rm", COLD]);
 }

@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::Instant;
 
-use icebox_host::guest_image::fixture;
 use icebox_host::skip;
 use serde_json::Value;
 
@@ -114,14 +113,7 @@ fn prepare(driver: Driver) -> Site {
     let (directory, run) = places(driver);
     std::fs::create_dir(&directory).unwrap();
     let site = Site::make_in(&directory, driver, run);
-    let image = fixture::debian_image().unwrap();
-    site.get(&[
-        "template",
-        "build",
-        COLD,
-        "--from-image",
-        image.to_str().unwrap(),
-    ]);
+    site.build(COLD, &[]);
     site.create(COLD, "paused");
     write(&site, "paused", "d");
     site.exec("paused", &format!("sh -c '{SUMS}' >/root/sums && sync"));

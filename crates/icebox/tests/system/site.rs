@@ -23,7 +23,7 @@ use crate::monitor::Monitor;
 
 /// How many sandboxes a site has room for.
 pub(crate) const SLOTS: u32 = 128;
-/// The template of sandboxes that boot.
+/// The template of sandboxes that boot, which a test builds if it needs it.
 pub(crate) const COLD: &str = "cold";
 /// The template of sandboxes that are restored, with a process that counts in them.
 pub(crate) const WARM: &str = "warm";
@@ -137,24 +137,22 @@ impl Site {
         site
     }
 
-    /// With the templates [`COLD`] and [`WARM`].
+    /// With the template [`WARM`].
     pub(crate) fn with_templates(driver: Driver) -> Self {
         let site = Self::new(driver);
-        let image = fixture::debian_image().unwrap();
-        let image = image.to_str().unwrap();
-        site.get(&["template", "build", COLD, "--from-image", image]);
-        site.get(&[
-            "template",
-            "build",
+        site.build(
             WARM,
-            "--from-image",
-            image,
-            "--start-cmd",
-            COUNTER,
-            "--ready-cmd",
-            "test -s /tmp/count",
-        ]);
+            &["--start-cmd", COUNTER, "--ready-cmd", "test -s /tmp/count"],
+        );
         site
+    }
+
+    /// Builds a template from the image that all tests use.
+    #[track_caller]
+    pub(crate) fn build(&self, template: &str, options: &[&str]) {
+        let image = fixture::debian_image().unwrap();
+        let from = ["template", "build", template, "--from-image"];
+        self.get(&[&from, &[image.to_str().unwrap()][..], options].concat());
     }
 
     // The daemon.
