@@ -1,8 +1,7 @@
-# Two commands are all there is to know:
-#   make demo   installs what is missing, builds, and runs the main job on real input
-#   make test   installs what is missing, and passes every test
-# And a third, for the drivers that need a kernel of their own:
-#   make test-host   the same in a virtual Debian with device-mapper, ZFS and KVM
+# Three commands are all there is to know:
+#   make demo        installs what is missing, builds, and runs the main job on real input
+#   make test        installs what is missing, and passes every test
+#   make test-host   the tests that need a kernel with device-mapper, ZFS and KVM, in a virtual Debian
 # All need root, Debian 12 or newer, and its package registries. None needs working KVM.
 
 SHELL := /bin/bash

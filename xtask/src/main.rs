@@ -14,7 +14,7 @@ usage: cargo xtask <chore>
 
   check     format, lints, and every test this machine can run; what it cannot is named at the end
   agent     build the guest agent, static
-  test-host the tests that need a kernel with device-mapper, ZFS and KVM, in a virtual Debian; --keep, --shell
+  test-host the tests that need a kernel with device-mapper, ZFS and KVM, in a virtual Debian; --keep, --shell and more
   bench     measure, beside what QEMU alone takes; --quick, --json FILE and more
             bench volumes: each volume driver, beside the raw disk; --quick, --driver NAME, --directory DIR
   soak      boot guests, several at a time, and check each one's devices; -n BOOTS -j AT_ONCE

@@ -7,6 +7,7 @@
 //!   this machine ── QEMU, emulating ── the test host ── QEMU, its KVM ── a sandbox's guest
 //!                        root disk: packages, from the cache, never written
 //!                        suite disk: test executables in, status and the list of skipped tests out
+//!                        power disk: outlives a power cut, with what was flushed
 //! ```
 //!
 //! It needs nothing of the kernel that it is started on. What is built from packages is kept under `target/test-host/`
@@ -15,6 +16,7 @@
 
 mod image;
 mod machine;
+mod power;
 mod suite;
 
 use std::fs::{self, File};
@@ -23,19 +25,26 @@ use std::time::{Duration, Instant};
 
 use crate::run::{Failure, target};
 
-use self::machine::Mode;
+use self::image::Image;
+use self::machine::{Ended, Machine, Mode};
+use self::power::PowerDisk;
+use self::suite::{Half, Suite};
 
-const USAGE: &str =
-    "usage: cargo xtask test-host [--keep | --shell] [--test NAME]… [-- ARGUMENTS OF THE TESTS…]";
+const USAGE: &str = "usage: cargo xtask test-host [--keep | --shell | --power-cut] [--full] [--test NAME]… [-- ARGUMENTS OF THE TESTS…]";
 
 /// Longer than the whole suite takes on two busy cores. A machine that runs into it is hung.
 const LONGEST: Duration = Duration::from_secs(30 * 60);
 
 struct Options {
     mode: Mode,
-    /// Test executables to run; all if empty.
+    /// The tests that need no power cut.
+    suite: bool,
+    power_cut: bool,
+    /// With real guests and a power cut: too slow for each change.
+    full: bool,
+    /// Test executables to run; the usual ones if empty.
     tests: Vec<String>,
-    /// Handed to each of them.
+    /// Handed to each of them, in place of what they are usually given.
     arguments: Vec<String>,
 }
 
@@ -45,25 +54,72 @@ pub(crate) fn test_host(options: &[String]) -> Result<(), Failure> {
     // Tests run as they were built: in a release with this machine's C library or a newer one.
     suite::require_old_enough_libc()?;
     let begun = Instant::now();
+    let suite = Suite::build(&options)?;
     let cache = cache();
     fs::create_dir_all(&cache).map_err(at("make", &cache))?;
     let _turn = take_turn(&cache)?;
-
     let image = image::ensure(&cache)?;
-    let disk = suite::pack(&cache, &image, &options)?;
-    let ended = machine::run(&image, &disk, options.mode, LONGEST);
-    let outcome = ended.and_then(|()| match options.mode {
-        Mode::Shell => Ok(()),
-        Mode::Run | Mode::Keep => suite::outcome(&disk),
-    });
-    fs::remove_file(&disk).map_err(at("remove", &disk))?;
+    let mut outcome = Ok(());
+    if options.suite {
+        outcome = run_suite(&cache, &image, &suite, options.mode);
+    }
+    if options.power_cut {
+        // Both are worth knowing.
+        outcome = outcome.and(cut_power(&cache, &image, &suite));
+    }
+    suite.print_skipped();
     eprintln!("── test host: {:.1} s", begun.elapsed().as_secs_f64());
     outcome
+}
+
+fn run_suite(cache: &Path, image: &Image, suite: &Suite, mode: Mode) -> Result<(), Failure> {
+    let disk = suite.pack(cache, image, mode, None)?;
+    let machine = Machine {
+        image,
+        suite: disk.path(),
+        power: None,
+    };
+    machine.run(mode, LONGEST)?;
+    match mode {
+        Mode::Shell => Ok(()),
+        Mode::Run | Mode::Keep => suite.outcome(&disk),
+    }
+}
+
+/// Runs the first half of the tests of power cuts until they say so, and the second half on what is left of the disk.
+fn cut_power(cache: &Path, image: &Image, suite: &Suite) -> Result<(), Failure> {
+    let mut power = PowerDisk::new(cache)?;
+    let disk = suite.pack(cache, image, Mode::Run, Some(Half::Before))?;
+    let machine = Machine {
+        image,
+        suite: disk.path(),
+        power: Some(&power),
+    };
+    match machine.run(Mode::Run, LONGEST)? {
+        Ended::PowerCut => {}
+        Ended::PoweredOff => {
+            suite.outcome(&disk)?;
+            return Err(Failure("the power was never cut".to_owned()));
+        }
+    }
+    power.lose_what_was_not_flushed()?;
+
+    let disk = suite.pack(cache, image, Mode::Run, Some(Half::After))?;
+    let machine = Machine {
+        image,
+        suite: disk.path(),
+        power: Some(&power),
+    };
+    machine.run(Mode::Run, LONGEST)?;
+    suite.outcome(&disk)
 }
 
 fn parse(options: &[String]) -> Result<Options, Failure> {
     let mut parsed = Options {
         mode: Mode::Run,
+        suite: true,
+        power_cut: false,
+        full: false,
         tests: Vec::new(),
         arguments: Vec::new(),
     };
@@ -72,6 +128,8 @@ fn parse(options: &[String]) -> Result<Options, Failure> {
         match option.as_str() {
             "--keep" => parsed.mode = Mode::Keep,
             "--shell" => parsed.mode = Mode::Shell,
+            "--power-cut" => (parsed.suite, parsed.power_cut) = (false, true),
+            "--full" => (parsed.full, parsed.power_cut) = (true, true),
             "--test" => {
                 let name = options
                     .next()
@@ -81,6 +139,11 @@ fn parse(options: &[String]) -> Result<Options, Failure> {
             "--" => parsed.arguments.extend(options.by_ref().cloned()),
             other => return Err(Failure(format!("unknown option {other}\n{USAGE}"))),
         }
+    }
+    if parsed.power_cut && parsed.mode != Mode::Run {
+        return Err(Failure(format!(
+            "a machine whose power is cut keeps no shell\n{USAGE}"
+        )));
     }
     Ok(parsed)
 }

@@ -1,10 +1,11 @@
 #!/bin/bash
 # Process 1 of the test host. It comes with the suite's disk, which is mounted on /mnt:
 #
-#   /mnt/suite       test executables, one path per line
-#   /mnt/arguments   what each of them gets, one argument per line
-#   /mnt/settings    TARGET: where the host's build directory must be; MODE: run, keep or shell
+#   /mnt/suite       what to run: calls of `check_kernel` and `run`
+#   /mnt/settings    TARGET: where the host's build directory must be; MODE: run, keep or shell;
+#                    ICEBOX_TEST_POWER_CUT: before or after, of tests in two halves
 #   /mnt/target      the files of that directory
+#   /mnt/cache       the tests' cache, as they know it from the host
 #   /mnt/out         what goes back: status (0 or 1; a run without one crashed), skipped
 #
 # There is no init system and no udev: device nodes are devtmpfs's.
@@ -12,6 +13,9 @@ export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/r
 # libdevmapper waits for udev otherwise.
 export DM_DISABLE_UDEV=1
 export RUST_BACKTRACE=1 ICEBOX_SKIPPED=/mnt/out/skipped
+export ICEBOX_TEST_CACHE=/mnt/cache ICEBOX_TEST_AGENT=/mnt/agent
+# Everything takes this much longer here: what has to be quick has that much more time.
+export ICEBOX_TEST_SLOWNESS=10
 
 power_off() {
     # The suite's disk has no journal: what is synced is in its place.
@@ -41,19 +45,27 @@ prepare() {
     modprobe zfs zfs_arc_max=$((256 << 20))
 }
 
-run_suite() {
-    local failed=0 executable
-    local -a arguments
-    mapfile -t arguments </mnt/arguments
+check_kernel() {
     bash /mnt/kernel_check.sh || failed=1
-    while read -r executable; do
-        printf '\n── %s\n' "${executable##*/}"
-        "$executable" --color=never "${arguments[@]}" </dev/null || failed=1
-    done </mnt/suite
+}
+
+# run EXECUTABLE ARGUMENT…
+run() {
+    printf '\n── %s\n' "${1##*/}"
+    local start=$SECONDS
+    "$1" --color=never "${@:2}" </dev/null || failed=1
+    printf '── %s: %s s\n' "${1##*/}" "$((SECONDS - start))"
+}
+
+run_suite() {
+    local failed=0
+    . /mnt/suite
     printf '%s\n' "$failed" >/mnt/out/status
 }
 
+set -a
 . /mnt/settings
+set +a
 prepare
 # Tests know their helpers by the paths that they were built at.
 mkdir -p "$TARGET"

@@ -2,13 +2,17 @@
 
 use std::io::{Read as _, Write as _};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::image::Image;
+use super::power::PowerDisk;
 use crate::run::Failure;
+
+/// The line with which a test asks for a power cut (`crates/icebox/tests/system/power_cut.rs`).
+const POWER_CUT: &[u8] = b"cut the power now\n";
 
 /// What to do with the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,98 +36,120 @@ impl Mode {
     }
 }
 
-/// Boots the machine and shows what it says, until it powers itself off.
-///
-/// # Errors
-/// It could not be started, or it took longer than `longest` and was killed; whoever has a shell in it has all the time
-/// in the world. A machine that crashed ends like one that did not: the suite's disk tells.
-pub(super) fn run(
-    image: &Image,
-    suite: &Path,
-    mode: Mode,
-    longest: Duration,
-) -> Result<(), Failure> {
-    let mut qemu = command(image, suite);
-    let cannot = |error| Failure(format!("cannot start qemu-system-x86_64: {error}"));
-    if mode != Mode::Run {
-        let status = qemu
-            .args(["-serial", "mon:stdio"])
-            .status()
-            .map_err(cannot)?;
-        return ended(status);
-    }
-    let mut child = qemu
-        .args(["-serial", "stdio"])
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .map_err(cannot)?;
-    let listened = listen(&mut child, Instant::now() + longest);
-    if listened.is_err() {
-        child
-            .kill()
-            .map_err(|error| Failure(format!("cannot kill QEMU: {error}")))?;
-    }
-    let status = child
-        .wait()
-        .map_err(|error| Failure(format!("waiting for QEMU: {error}")))?;
-    listened.and_then(|()| ended(status))
+/// How a machine ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// By itself. One that crashed looks the same: the suite's disk tells.
+    PoweredOff,
+    /// It was killed, as a test asked.
+    PowerCut,
 }
 
-fn ended(status: std::process::ExitStatus) -> Result<(), Failure> {
+/// What a machine is made of.
+pub(super) struct Machine<'a> {
+    pub(super) image: &'a Image,
+    pub(super) suite: &'a Path,
+    pub(super) power: Option<&'a PowerDisk>,
+}
+
+impl Machine<'_> {
+    /// Boots the machine and shows what it says, until it powers itself off.
+    ///
+    /// # Errors
+    /// It could not be started, or it took longer than `longest` and was killed; whoever has a shell in it has all the
+    /// time in the world.
+    pub(super) fn run(&self, mode: Mode, longest: Duration) -> Result<Ended, Failure> {
+        let mut qemu = self.command();
+        let cannot = |error| Failure(format!("cannot start qemu-system-x86_64: {error}"));
+        if mode != Mode::Run {
+            let status = qemu
+                .args(["-serial", "mon:stdio"])
+                .status()
+                .map_err(cannot)?;
+            return succeeded(status);
+        }
+        let mut child = qemu
+            .args(["-serial", "stdio"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .map_err(cannot)?;
+        let listened = listen(&mut child, Instant::now() + longest);
+        if !matches!(listened, Ok(Ended::PoweredOff)) {
+            child
+                .kill()
+                .map_err(|error| Failure(format!("cannot kill QEMU: {error}")))?;
+        }
+        let status = child
+            .wait()
+            .map_err(|error| Failure(format!("waiting for QEMU: {error}")))?;
+        match listened? {
+            Ended::PoweredOff => succeeded(status),
+            Ended::PowerCut => Ok(Ended::PowerCut),
+        }
+    }
+
+    fn command(&self) -> Command {
+        // It goes when we go, however that happens.
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"]);
+        command.args([
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+        ]);
+        // `max` brings emulated SVM, so that there is a KVM inside. Copies of memory are twice as fast without ERMS; Linux 6.1
+        // takes FSRM without ERMS for a licence to copy short buffers with no end, over its own code. Page tables of four
+        // levels are walked faster than five.
+        command.args([
+            "-machine",
+            "q35",
+            "-accel",
+            "tcg,thread=multi",
+            "-cpu",
+            "max,erms=off,fsrm=off,la57=off",
+        ]);
+        command.args(["-smp", "2", "-m", "6G", "-device", "virtio-rng-pci"]);
+        command.arg("-kernel").arg(self.image.vmlinuz());
+        command.arg("-initrd").arg(self.image.initramfs());
+        // A panic ends the machine; what protects a real CPU costs an emulated one; on a busy host a check of the timer takes
+        // one that is late for one that is broken.
+        command.args([
+            "-append",
+            "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off no_timer_check",
+        ]);
+        for (path, options) in [
+            (self.image.root(), "snapshot=on"),
+            (self.suite, "snapshot=off"),
+        ] {
+            // A comma ends an option unless it is doubled.
+            let path = path.display().to_string().replace(',', ",,");
+            command.arg("-drive");
+            command.arg(format!(
+                "file={path},format=raw,if=virtio,cache=unsafe,{options}"
+            ));
+        }
+        if let Some(power) = self.power {
+            command.args(power.arguments());
+        }
+        command
+    }
+}
+
+fn succeeded(status: ExitStatus) -> Result<Ended, Failure> {
     if status.success() {
-        Ok(())
+        Ok(Ended::PoweredOff)
     } else {
         Err(Failure(format!("the test host's QEMU ended with {status}")))
     }
 }
 
-fn command(image: &Image, suite: &Path) -> Command {
-    // It goes when we go, however that happens.
-    let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"]);
-    command.args([
-        "-nodefaults",
-        "-no-user-config",
-        "-display",
-        "none",
-        "-no-reboot",
-    ]);
-    // `max` brings emulated SVM, so that there is a KVM inside. Copies of memory are twice as fast without ERMS; Linux 6.1
-    // takes FSRM without ERMS for a licence to copy short buffers with no end, over its own code. Page tables of four
-    // levels are walked faster than five.
-    command.args([
-        "-machine",
-        "q35",
-        "-accel",
-        "tcg,thread=multi",
-        "-cpu",
-        "max,erms=off,fsrm=off,la57=off",
-    ]);
-    command.args(["-smp", "2", "-m", "6G", "-device", "virtio-rng-pci"]);
-    command.arg("-kernel").arg(image.vmlinuz());
-    command.arg("-initrd").arg(image.initramfs());
-    // A panic ends the machine; what protects a real CPU costs an emulated one; on a busy host a check of the timer takes
-    // one that is late for one that is broken.
-    command.args([
-        "-append",
-        "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off no_timer_check",
-    ]);
-    for (path, options) in [(image.root(), "snapshot=on"), (suite, "snapshot=off")] {
-        // A comma ends an option unless it is doubled.
-        let path = path.display().to_string().replace(',', ",,");
-        command.arg("-drive");
-        command.arg(format!(
-            "file={path},format=raw,if=virtio,cache=unsafe,{options}"
-        ));
-    }
-    command
-}
-
-/// Copies the machine's console to ours until it is closed, which QEMU does when it ends.
-fn listen(child: &mut Child, until: Instant) -> Result<(), Failure> {
+/// Copies the machine's console to ours until it is closed, which QEMU does when it ends, or until a power cut is due.
+fn listen(child: &mut Child, until: Instant) -> Result<Ended, Failure> {
     let Some(mut console) = child.stdout.take() else {
-        return Ok(());
+        return Ok(Ended::PoweredOff);
     };
     let (heard, said) = mpsc::channel();
     thread::spawn(move || {
@@ -141,13 +167,24 @@ fn listen(child: &mut Child, until: Instant) -> Result<(), Failure> {
         }
     });
     let mut out = std::io::stdout();
+    let mut line = Vec::new();
     loop {
         match said.recv_timeout(until.saturating_duration_since(Instant::now())) {
-            Ok(text) => out
-                .write_all(&text)
-                .and_then(|()| out.flush())
-                .map_err(|error| Failure(format!("standard output: {error}")))?,
-            Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            Ok(text) => {
+                out.write_all(&text)
+                    .and_then(|()| out.flush())
+                    .map_err(|error| Failure(format!("standard output: {error}")))?;
+                for part in text.split_inclusive(|byte| *byte == b'\n') {
+                    line.extend_from_slice(part);
+                    if line == POWER_CUT {
+                        return Ok(Ended::PowerCut);
+                    }
+                    if part.ends_with(b"\n") {
+                        line.clear();
+                    }
+                }
+            }
+            Err(RecvTimeoutError::Disconnected) => return Ok(Ended::PoweredOff),
             Err(RecvTimeoutError::Timeout) => {
                 return Err(Failure(
                     "the test host did not end in time and was killed; `--keep` gives a shell to look around".to_owned(),
