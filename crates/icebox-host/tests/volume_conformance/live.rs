@@ -259,6 +259,74 @@ pub(crate) async fn inv_03_reflink_freezes_under_an_open_descriptor_on_btrfs(gro
     freeze_under_an_open_descriptor(ground).await;
 }
 
+/// A loop device whose file is part of one of these layers, in place or removed.
+fn loop_on(layers: &[LayerId]) -> Option<String> {
+    let devices = fs::read_dir("/sys/block").unwrap();
+    let mut backing = devices.filter_map(|device| {
+        let path = device.unwrap().path().join("loop/backing_file");
+        fs::read_to_string(path).ok()
+    });
+    backing.find(|path| layers.iter().any(|layer| path.contains(layer.as_str())))
+}
+
+/// Who was attached before reads through what it was attached to, who comes after it does not.
+pub(crate) async fn inv_52_a_dm_snapshot_chain_is_merged_under_an_attached_disk(ground: &Ground) {
+    let mut disk = ground.disk().await;
+    for round in 0..6_u8 {
+        let at = u64::from(round) * MIB / 2;
+        ground.write(&mut disk, at, MIB, round + 1).await;
+        ground.freeze(&mut disk).await;
+    }
+    let BlockDevice::Raw { path } = ground.driver.attach(&disk.head, &disk.chain).await.unwrap()
+    else {
+        panic!("not a raw device");
+    };
+    let open = fs::File::options().read(true).write(true).open(path);
+    let open = open.unwrap();
+
+    let (run, size) = (disk.chain.layers[1..5].to_vec(), disk.chain.size);
+    assert!(loop_on(&run).is_some());
+    let merging = ground.driver.merges_layers().unwrap();
+    let merged = LayerId::random();
+    let object = Object::Layer(merged.clone());
+    let staging = ground.store.stage(&object).await.unwrap();
+    merging.merge(&run, size, &staging).await.unwrap();
+    merging.verify(&run, size, &staging).await.unwrap();
+    ground.store.publish(&object, b"{}").await.unwrap();
+    disk.chain.layers.splice(1..5, [merged]);
+
+    let fork = ground.disk_on(disk.chain.clone(), &disk.content).await;
+    let device = ground.driver.attach(&fork.head, &fork.chain).await.unwrap();
+    // Earlier than the engine would: it waits until nobody has them open.
+    for layer in &run {
+        ground
+            .store
+            .trash(&Object::Layer(layer.clone()))
+            .await
+            .unwrap();
+    }
+    ground.store.empty_trash().await.unwrap();
+    open.write_all_at(&[0xcc; 4096], MIB).unwrap();
+    disk.content[MIB.try_into().unwrap()..][..4096].fill(0xcc);
+    ground.freeze(&mut disk).await;
+    open.write_all_at(&[0xdd; 4096], 2 * MIB).unwrap();
+    disk.content[(2 * MIB).try_into().unwrap()..][..4096].fill(0xdd);
+    let mut found = vec![0; disk.content.len()];
+    open.read_exact_at(&mut found, 0).unwrap();
+    assert_same(&found, &disk.content, "what was attached before");
+    drop(open);
+    ground.driver.detach(&disk.head).await.unwrap();
+
+    assert_eq!(loop_on(&run), None, "the fork is on what has gone");
+    let BlockDevice::Raw { path } = device else {
+        panic!("not a raw device");
+    };
+    assert_same(&fs::read(path).unwrap(), &fork.content, "the fork");
+    ground.driver.detach(&fork.head).await.unwrap();
+    ground.assert_content(&disk).await;
+    ground.assert_content(&fork).await;
+}
+
 pub(crate) async fn inv_26_reflink_is_refused_on_ext4(ground: &Ground) {
     assert!(matches!(ground.driver.live_freeze(), LiveFreeze::ByHost(_)));
     let error = ground.driver.probe().await.unwrap_err();

@@ -117,6 +117,7 @@ only! {
     live:
     inv_03_qemu_switches_to_a_qcow2_head_under_load: Qcow2 on Ext4,
     inv_03_dm_snapshot_freezes_under_an_open_descriptor: DmSnapshot on Ext4,
+    inv_52_a_dm_snapshot_chain_is_merged_under_an_attached_disk: DmSnapshot on Ext4,
     inv_03_zfs_freezes_under_an_open_descriptor: Zfs on Ext4,
     inv_25_a_hostile_qcow2_layer_is_refused: Qcow2 on Ext4,
     inv_03_reflink_freezes_under_an_open_descriptor_on_xfs: Reflink on Xfs,
