@@ -17,7 +17,7 @@ use crate::ground::{Disk, Ground, assert_same, run};
 
 const MIB: u64 = 1 << 20;
 
-async fn attach(ground: &Ground, disk: &Disk) -> PathBuf {
+pub(crate) async fn attach(ground: &Ground, disk: &Disk) -> PathBuf {
     match ground.driver.attach(&disk.head, &disk.chain).await.unwrap() {
         BlockDevice::Raw { path } => path,
         other => panic!("not a block device: {other:?}"),
@@ -25,7 +25,7 @@ async fn attach(ground: &Ground, disk: &Disk) -> PathBuf {
 }
 
 /// As a VMM does.
-fn open(path: &Path) -> File {
+pub(crate) fn open(path: &Path) -> File {
     OpenOptions::new()
         .read(true)
         .write(true)
@@ -33,14 +33,14 @@ fn open(path: &Path) -> File {
         .unwrap()
 }
 
-fn write(file: &File, disk: &mut Disk, offset: u64, byte: u8) {
+pub(crate) fn write(file: &File, disk: &mut Disk, offset: u64, byte: u8) {
     let start = usize::try_from(offset).unwrap();
     disk.content[start..][..4096].fill(byte);
     file.write_all_at(&[byte; 4096], offset).unwrap();
     file.sync_all().unwrap();
 }
 
-fn by_host(ground: &Ground) -> &dyn FreezeByHost {
+pub(crate) fn by_host(ground: &Ground) -> &dyn FreezeByHost {
     match ground.driver.live_freeze() {
         LiveFreeze::ByHost(host) => host,
         LiveFreeze::ByVmm => panic!("this driver does not freeze"),
@@ -48,7 +48,7 @@ fn by_host(ground: &Ground) -> &dyn FreezeByHost {
 }
 
 /// A daemon that starts anew, knowing nothing.
-fn another_process(ground: &Ground) -> DmSnapshot {
+pub(crate) fn another_process(ground: &Ground) -> DmSnapshot {
     let instance = Instance::of_data_directory(ground.layout.data());
     DmSnapshot::new(ground.layout.clone(), &instance)
 }
@@ -59,7 +59,7 @@ fn top_name(ground: &Ground, disk: &Disk) -> String {
 }
 
 /// How many loop devices are on `file`.
-fn loops_on(file: &Path) -> usize {
+pub(crate) fn loops_on(file: &Path) -> usize {
     fs::read_dir("/sys/block")
         .unwrap()
         .filter(|entry| {
@@ -69,7 +69,9 @@ fn loops_on(file: &Path) -> usize {
         .count()
 }
 
-pub(crate) async fn inv_13_a_device_in_use_is_an_error_and_stays(ground: &Ground) {
+pub(crate) async fn inv_12_inv_13_dm_snapshot_a_device_in_use_is_an_error_and_all_below_it_stays(
+    ground: &Ground,
+) {
     let mut disk = ground.disk().await;
     let vmm = open(&attach(ground, &disk).await);
     let error = ground.driver.detach(&disk.head).await.unwrap_err();
@@ -94,7 +96,7 @@ pub(crate) async fn inv_13_a_device_in_use_is_an_error_and_stays(ground: &Ground
     ground.assert_content(&disk).await;
 }
 
-pub(crate) async fn inv_14_stale_devices_are_replaced_and_no_others(ground: &Ground) {
+pub(crate) async fn inv_14_dm_snapshot_stale_devices_are_replaced_and_no_others(ground: &Ground) {
     let mut disk = ground.disk().await;
     let other = ground.disk_on(disk.chain.clone(), &disk.content).await;
     let path = attach(ground, &disk).await;
@@ -132,7 +134,7 @@ pub(crate) async fn inv_14_stale_devices_are_replaced_and_no_others(ground: &Gro
     ground.assert_content(&disk).await;
 }
 
-pub(crate) async fn inv_15_heads_share_one_origin(ground: &Ground) {
+pub(crate) async fn inv_15_dm_snapshot_heads_share_one_origin(ground: &Ground) {
     let disk = ground.disk().await;
     let image = ground.layout.base_image(disk.chain.base.as_ref().unwrap());
     let sibling = ground.disk_on(disk.chain.clone(), &disk.content).await;
@@ -158,7 +160,9 @@ pub(crate) async fn inv_15_heads_share_one_origin(ground: &Ground) {
     );
 }
 
-pub(crate) async fn inv_30_a_freeze_that_was_killed_ends_one_way_or_the_other(ground: &Ground) {
+pub(crate) async fn inv_30_dm_snapshot_a_freeze_that_was_killed_ends_one_way_or_the_other(
+    ground: &Ground,
+) {
     let mut disk = ground.disk().await;
     let vmm = open(&attach(ground, &disk).await);
     write(&vmm, &mut disk, MIB, 1);

@@ -7,7 +7,9 @@
 
 mod checks;
 mod devices;
+mod faults;
 mod ground;
+mod kill;
 mod live;
 #[path = "../support/mounts.rs"]
 mod mounts;
@@ -127,10 +129,10 @@ only! {
 
 only! {
     devices:
-    inv_13_a_device_in_use_is_an_error_and_stays: DmSnapshot on Ext4,
-    inv_14_stale_devices_are_replaced_and_no_others: DmSnapshot on Ext4,
-    inv_15_heads_share_one_origin: DmSnapshot on Ext4,
-    inv_30_a_freeze_that_was_killed_ends_one_way_or_the_other: DmSnapshot on Ext4,
+    inv_12_inv_13_dm_snapshot_a_device_in_use_is_an_error_and_all_below_it_stays: DmSnapshot on Ext4,
+    inv_14_dm_snapshot_stale_devices_are_replaced_and_no_others: DmSnapshot on Ext4,
+    inv_15_dm_snapshot_heads_share_one_origin: DmSnapshot on Ext4,
+    inv_30_dm_snapshot_a_freeze_that_was_killed_ends_one_way_or_the_other: DmSnapshot on Ext4,
 }
 
 only! {
@@ -146,4 +148,24 @@ only! {
     inv_33_a_zfs_dataset_of_another_data_directory_is_refused: Zfs on Ext4,
     inv_48_what_others_made_in_a_zfs_pool_stays: Zfs on Ext4,
     pauses_and_resumes_leave_few_zfs_volumes: Zfs on Ext4,
+}
+
+only! {
+    faults:
+    inv_03_inv_28_dm_snapshot_a_store_that_fails_is_seen_and_no_layer: DmSnapshot on Ext4,
+    inv_14_dm_snapshot_a_foreign_device_of_our_name_is_refused_and_stays: DmSnapshot on Ext4,
+    inv_14_dm_snapshot_two_daemons_leave_each_other_alone: DmSnapshot on Ext4,
+    inv_15_dm_snapshot_a_base_that_was_deleted_serves_who_has_it_and_nobody_else: DmSnapshot on Ext4,
+    inv_15_dm_snapshot_an_attach_without_a_loop_device_leaves_nothing: DmSnapshot on Ext4,
+    inv_15_dm_snapshot_users_come_and_go_at_once: DmSnapshot on Ext4,
+    inv_28_dm_snapshot_a_base_that_cannot_be_read_is_an_error_of_the_read: DmSnapshot on Ext4,
+    inv_28_dm_snapshot_a_full_file_system_is_seen_and_costs_one_head: DmSnapshot on Ext4,
+    an_image_that_is_no_whole_number_of_sectors_is_refused_by_dm_snapshot: DmSnapshot on Ext4,
+}
+
+only! {
+    kill:
+    inv_30_dm_snapshot_an_attach_killed_at_any_step_is_done_again: DmSnapshot on Ext4,
+    inv_30_dm_snapshot_a_detach_killed_at_any_step_is_done_again: DmSnapshot on Ext4,
+    inv_30_dm_snapshot_a_freeze_killed_at_any_step_ends_one_way_or_the_other: DmSnapshot on Ext4,
 }
