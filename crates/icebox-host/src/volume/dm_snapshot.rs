@@ -185,7 +185,7 @@ impl VolumeDriver for DmSnapshot {
         self.in_turn(&head.sandbox.clone(), move |heads, stacks| {
             // The device's own page cache first, then the file's.
             if fs::exists(&heads.path(&head))? {
-                stacks.flush(&head)?;
+                stacks.flush(heads, &head)?;
             }
             heads.flush(&head)
         })
@@ -513,7 +513,7 @@ impl Stacks {
         Ok(troubled)
     }
 
-    /// Refuses a head that the kernel has given up. To be called when nothing more is written to it.
+    /// Refuses a head that the kernel has given up.
     fn require_sound(
         &self,
         control: &Control,
@@ -598,14 +598,28 @@ impl Stacks {
         }
     }
 
-    fn flush(&self, head: &HeadId) -> Result<(), HostError> {
+    fn flush(&self, heads: &Heads, head: &HeadId) -> Result<(), HostError> {
         let Some(control) = if_any(Control::open())? else {
             return Ok(());
         };
         match self.top_of(&control, head)? {
-            Some(top) => flush_node(&top.number.node()),
+            Some(top) => self.flush_top(&control, heads, head, &top),
             None => Ok(()),
         }
+    }
+
+    /// Flushes a top. If that fails because its head is lost, that is the error.
+    fn flush_top(
+        &self,
+        control: &Control,
+        heads: &Heads,
+        head: &HeadId,
+        top: &Info,
+    ) -> Result<(), HostError> {
+        flush_node(&top.number.node()).map_err(|error| {
+            let lost = self.require_sound(control, heads, head);
+            lost.err().unwrap_or(error)
+        })
     }
 
     /// Lets a top go on by the table it has.
@@ -861,7 +875,7 @@ fn freeze_devices(
     };
     let name = stacks.top_name(&from.sandbox);
     // Most of what is dirty goes while the guest runs.
-    flush_node(&top.number.node())?;
+    stacks.flush_top(&control, heads, from, &top)?;
     let _snapshot = stacks.prepare(&control, heads, from, to)?;
     let committed = control
         .suspend(&name)
