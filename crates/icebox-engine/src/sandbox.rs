@@ -18,7 +18,7 @@ use crate::error::Error;
 use crate::event::{Events, Steps};
 use crate::gate::Gate;
 use crate::host::{
-    ErrorKind, ExitReason, GuestAddress, Host, HostError, Machine, Vmm, VolumeDriver,
+    ErrorKind, ExitReason, GuestAddress, Host, HostError, Machine, Trouble, Vmm, VolumeDriver,
 };
 use crate::id::{GenerationNo, HeadId, Name, SandboxId};
 use crate::layout::Object;
@@ -56,6 +56,8 @@ pub(crate) enum Request {
     Fork(oneshot::Sender<Result<Origin, Error>>),
     Freeze(oneshot::Sender<Result<Frozen, Error>>),
     Destroy(oneshot::Sender<Result<(), Error>>),
+    /// Of the engine itself: the guest must not write to this head, for this reason. Answered when that is so.
+    Hold(HeadId, String, oneshot::Sender<()>),
 }
 
 /// Whether a verb had anything to do.
@@ -168,7 +170,7 @@ impl Sandbox {
                 }
                 () = stalled => {
                     self.alone("noticing that the guest stands still", async |it| {
-                        it.guest_stalled();
+                        it.guest_stalled("a write to its disk found no room: the guest stands still until there is some");
                         Fate::Lives
                     })
                     .await
@@ -245,6 +247,15 @@ impl Sandbox {
             Request::Freeze(reply) => {
                 self.answer(Verb::Flatten, reply, async |it| it.freeze_disk().await)
                     .await
+            }
+            Request::Hold(head, why, done) => {
+                let held = self.alone("holding the guest", async |it| {
+                    it.hold(&head, why).await;
+                    Fate::Lives
+                });
+                let fate = held.await;
+                drop(done);
+                fate
             }
             Request::Destroy(reply) => {
                 let mut destroyed = Fate::Lives;
@@ -477,14 +488,41 @@ impl Sandbox {
             .is_some_and(|stall| stall.look_at().is_some())
     }
 
-    fn guest_stalled(&mut self) {
+    /// Stops a guest whose next write could cost it its disk. It goes on as one does whose write found no room.
+    async fn hold(&mut self, head: &HeadId, why: String) {
+        let is_head = self.head().is_ok_and(|(held, _)| held == *head);
+        let Life::Running(machine) = &self.life else {
+            return;
+        };
+        if !is_head || self.stands_still() {
+            return;
+        }
+        let machine = Arc::clone(machine);
+        let paused = machine.pause_vcpus();
+        match within(deadline::VCPUS, "pausing the vCPUs", paused).await {
+            Ok(()) => self.guest_stalled(why),
+            Err(error) => {
+                tracing::warn!(sandbox = %self.id(), error = %Chained(&error), "its guest still runs, and may lose its disk");
+            }
+        }
+    }
+
+    /// Whether the guest's next write could cost it its disk.
+    async fn is_starved(&self) -> Result<bool, Error> {
+        let (volumes, (head, _)) = (self.volumes()?, self.head()?);
+        let Some(watch) = volumes.watch() else {
+            return Ok(false);
+        };
+        let seen = watch.look(std::slice::from_ref(&head));
+        let seen = within(deadline::PROBE, "looking at the disk", seen).await?;
+        let starved = |(_, trouble): &(_, Trouble)| matches!(trouble, Trouble::Starved { .. });
+        Ok(seen.troubled.iter().any(starved))
+    }
+
+    fn guest_stalled(&mut self, why: impl Into<String>) {
         self.stall = Some(Stall::again(self.stall.as_ref()));
         self.shared.catalog.set_stalled(self.id(), true);
-        self.emit(
-            "sandbox.stalled",
-            "a write to its disk found no room: the guest stands still until there is some",
-            &Steps::default(),
-        );
+        self.emit("sandbox.stalled", why, &Steps::default());
     }
 
     /// Lets a guest that stands still run if it would get somewhere. Whether it runs.
@@ -495,7 +533,7 @@ impl Sandbox {
         let machine = Arc::clone(machine);
         let went_on = async {
             let driver = &self.record().spec.volume_driver;
-            if !self.shared.has_room_to_go_on(driver).await? {
+            if !self.shared.has_room_to_go_on(driver).await? || self.is_starved().await? {
                 return Ok(false);
             }
             let resumed = within(

@@ -408,12 +408,19 @@ impl FreezeByHost for SimVolumes {
 impl WatchHeads for SimVolumes {
     async fn look(&self, heads: &[HeadId]) -> Result<Watch, HostError> {
         let state = self.world.lock();
-        let lost = heads.iter().filter(|head| state.lost.contains(*head));
-        let why = || "the world lost it".to_owned();
+        let trouble = |head: &HeadId| {
+            if state.lost.contains(head) {
+                let why = "the world lost it".to_owned();
+                return Some(Trouble::Lost { why });
+            }
+            let why = || "the world has no room for it".to_owned();
+            state.starves.then(|| Trouble::Starved { why: why() })
+        };
+        let troubled = heads
+            .iter()
+            .filter_map(|head| Some((head.clone(), trouble(head)?)));
         Ok(Watch {
-            troubled: lost
-                .map(|head| (head.clone(), Trouble::Lost { why: why() }))
-                .collect(),
+            troubled: troubled.collect(),
             again_in: Duration::from_millis(500),
         })
     }

@@ -100,6 +100,7 @@ pub(crate) struct State {
     pub(crate) next_value: u64,
     pub(crate) loses_heads: bool,
     pub(crate) lost: BTreeSet<HeadId>,
+    pub(crate) starves: bool,
     /// What is left on the simulated file system, if little is.
     pub(crate) left: Option<Bytes>,
     pub(crate) vcpus_stuck: bool,
@@ -442,6 +443,11 @@ impl World {
         let mut state = self.lock();
         let head = state.vms.get(sandbox).map(|vm| vm.head.clone());
         state.lost.extend(head);
+    }
+
+    /// Makes every disk one that the next write may lose, or not any more.
+    pub fn starve_disks(&self, starve: bool) {
+        self.lock().starves = starve;
     }
 
     /// Replaces the VMM by another version, for hosts made from now on.

@@ -128,6 +128,73 @@ fn inv_28_inv_30_a_restarted_daemon_sees_a_lost_disk_again_and_it_can_be_destroy
 }
 
 #[test]
+fn inv_28_a_guest_whose_next_write_could_cost_it_its_disk_stands_still_until_there_is_room() {
+    story(async |world, engine| {
+        let id = create(engine, "a").await;
+        let from_here = engine.events().next_seq();
+        let said = |kind: &str| {
+            let events = engine.events().kept(from_here).events;
+            events.iter().filter(|event| event.kind == kind).count()
+        };
+        world.starve_disks(true);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert!(engine.inspect("a").unwrap().stalled);
+        assert!(world.guest_value(&id).unwrap_err().contains("stand still"));
+        assert_eq!(engine.inspect("a").unwrap().phase(), Phase::Running);
+        let error = engine.pause("a").await.unwrap_err();
+        assert!(matches!(error, Error::Exhausted { .. }), "{error:?}");
+        tokio::time::sleep(Duration::from_secs(300)).await;
+        assert!(world.guest_value(&id).is_err(), "it stays so");
+        assert_eq!(said("sandbox.stalled"), 1);
+
+        world.starve_disks(false);
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        assert!(!engine.inspect("a").unwrap().stalled);
+        world.guest_value(&id).unwrap();
+        assert_eq!(said("sandbox.continued"), 1);
+        engine.pause("a").await.unwrap();
+        engine.resume("a", None).await.unwrap();
+        world.guest_value(&id).unwrap();
+
+        // It can be ended at any time.
+        world.starve_disks(true);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        engine.stop("a").await.unwrap();
+        engine.start("a").await.unwrap();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert!(world.guest_value(&id).is_err());
+        engine.destroy("a").await.unwrap();
+    });
+}
+
+#[test]
+fn inv_28_inv_30_a_guest_that_was_held_is_held_again_by_a_restarted_daemon() {
+    for freeze in [FreezeBy::Vmm, FreezeBy::Host] {
+        let world = World::new();
+        world.with_heads_to_lose();
+        let id = life(async || {
+            let engine = open(world.host(freeze)).await;
+            import_image(&world, &engine).await;
+            let id = create(&engine, "a").await;
+            world.starve_disks(true);
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            assert!(world.guest_value(&id).is_err());
+            id
+        });
+        life(async || {
+            let engine = open(world.host(freeze)).await;
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            assert!(engine.inspect("a").unwrap().stalled);
+            assert!(world.guest_value(&id).is_err());
+            world.starve_disks(false);
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            world.guest_value(&id).unwrap();
+            leave_nothing(&world, &engine).await;
+        });
+    }
+}
+
+#[test]
 fn inv_25_a_base_that_was_cut_short_is_refused_and_costs_nothing() {
     story(async |world, engine| {
         let id = create(engine, "a").await;

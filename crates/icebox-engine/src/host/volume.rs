@@ -159,6 +159,12 @@ pub enum Trouble {
         /// What happened, for people.
         why: String,
     },
+    /// The next writes may find no room, and the head would be lost by that: its guest must not write now. Over as soon as a
+    /// look does not say it any more.
+    Starved {
+        /// What there is too little of, for people.
+        why: String,
+    },
 }
 
 /// What a look at heads has shown.

@@ -62,8 +62,15 @@ use crate::fs::{self, failed};
 use crate::instance::Instance;
 
 const SECTOR: u64 = 512;
-/// Between two looks at heads that are in use.
+/// Between two looks at heads that are in use, at most.
 const LOOK: Duration = Duration::from_millis(500);
+/// What must be free on the file system of the stores for guests to write, since the kernel gives a snapshot up whose store
+/// finds no room: this, or on a small one a part of it. Less than what new work is refused at.
+const RESERVE: u64 = 256 << 20;
+/// The part.
+const RESERVE_PART: u64 = 32;
+/// The most that all guests together, with whatever else writes there, are believed to write in a second.
+const RATE: u64 = 2 << 30;
 
 /// The `dm-snapshot` driver.
 #[derive(Clone, Debug)]
@@ -246,9 +253,10 @@ impl WatchHeads for DmSnapshot {
         let (stacks, heads) = (Arc::clone(&self.stacks), heads.to_vec());
         self.heads
             .run(move |files| {
+                let room = Room::of(files.layout().data())?;
                 Ok(Watch {
-                    troubled: stacks.troubled(files, heads)?,
-                    again_in: LOOK,
+                    troubled: stacks.troubled(files, heads, &room)?,
+                    again_in: room.look_again_in(),
                 })
             })
             .await
@@ -497,17 +505,20 @@ impl Stacks {
         )))
     }
 
-    /// Which of `wanted` are lost.
+    /// Which of `wanted` are lost, or could be by the next write.
     fn troubled(
         &self,
         heads: &Heads,
         wanted: Vec<HeadId>,
+        room: &Room,
     ) -> Result<Vec<(HeadId, Trouble)>, HostError> {
         let control = Control::open()?;
         let mut troubled = Vec::new();
         for head in wanted {
             if let Some(why) = self.lost(&control, heads, &head)? {
                 troubled.push((head, Trouble::Lost { why }));
+            } else if let Some(why) = room.lacks() {
+                troubled.push((head, Trouble::Starved { why }));
             }
         }
         Ok(troubled)
@@ -737,6 +748,40 @@ impl Stacks {
             ));
         }
         Ok(())
+    }
+}
+
+/// How much room there is for stores to grow.
+struct Room {
+    available: Bytes,
+    reserve: Bytes,
+}
+
+impl Room {
+    fn of(data: &Path) -> Result<Self, HostError> {
+        let space = fs::space(data)?;
+        Ok(Self {
+            available: space.available,
+            reserve: Bytes(RESERVE.min(space.total.0 / RESERVE_PART)),
+        })
+    }
+
+    /// Why guests must not write, if they must not.
+    fn lacks(&self) -> Option<String> {
+        (self.available < self.reserve).then(|| {
+            format!(
+                "only {} are free on the file system of its disk, and a write that found no room would cost it the disk; it goes on when {} are",
+                self.available, self.reserve
+            )
+        })
+    }
+
+    /// Before the reserve can have been used up. Where it has been touched, nobody writes.
+    fn look_again_in(&self) -> Duration {
+        match self.available.0.checked_sub(self.reserve.0) {
+            Some(left) => LOOK.min(Duration::from_millis(left / (RATE / 1000))),
+            None => LOOK,
+        }
     }
 }
 

@@ -64,9 +64,12 @@ async fn trouble(ground: &Ground, head: &HeadId) -> Option<String> {
         .unwrap()
         .troubled;
     assert!(troubled.len() < 2, "{troubled:?}");
-    let (of, Trouble::Lost { why }) = troubled.pop()?;
+    let (of, trouble) = troubled.pop()?;
     assert_eq!(of, *head);
-    Some(why)
+    match trouble {
+        Trouble::Lost { why } => Some(why),
+        Trouble::Starved { why } => panic!("{why}"),
+    }
 }
 
 /// Tries a freeze that must not happen: it is refused, and the head is where it was.
@@ -236,6 +239,43 @@ pub(crate) async fn inv_28_dm_snapshot_a_full_file_system_is_seen_and_costs_one_
     // What it was based on is whole.
     assert_eq!(disk.chain.layers, [layer]);
     ground.assert_content(&kept).await;
+}
+
+pub(crate) async fn inv_28_dm_snapshot_heads_starve_before_they_can_be_lost(ground: &Ground) {
+    let mut disk = ground.disk().await;
+    let vmm = open(&attach(ground, &disk).await);
+    let look = async || {
+        let watch = ground.driver.watch().unwrap();
+        watch.look(std::slice::from_ref(&disk.head)).await.unwrap()
+    };
+    let plenty = look().await;
+    assert_eq!(plenty.troubled, []);
+    let ballast = File::create(ground.mount.join("ballast")).unwrap();
+    let free = || icebox_host::fs::space(&ground.mount).unwrap();
+    // A thirty-second part of the file system, and what a second's writes could take of it.
+    let reserve = free().total.0 / 32;
+    let take_all_but = |left: u64| {
+        let length = ballast.metadata().unwrap().len() + free().available.0 - left;
+        rustix::fs::fallocate(&ballast, rustix::fs::FallocateFlags::empty(), 0, length).unwrap();
+    };
+    take_all_but(2 * reserve);
+    let close = look().await;
+    assert_eq!(close.troubled, []);
+    assert!(close.again_in < plenty.again_in, "{close:?}");
+    take_all_but(reserve / 2);
+    let starved = look().await;
+    let [(head, Trouble::Starved { why })] = &starved.troubled[..] else {
+        panic!("{starved:?}");
+    };
+    assert_eq!(*head, disk.head);
+    assert!(why.contains("only") && why.contains("free"), "{why}");
+    ballast.set_len(0).unwrap();
+    assert_eq!(look().await.troubled, []);
+    write(&vmm, &mut disk, MIB, 2);
+    drop(vmm);
+    ground.driver.detach(&disk.head).await.unwrap();
+    fs::remove_file(ground.mount.join("ballast")).unwrap();
+    ground.assert_content(&disk).await;
 }
 
 pub(crate) async fn inv_28_dm_snapshot_a_base_that_cannot_be_read_is_an_error_of_the_read(

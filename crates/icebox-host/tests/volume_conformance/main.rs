@@ -159,6 +159,7 @@ only! {
     inv_15_dm_snapshot_an_attach_without_a_loop_device_leaves_nothing: DmSnapshot on Ext4,
     inv_15_dm_snapshot_users_come_and_go_at_once: DmSnapshot on Ext4,
     inv_28_dm_snapshot_a_base_that_cannot_be_read_is_an_error_of_the_read: DmSnapshot on Ext4,
+    inv_28_dm_snapshot_heads_starve_before_they_can_be_lost: DmSnapshot on Ext4,
     inv_28_dm_snapshot_a_full_file_system_is_seen_and_costs_one_head: DmSnapshot on Ext4,
     an_image_that_is_no_whole_number_of_sectors_is_refused_by_dm_snapshot: DmSnapshot on Ext4,
 }
