@@ -12,8 +12,8 @@
 //!
 //! The guest keeps its volume and its device through every freeze. [`datasets`] says how things go that others need.
 //!
-//! Everything is in the dataset that the user names and below one of its own there ([`names`]); nothing else in the pool is
-//! touched, or even looked at.
+//! Everything is below a dataset of its own in the one that the user names ([`names`]). Nothing else in the pool is touched;
+//! where there is no udev, others' devices are asked for their names ([`nodes`]).
 
 mod command;
 mod datasets;
