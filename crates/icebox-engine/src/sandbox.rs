@@ -743,6 +743,22 @@ impl Sandbox {
         made.map(|made| self.unnamed.remove(made).pin)
     }
 
+    /// Removes what was staged and is not published. No manifest names that, not even one in doubt; and a manifest may need
+    /// its room to be written.
+    pub(crate) async fn discard_staged(&self) {
+        let store = &self.shared.host.store;
+        for object in self.unnamed.iter().flat_map(|unnamed| &unnamed.objects) {
+            let discarded = within(
+                deadline::STORE,
+                "discarding what was staged",
+                store.discard(object),
+            );
+            if let Err(error) = discarded.await {
+                tracing::warn!(sandbox = %self.id(), %object, error = %Chained(&error), "not discarded yet");
+            }
+        }
+    }
+
     /// Removes what no record names. What will not go stays listed for the next try, and keeps what it refers to.
     ///
     /// In doubt, the manifest on the disk may name a generation after all. It names nothing else that is unnamed here.

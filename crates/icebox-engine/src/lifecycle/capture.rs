@@ -179,6 +179,7 @@ impl Sandbox {
         } else {
             Ok(())
         };
+        self.discard_staged().await;
         if let Err(error) = self.settle().await {
             tracing::warn!(sandbox = %self.id(), error = %Chained(&error), "an unfinished freeze stays pending");
         }
