@@ -40,6 +40,7 @@ mod power_cut;
 mod site;
 mod space;
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
@@ -109,7 +110,16 @@ fn shared(driver: Driver, test: fn(&mut Site)) {
         slot
     });
     let site = slot.get_or_insert_with(|| Site::with_templates(driver));
-    let before = site.marks();
-    test(site);
-    before.assert_same(&site.marks());
+    let tried = catch_unwind(AssertUnwindSafe(|| {
+        let before = site.marks();
+        test(site);
+        before.assert_same(&site.marks());
+    }));
+    if let Err(panic) = tried {
+        let said = site.said();
+        let lines: Vec<_> = said.lines().collect();
+        let last = lines.len().saturating_sub(40);
+        eprintln!("the daemon's last words:\n{}", lines[last..].join("\n"));
+        resume_unwind(panic);
+    }
 }

@@ -56,6 +56,7 @@ impl Drop for Filler {
 
 /// A sandbox of each driver: one that was restored, and one that has booted.
 fn both(site: &Site) -> [&'static str; 2] {
+    site.build(COLD, &[]);
     site.create(WARM, "of-reflink");
     site.get(&["create", COLD, "--name", "of-qcow2", "--driver", "qcow2"]);
     assert_eq!(site.inspect("of-qcow2")["volumeDriver"], "qcow2");
@@ -132,6 +133,7 @@ fn inv_28_a_full_disk_holds_guests_of_reflink_and_qcow2_until_there_is_room(site
     }
     site.count("of-reflink").assert_goes_on_from(&count);
     site.get(&["rm", "of-reflink", "of-qcow2"]);
+    site.get(&["template", "rm", COLD]);
 }
 
 fn inv_28_a_pause_without_room_leaves_guests_of_reflink_and_qcow2_running_and_no_files(
@@ -175,4 +177,5 @@ fn inv_28_a_pause_without_room_leaves_guests_of_reflink_and_qcow2_running_and_no
     }
     site.count("of-reflink").assert_goes_on_from(&count);
     site.get(&["rm", "of-reflink", "of-qcow2"]);
+    site.get(&["template", "rm", COLD]);
 }
