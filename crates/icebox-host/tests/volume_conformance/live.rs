@@ -75,12 +75,9 @@ impl StorageDaemon {
     }
 
     fn execute(&mut self, command: &str, arguments: &Value) {
-        writeln!(
-            self.input,
-            "{}",
-            json!({"execute": command, "arguments": arguments})
-        )
-        .unwrap();
+        // At once: it acts on the last brace, and after `quit` there is nobody to take a line's end.
+        let line = format!("{}\n", json!({"execute": command, "arguments": arguments}));
+        self.input.write_all(line.as_bytes()).unwrap();
         self.next("return");
     }
 
