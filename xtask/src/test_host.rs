@@ -30,7 +30,7 @@ use self::machine::{Ended, Machine, Mode};
 use self::power::PowerDisk;
 use self::suite::{Half, Suite};
 
-const USAGE: &str = "usage: cargo xtask test-host [--keep | --shell | --power-cut] [--full] [--test NAME]… [-- ARGUMENTS OF THE TESTS…]";
+const USAGE: &str = "usage: cargo xtask test-host [--keep | --shell | --power-cut | --bench] [--full] [--test NAME]… [-- ARGUMENTS OF THE TESTS…]";
 
 /// Longer than the whole suite takes on two busy cores. A machine that runs into it is hung.
 const LONGEST: Duration = Duration::from_secs(30 * 60);
@@ -42,6 +42,8 @@ struct Options {
     power_cut: bool,
     /// With real guests and a power cut: too slow for each change.
     full: bool,
+    /// What volume drivers cost, in place of the tests.
+    bench: bool,
     /// Test executables to run; the usual ones if empty.
     tests: Vec<String>,
     /// Handed to each of them, in place of what they are usually given.
@@ -120,6 +122,7 @@ fn parse(options: &[String]) -> Result<Options, Failure> {
         suite: true,
         power_cut: false,
         full: false,
+        bench: false,
         tests: Vec::new(),
         arguments: Vec::new(),
     };
@@ -130,6 +133,7 @@ fn parse(options: &[String]) -> Result<Options, Failure> {
             "--shell" => parsed.mode = Mode::Shell,
             "--power-cut" => (parsed.suite, parsed.power_cut) = (false, true),
             "--full" => (parsed.full, parsed.power_cut) = (true, true),
+            "--bench" => parsed.bench = true,
             "--test" => {
                 let name = options
                     .next()

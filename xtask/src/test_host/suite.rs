@@ -67,7 +67,8 @@ pub(super) struct Suite {
     power_cut: Option<PathBuf>,
     /// What tests start.
     programs: Vec<PathBuf>,
-    fixtures: Fixtures,
+    /// What guests are made of, if there will be any.
+    fixtures: Option<Fixtures>,
     skipped: RefCell<BTreeSet<String>>,
 }
 
@@ -135,39 +136,36 @@ impl Suite {
             tests: Vec::new(),
             power_cut: None,
             programs: Vec::new(),
-            fixtures: Fixtures::default(),
+            fixtures: None,
             skipped: RefCell::default(),
         };
+        if options.bench {
+            let mut command = cargo(["bench", "--no-run", "--package", "icebox-host"]);
+            let built = built_by(command.args(["--bench", "volumes"]))?;
+            let bench = built.into_iter().find(|built| built.kind == "bench");
+            let bench = bench.ok_or_else(|| Failure("cargo built no benchmark".to_owned()))?;
+            suite
+                .tests
+                .push((bench.executable, options.arguments.clone()));
+            return Ok(suite);
+        }
         // The whole workspace's, as `cargo xtask check` builds them: others would need everything built twice.
         let mut command = cargo(["test", "--workspace", "--no-run"]);
-        command.args(["--message-format=json-render-diagnostics"]);
         for test in TESTS {
             command.args(["--test", test.name]);
         }
         command.args(["--example", FIXTURES]);
-        let output = command
-            .stderr(Stdio::inherit())
-            .output()
-            .map_err(|error| Failure(format!("cargo: {error}")))?;
-        if !output.status.success() {
-            return Err(Failure(format!("building it failed: {}", output.status)));
-        }
-        let mut fixtures = None;
-        for line in output.stdout.split(|byte| *byte == b'\n') {
-            let message: Value = serde_json::from_slice(line).unwrap_or_default();
-            let Some(executable) = message["executable"].as_str().map(PathBuf::from) else {
-                continue;
-            };
-            let name = message["target"]["name"].as_str().unwrap_or_default();
-            match message["target"]["kind"][0].as_str() {
-                Some("example") => fixtures = Some(executable),
-                Some("test") => suite.add(name, executable, options),
-                _ => suite.programs.push(executable),
+        for built in built_by(&mut command)? {
+            match built.kind.as_str() {
+                "example" => suite.fixtures = Some(Fixtures::make(&built.executable)?),
+                "test" => suite.add(&built.name, built.executable, options),
+                _ => suite.programs.push(built.executable),
             }
         }
-        let fixtures = fixtures.ok_or_else(|| Failure(format!("cargo built no {FIXTURES}")))?;
-        suite.fixtures = Fixtures::make(&fixtures)?;
-        Ok(suite)
+        match suite.fixtures {
+            Some(_) => Ok(suite),
+            None => Err(Failure(format!("cargo built no {FIXTURES}"))),
+        }
     }
 
     fn add(&mut self, name: &str, executable: PathBuf, options: &Options) {
@@ -214,7 +212,9 @@ impl Suite {
             })?;
             bring(executable, &staging.join("target").join(inside))?;
         }
-        self.fixtures.pack(&staging)?;
+        if let Some(fixtures) = &self.fixtures {
+            fixtures.pack(&staging)?;
+        }
         bring(&image.vmlinuz(), &staging.join("vmlinuz"))?;
         let write = |name: &str, text: &str| {
             let path = staging.join(name);
@@ -311,6 +311,35 @@ impl Suite {
             println!("  {line}");
         }
     }
+}
+
+/// What cargo built: a test, a benchmark, an example, or a program that one of them starts.
+struct Built {
+    kind: String,
+    name: String,
+    executable: PathBuf,
+}
+
+fn built_by(command: &mut Command) -> Result<Vec<Built>, Failure> {
+    let output = command
+        .arg("--message-format=json-render-diagnostics")
+        .stderr(Stdio::inherit())
+        .output()
+        .map_err(|error| Failure(format!("cargo: {error}")))?;
+    if !output.status.success() {
+        return Err(Failure(format!("building it failed: {}", output.status)));
+    }
+    let messages = output.stdout.split(|byte| *byte == b'\n');
+    let built = messages.filter_map(|line| {
+        let message: Value = serde_json::from_slice(line).ok()?;
+        let target = &message["target"];
+        Some(Built {
+            kind: target["kind"][0].as_str()?.to_owned(),
+            name: target["name"].as_str()?.to_owned(),
+            executable: message["executable"].as_str()?.into(),
+        })
+    });
+    Ok(built.collect())
 }
 
 impl Fixtures {
