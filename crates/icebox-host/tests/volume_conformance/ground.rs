@@ -207,7 +207,12 @@ impl Ground {
 
     /// The driver as another process has it: it knows nothing.
     pub(crate) fn another(&self) -> Box<dyn VolumeDriver> {
-        make(self.kind, &self.layout, self.pool.as_ref())
+        self.another_in(&self.layout)
+    }
+
+    /// The driver for another data directory.
+    pub(crate) fn another_in(&self, layout: &Layout) -> Box<dyn VolumeDriver> {
+        make(self.kind, layout, self.pool.as_ref())
     }
 
     /// Whether layers and heads are files in the data directory.
