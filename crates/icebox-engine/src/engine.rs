@@ -225,10 +225,11 @@ impl Engine {
         beginning: Beginning,
     ) -> Result<SandboxView, Error> {
         let (gate, (mailbox, requests)) = (Gate::default(), mpsc::channel(QUEUE));
-        let record = self
-            .shared
-            .catalog
-            .admit(new_record(spec, name), gate.clone(), mailbox)?;
+        let record = self.shared.catalog.admit(
+            new_record(spec, name, self.shared.now()),
+            gate.clone(),
+            mailbox,
+        )?;
         let id = record.id.clone();
         let ledger = Ledger::new(Arc::clone(&self.shared.host.store), record);
         let mut sandbox = Sandbox::new(Arc::clone(&self.shared), ledger, gate);
@@ -557,11 +558,11 @@ fn check_geometry(geometry: Geometry, max_vcpus: u8, max_mem_mib: u32) -> Result
     Ok(())
 }
 
-fn new_record(spec: Spec, name: Option<Name>) -> v1::Sandbox {
+fn new_record(spec: Spec, name: Option<Name>, now: Timestamp) -> v1::Sandbox {
     v1::Sandbox {
         id: SandboxId::random(),
         name,
-        created_at: Timestamp::now(),
+        created_at: now,
         spec,
         token: Secret::random(),
         slot: Slot(0),

@@ -1,13 +1,14 @@
 //! What happened, in order: numbered without holes, kept for a while, followable.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
+use crate::host::Clock;
 use crate::id::SandboxId;
 
 /// How many events are kept for late subscribers.
@@ -42,20 +43,20 @@ pub struct Batch {
 
 /// The log of events.
 pub struct Events {
+    clock: Arc<dyn Clock>,
     log: Mutex<VecDeque<Event>>,
     next: watch::Sender<u64>,
 }
 
-impl Default for Events {
-    fn default() -> Self {
+impl Events {
+    pub(crate) fn new(clock: Arc<dyn Clock>) -> Self {
         Self {
+            clock,
             log: Mutex::new(VecDeque::new()),
             next: watch::Sender::new(1),
         }
     }
-}
 
-impl Events {
     pub(crate) fn emit(
         &self,
         sandbox: Option<&SandboxId>,
@@ -67,7 +68,7 @@ impl Events {
         let seq = *self.next.borrow();
         let event = Event {
             seq,
-            at: Timestamp::now(),
+            at: self.clock.now(),
             sandbox: sandbox.cloned(),
             kind: kind.to_owned(),
             detail: detail.into(),
@@ -144,10 +145,11 @@ impl Steps {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host::SystemClock;
 
     #[tokio::test]
     async fn inv_49_numbers_have_no_holes_and_a_late_subscriber_is_told_what_it_missed() {
-        let events = Events::default();
+        let events = Events::new(Arc::new(SystemClock));
         let total = u64::try_from(KEPT).unwrap() + 10;
         for n in 0..total {
             events.emit(None, "test", n.to_string(), &Steps::default());

@@ -1,4 +1,4 @@
-//! What the engine asks of the host: seven small traits and the error they share.
+//! What the engine asks of the host: eight small traits and the error they share.
 //!
 //! `icebox-host` implements them on Linux, `icebox-sim` in memory; the engine knows no third way
 //! to touch anything. Three rules hold for every method here:
@@ -11,6 +11,7 @@
 //!   talk to a VMM or a guest, since those may be wedged or hostile.
 
 mod boxes;
+mod clock;
 mod error;
 mod guest;
 mod kernels;
@@ -22,6 +23,7 @@ mod volume;
 use std::sync::Arc;
 
 pub use boxes::{Boxes, Limits, LimitsInForce};
+pub use clock::{Clock, SystemClock};
 pub use error::{ErrorKind, HostError};
 pub use guest::{Guest, GuestAddress, GuestOrigin, Secret, Welcome};
 pub use kernels::{BootFiles, Kernels};
@@ -63,6 +65,8 @@ pub struct Host {
     pub volumes: Vec<Arc<dyn VolumeDriver>>,
     /// VMMs, in order of preference.
     pub vmms: Vec<Arc<dyn Vmm>>,
+    /// What time it is.
+    pub clock: Arc<dyn Clock>,
     /// Network slots.
     pub network: Arc<dyn Network>,
     /// Boxes: limits and runtime directories of VMMs.

@@ -28,7 +28,6 @@ use std::ops::Range;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use jiff::Timestamp;
 use tokio::time::Instant;
 
 use crate::catalog::{DeepChain, StoredLayer};
@@ -163,7 +162,7 @@ async fn plan(shared: &Shared, deep: &DeepChain, bound: usize) -> Result<Plan, E
             parent: oldest.parent.clone(),
             base: oldest.base.clone(),
             size: newest.size,
-            created_at: Timestamp::now(),
+            created_at: shared.now(),
         },
     })
 }

@@ -43,6 +43,13 @@ pub(crate) struct Shared {
     pub(crate) collecting: tokio::sync::Mutex<()>,
 }
 
+impl Shared {
+    /// What time it is, by the wall clock.
+    pub(crate) fn now(&self) -> Timestamp {
+        self.host.clock.now()
+    }
+}
+
 /// What a sandbox's task can be asked for.
 pub(crate) enum Request {
     Start(oneshot::Sender<Result<Outcome, Error>>),
@@ -681,7 +688,7 @@ impl Sandbox {
     pub(crate) async fn vmm_ended(&mut self, reason: &ExitReason) {
         self.leave_guest();
         let exit = Exit {
-            at: Timestamp::now(),
+            at: self.shared.now(),
             by_guest: reason.by_guest,
             detail: reason.detail.clone(),
         };

@@ -217,6 +217,8 @@ pub fn inject(host: Host, injector: &Injector) -> Host {
         })
     };
     Host {
+        // Asking for the time is no step.
+        clock: host.clock,
         store: Arc::new(Faulty {
             inner: host.store,
             injector: injector.clone(),

@@ -11,6 +11,7 @@
 //! The world outlives the engine: dropping the runtime that an engine runs in, and opening another one on the same
 //! world, is `kill -9` of the daemon and a new start.
 
+mod clock;
 pub mod fault;
 mod guest;
 mod net;

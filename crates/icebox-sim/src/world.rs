@@ -11,8 +11,10 @@ use icebox_engine::id::{Digest, HeadId, LayerId, SandboxId, Slot};
 use icebox_engine::layout::{LAYER_DISK, Object};
 use icebox_engine::manifest::{self, v1};
 use icebox_engine::unit::{Bytes, Geometry};
+use jiff::{SignedDuration, Timestamp};
 use tokio::sync::watch;
 
+use crate::clock::SimClock;
 use crate::guest::{SimGuest, SimKernels};
 use crate::net::{SimBoxes, SimNetwork};
 use crate::store::SimStore;
@@ -96,6 +98,8 @@ pub(crate) struct State {
     pub(crate) boxes: BTreeSet<SandboxId>,
     pub(crate) vms: BTreeMap<SandboxId, Vm>,
     pub(crate) welcomes: BTreeMap<SandboxId, Vec<Welcome>>,
+    /// What the wall clock showed when somebody looked at it last.
+    pub(crate) wall: Timestamp,
     pub(crate) next_pid: u32,
     pub(crate) next_value: u64,
     pub(crate) loses_heads: bool,
@@ -294,6 +298,7 @@ impl World {
             store: Arc::new(SimStore::new(self.clone())),
             volumes,
             vmms: vec![Arc::new(SimVmm::new(self.clone(), version))],
+            clock: Arc::new(SimClock::new(self.clone())),
             network: Arc::new(SimNetwork::new(self.clone())),
             boxes: Arc::new(SimBoxes::new(self.clone())),
             kernels: Arc::new(SimKernels),
@@ -360,6 +365,14 @@ impl World {
     /// Lets every running guest write once more.
     pub fn tick(&self) {
         self.lock().tick();
+    }
+
+    /// Lets time go by while nobody runs, or sets the wall clock, back too.
+    ///
+    /// # Panics
+    /// If that leads beyond the calendar.
+    pub fn step_clock(&self, by: SignedDuration) {
+        self.lock().wall += by;
     }
 
     /// Ends a VMM, as `kill -9` would.

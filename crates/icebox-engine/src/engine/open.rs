@@ -38,7 +38,7 @@ impl Engine {
         )
         .await?;
         let catalog = Catalog::new(host.network.capacity());
-        let events = Events::default();
+        let events = Events::new(Arc::clone(&host.clock));
         let shared = Arc::new(Shared {
             host,
             catalog,

@@ -4,8 +4,6 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use jiff::Timestamp;
-
 use super::{Engine, ask, check_geometry};
 use crate::collect;
 use crate::deadline::{self, within};
@@ -81,7 +79,7 @@ impl Engine {
             kernel: request.kernel,
             env: request.env,
             source: request.source,
-            created_at: Timestamp::now(),
+            created_at: self.shared.now(),
         };
         let object = Object::Template(template.id.clone());
         let published = within(deadline::STORE, "publishing the template", async {
@@ -118,7 +116,7 @@ impl Engine {
         let base = Base {
             digest: digest.clone(),
             size,
-            created_at: Timestamp::now(),
+            created_at: self.shared.now(),
         };
         let published = within(deadline::STORE, "publishing the image", async {
             store.stage(&object).await?;

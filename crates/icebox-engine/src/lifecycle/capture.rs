@@ -12,7 +12,6 @@
 
 use futures_util::FutureExt as _;
 use futures_util::future::join;
-use jiff::Timestamp;
 
 use crate::deadline::{self, within};
 use crate::error::Error;
@@ -130,7 +129,7 @@ impl Sandbox {
                 within(deadline::VCPUS, "pausing the vCPUs", machine.pause_vcpus()),
             )
             .await?;
-        let captured_at = Timestamp::now();
+        let captured_at = self.shared.now();
         let saved = steps
             .time(
                 "save",

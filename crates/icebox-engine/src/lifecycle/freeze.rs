@@ -12,8 +12,6 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use jiff::Timestamp;
-
 use crate::catalog::{Pin, PinnedChain, display_name};
 use crate::deadline::{self, within};
 use crate::error::Error;
@@ -285,7 +283,7 @@ impl Sandbox {
             parent,
             base,
             size: spec.disk_size,
-            created_at: Timestamp::now(),
+            created_at: self.shared.now(),
         };
         let (object, bytes) = (Object::Layer(id.clone()), manifest::encode(1, &layer));
         let published = self.shared.host.store.publish(&object, &bytes);

@@ -9,8 +9,6 @@
 //!
 //! Resuming a named generation of a stopped sandbox first sets its newest disk aside as a branch (INV-51).
 
-use jiff::Timestamp;
-
 use crate::deadline::{self, within};
 use crate::error::Error;
 use crate::event::Steps;
@@ -209,7 +207,7 @@ impl Sandbox {
         let kept = Branch {
             name: branch,
             layer: layer.clone(),
-            created_at: Timestamp::now(),
+            created_at: self.shared.now(),
         };
         self.update(|record| {
             record

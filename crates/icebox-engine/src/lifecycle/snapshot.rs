@@ -8,8 +8,6 @@
 
 use std::sync::Arc;
 
-use jiff::Timestamp;
-
 use crate::deadline::{self, within};
 use crate::error::Error;
 use crate::event::Steps;
@@ -94,7 +92,7 @@ impl Sandbox {
     }
 
     fn template_maker(&self, id: TemplateId, name: Name) -> impl Fn(&Capture) -> Template + use<> {
-        let spec = self.record().spec.clone();
+        let (spec, now) = (self.record().spec.clone(), self.shared.now());
         let source = format!(
             "snapshot of {}",
             crate::catalog::display_name(self.record())
@@ -110,7 +108,7 @@ impl Sandbox {
             kernel: spec.kernel.clone(),
             env: spec.env.clone(),
             source: source.clone(),
-            created_at: Timestamp::now(),
+            created_at: now,
         }
     }
 

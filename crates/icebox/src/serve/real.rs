@@ -13,7 +13,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use icebox_api::types::{Check, Report};
-use icebox_engine::host::{ErrorKind, Host, HostError, Kernels as _, Network as _, VolumeDriver};
+use icebox_engine::host::{
+    ErrorKind, Host, HostError, Kernels as _, Network as _, SystemClock, VolumeDriver,
+};
 use icebox_engine::layout::Layout;
 use icebox_host::boxes::{DEFAULT_FIRST_UID, HostBoxes};
 use icebox_host::cgroup::Cgroups;
@@ -74,6 +76,7 @@ pub(super) async fn ground(config: &Config, layout: &Layout) -> Result<Ground, F
         store: Arc::new(store),
         volumes,
         vmms: vec![Arc::new(qemu)],
+        clock: Arc::new(SystemClock),
         network: network.clone(),
         boxes: boxes.clone(),
         kernels: Arc::new(kernels),

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use async_trait::async_trait;
 use icebox_api::types::{BuildEvent, BuildSource, Kernel, KernelEvent, KernelSource, Report};
 use icebox_api::{ApiError, ErrorCode};
-use icebox_engine::host::{Egress, Host, HostError, Network, Removed, SlotNetwork};
+use icebox_engine::host::{Egress, Host, HostError, Network, Removed, SlotNetwork, SystemClock};
 use icebox_engine::id::{Digest, Slot};
 use icebox_engine::unit::Bytes;
 use icebox_sim::{FreezeBy, World};
@@ -27,6 +27,8 @@ const IMAGE_SIZE: Bytes = Bytes::mib(1024);
 pub(super) fn ground(guests: Option<Ipv4Addr>) -> Ground {
     let world = World::new();
     let mut host = world.host(FreezeBy::Vmm);
+    // Who tries it out lives by the real one.
+    host.clock = Arc::new(SystemClock);
     if let Some(first) = guests {
         host.network = Arc::new(OnLoopback {
             network: host.network,
