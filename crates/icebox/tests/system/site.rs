@@ -170,6 +170,10 @@ impl Site {
             self.driver.name(),
             self.network,
         );
+        // Where guests are known to run under KVM, nothing else will do.
+        if let Ok(accelerator) = std::env::var("ICEBOX_TEST_ACCELERATOR") {
+            settings.insert_str(0, &format!("accelerator = {accelerator:?}\n"));
+        }
         if let Some(dataset) = &self.traces.dataset {
             settings.push_str(&format!("[zfs]\ndataset = {dataset:?}\n"));
         }

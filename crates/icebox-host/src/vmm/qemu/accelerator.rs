@@ -4,6 +4,9 @@
 //! in part, or hosts that emulate guest code and give up on the first instruction they do not know. Only a guest can
 //! tell, so the probe runs one: the kernel that sandboxes will run, up to the point where it asks for its root file
 //! system. Where no kernel has been imported yet, the machine's firmware has to do.
+//!
+//! That it works is remembered until the next boot: a daemon that is started again on a busy machine must not come to
+//! another verdict, since what was saved under KVM does not run without. That it does not work is looked at each time.
 
 use std::fmt;
 use std::fs::{self, OpenOptions};
@@ -16,11 +19,14 @@ use icebox_engine::host::{ErrorKind, HostError};
 use tokio::io::AsyncReadExt;
 use tokio::process::Command;
 
+use super::binary::Binary;
 use super::command;
+use crate::fs::{read_bounded, replace_file};
+use crate::launcher;
 
-/// How long a guest may say nothing. A host that stops to run it without an error is only known by that; a nested guest
-/// that boots slowly keeps talking.
-const SILENCE_MAX: Duration = Duration::from_secs(3);
+/// How long a guest may say nothing. A host that stops to run it without an error is only known by that. The longest
+/// silence of one that does run is while its kernel unpacks itself: 0.1 s on hardware, seconds where KVM is emulated.
+const SILENCE_MAX: Duration = Duration::from_secs(10);
 /// How much is read of what a guest says: a kernel's whole boot.
 const OUTPUT_BYTES_MAX: usize = 1 << 20;
 
@@ -63,11 +69,12 @@ pub(super) struct Chosen {
     pub(super) reason: String,
 }
 
-/// Makes the choice.
+/// Makes the choice. What was proven goes to a file in the directory `run`.
 pub(super) async fn choose(
     choice: AcceleratorChoice,
-    qemu: &Path,
+    qemu: &Binary,
     kernel: Option<&Path>,
+    run: &Path,
 ) -> Result<Chosen, HostError> {
     if choice == AcceleratorChoice::Tcg {
         return Ok(Chosen {
@@ -75,10 +82,11 @@ pub(super) async fn choose(
             reason: "TCG was asked for".into(),
         });
     }
-    match probe(qemu, kernel, Path::new("/dev/kvm")).await {
+    let kvm = Path::new("/dev/kvm");
+    match prove(qemu, kernel, kvm, SILENCE_MAX, run).await {
         Ok(what) => Ok(Chosen {
             accelerator: Accelerator::Kvm,
-            reason: what,
+            reason: what.into(),
         }),
         Err(why) if choice == AcceleratorChoice::Auto => Ok(Chosen {
             accelerator: Accelerator::Tcg,
@@ -92,8 +100,53 @@ pub(super) async fn choose(
     }
 }
 
+/// The file that remembers what KVM was proven with.
+const PROVEN: &str = "kvm-works";
+/// Bytes of it. Far above what is in it.
+const PROVEN_MAX: u64 = 16 << 10;
+
+/// Runs a guest under KVM, unless that was done since this machine booted. Says what it did, or why KVM does not work.
+async fn prove(
+    qemu: &Binary,
+    kernel: Option<&Path>,
+    device: &Path,
+    silence: Duration,
+    run: &Path,
+) -> Result<&'static str, String> {
+    let boot = launcher::boot_id().map_err(|error| format!("no boot id: {error}"))?;
+    let proof = serde_json::json!({
+        "boot": boot,
+        "qemu": qemu.path,
+        "version": qemu.version,
+        "kernel": kernel,
+    });
+    let proof = proof.to_string();
+    let known = read_bounded(&run.join(PROVEN), PROVEN_MAX);
+    if known.is_ok_and(|known| known == proof.as_bytes()) {
+        return Ok(what_ran(kernel));
+    }
+    let ran = probe(&qemu.path, kernel, device, silence).await?;
+    // Without it, the next daemon looks again.
+    if let Err(error) = replace_file(run, PROVEN, proof.as_bytes()) {
+        tracing::warn!(%error, "that KVM works cannot be remembered");
+    }
+    Ok(ran)
+}
+
+fn what_ran(kernel: Option<&Path>) -> &'static str {
+    match kernel {
+        Some(_) => "KVM runs the sandboxes' kernel",
+        None => "KVM runs the machine's firmware; no kernel was there to try",
+    }
+}
+
 /// Runs a guest under KVM. Says what it did, or why KVM does not work.
-async fn probe(qemu: &Path, kernel: Option<&Path>, device: &Path) -> Result<String, String> {
+async fn probe(
+    qemu: &Path,
+    kernel: Option<&Path>,
+    device: &Path,
+    silence: Duration,
+) -> Result<&'static str, String> {
     OpenOptions::new()
         .read(true)
         .write(true)
@@ -128,19 +181,18 @@ async fn probe(qemu: &Path, kernel: Option<&Path>, device: &Path) -> Result<Stri
                 "-append",
                 "console=ttyS0 earlyprintk=ttyS0 reboot=t panic=-1",
             ]);
-            watch(qemu, b"not syncing: VFS").await?;
-            Ok("KVM runs the sandboxes' kernel".into())
+            watch(qemu, b"not syncing: VFS", silence).await?;
         }
         None => {
             qemu.args(["-device", "isa-debugcon,iobase=0x402,chardev=out"]);
-            watch(qemu, b"SeaBIOS (version").await?;
-            Ok("KVM runs the machine's firmware; no kernel was there to try".into())
+            watch(qemu, b"SeaBIOS (version", silence).await?;
         }
     }
+    Ok(what_ran(kernel))
 }
 
 /// Runs a guest until it says `proof`.
-async fn watch(mut qemu: Command, proof: &[u8]) -> Result<(), String> {
+async fn watch(mut qemu: Command, proof: &[u8], silence: Duration) -> Result<(), String> {
     let (mut output, mut guest) = io::pipe()
         .and_then(|(reading, writing)| {
             let stderr = writing.try_clone()?;
@@ -151,26 +203,28 @@ async fn watch(mut qemu: Command, proof: &[u8]) -> Result<(), String> {
         .map_err(|error| format!("QEMU cannot be started: {error}"))?;
     // This process's copies of the writing end: without them, the end of QEMU is the end of the pipe.
     drop(qemu);
-    let verdict = listen(&mut output, proof).await;
+    let verdict = listen(&mut output, proof, silence).await;
     if let Err(error) = guest.kill().await {
         tracing::warn!(%error, "the guest that probed KVM cannot be ended");
     }
     verdict
 }
 
-async fn listen(output: &mut tokio::net::unix::pipe::Receiver, proof: &[u8]) -> Result<(), String> {
+async fn listen(
+    output: &mut tokio::net::unix::pipe::Receiver,
+    proof: &[u8],
+    silence: Duration,
+) -> Result<(), String> {
     let mut said = Vec::new();
     loop {
-        let read = tokio::time::timeout(SILENCE_MAX, output.read_buf(&mut said)).await;
+        let read = tokio::time::timeout(silence, output.read_buf(&mut said)).await;
         if said.windows(proof.len()).any(|window| window == proof) {
             return Ok(());
         }
         let last = last_line(&said);
         match read {
             Err(_) if last.is_empty() => {
-                return Err(format!(
-                    "a guest under KVM said nothing within {SILENCE_MAX:?}"
-                ));
+                return Err(format!("a guest under KVM said nothing within {silence:?}"));
             }
             Err(_) => {
                 return Err(format!("a guest under KVM stopped after saying {last:?}"));
@@ -218,25 +272,32 @@ mod tests {
 
     use super::*;
 
+    const SILENCE: Duration = Duration::from_secs(3);
+    const PANIC: &str =
+        "echo 'Linux version 6'; echo 'Kernel panic - not syncing: VFS: no root'; exec sleep 60";
+
     /// A stand-in for QEMU that behaves in one way.
-    async fn probed(script: &str, kernel: Option<&Path>) -> Result<String, String> {
+    fn stand_in(qemu: &Path, script: &str) {
+        fs::write(qemu, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(qemu, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    async fn probed(script: &str, kernel: Option<&Path>) -> Result<&'static str, String> {
         let directory = tempfile::tempdir().unwrap();
         let qemu = directory.path().join("qemu");
-        fs::write(&qemu, format!("#!/bin/sh\n{script}\n")).unwrap();
-        fs::set_permissions(&qemu, fs::Permissions::from_mode(0o755)).unwrap();
-        probe(&qemu, kernel, Path::new("/dev/null")).await
+        stand_in(&qemu, script);
+        probe(&qemu, kernel, Path::new("/dev/null"), SILENCE).await
     }
 
     #[tokio::test]
     async fn inv_26_only_a_guest_that_runs_is_proof() {
         let kernel = Some(Path::new("/boot/vmlinuz"));
-        let panic = "echo 'Linux version 6'; echo 'Kernel panic - not syncing: VFS: no root'; exec sleep 60";
         let began = Instant::now();
         assert_eq!(
-            probed(panic, kernel).await.unwrap(),
+            probed(PANIC, kernel).await.unwrap(),
             "KVM runs the sandboxes' kernel"
         );
-        assert!(began.elapsed() < SILENCE_MAX, "proof ends the probe");
+        assert!(began.elapsed() < SILENCE, "proof ends the probe");
 
         let early = "echo 'Linux version 6'; exec sleep 60";
         let error = probed(early, kernel).await.unwrap_err();
@@ -265,14 +326,41 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn inv_26_what_was_proven_holds_until_something_else_is_to_be_run() {
+        let run = tempfile::tempdir().unwrap();
+        let mut qemu = Binary {
+            path: run.path().join("qemu"),
+            version: "10.0".into(),
+        };
+        let prove = async |qemu: &Binary, kernel: &str| {
+            let kernel = Some(Path::new(kernel));
+            prove(qemu, kernel, Path::new("/dev/null"), SILENCE, run.path()).await
+        };
+        stand_in(&qemu.path, "exit 1");
+        prove(&qemu, "/a").await.unwrap_err();
+        stand_in(&qemu.path, PANIC);
+        let ran = prove(&qemu, "/a").await.unwrap();
+        // A bad moment.
+        stand_in(&qemu.path, "exit 1");
+        assert_eq!(prove(&qemu, "/a").await.unwrap(), ran);
+        prove(&qemu, "/b").await.unwrap_err();
+        qemu.version = "10.1".into();
+        prove(&qemu, "/a").await.unwrap_err();
+    }
+
+    #[tokio::test]
     async fn inv_26_kvm_that_was_asked_for_is_not_replaced() {
-        let missing = Path::new("/nonexistent/qemu");
-        let error = choose(AcceleratorChoice::Kvm, missing, None)
+        let run = tempfile::tempdir().unwrap();
+        let missing = Binary {
+            path: "/nonexistent/qemu".into(),
+            version: "10.0".into(),
+        };
+        let error = choose(AcceleratorChoice::Kvm, &missing, None, run.path())
             .await
             .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported);
         assert!(error.hint_text().unwrap().contains("tcg"));
-        let chosen = choose(AcceleratorChoice::Auto, missing, None)
+        let chosen = choose(AcceleratorChoice::Auto, &missing, None, run.path())
             .await
             .unwrap();
         assert_eq!(chosen.accelerator, Accelerator::Tcg);

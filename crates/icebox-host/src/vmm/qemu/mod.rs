@@ -80,8 +80,8 @@ pub struct Qemu {
 }
 
 impl Qemu {
-    /// Finds QEMU and the accelerator that works here. Takes as long as the accelerator's probe: up to three seconds
-    /// where `/dev/kvm` exists but does not run guests.
+    /// Finds QEMU and the accelerator that works here. Takes as long as the accelerator's probe: up to ten seconds
+    /// where `/dev/kvm` exists but does not run guests, and none where it was seen to since the machine booted.
     ///
     /// # Errors
     /// QEMU is missing or too old, or the accelerator that was asked for does not work: with a hint.
@@ -94,8 +94,9 @@ impl Qemu {
         let binary = Binary::find(config.program.as_deref()).await?;
         let chosen = accelerator::choose(
             config.accelerator,
-            &binary.path,
+            &binary,
             config.probe_kernel.as_deref(),
+            layout.run(),
         )
         .await?;
         let identity = VmmIdentity {
