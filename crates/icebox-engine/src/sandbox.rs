@@ -804,6 +804,10 @@ impl Sandbox {
     /// # Errors
     /// The record is still in doubt.
     pub(crate) async fn tend(&mut self) -> Result<(), Error> {
+        if self.ledger.in_doubt() {
+            // On a full disk the record and what is staged would wait for each other.
+            self.discard_staged().await;
+        }
         self.ledger.confirm().await?;
         self.discard_unnamed().await;
         Ok(())
