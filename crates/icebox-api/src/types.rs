@@ -18,7 +18,7 @@ pub use event::{Event, StepTime};
 pub use gc::{Garbage, GcReport, GcRequest};
 pub use kernel::{Kernel, KernelEvent, KernelSource, NewKernel};
 pub use sandbox::{
-    Branch, Forked, Generation, ListedSandbox, NewFork, NewSandbox, NewSnapshot, Outcome,
+    Branch, Forked, Generation, LastVerb, ListedSandbox, NewFork, NewSandbox, NewSnapshot, Outcome,
     ResumeRequest, SandboxDetail, Snapshot, State, Unusable, VerbResult, Vmm,
 };
 pub use space::{Kind, Owner, Part, Place, Stats};

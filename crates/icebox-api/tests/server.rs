@@ -125,6 +125,7 @@ impl Script {
             branches: Vec::new(),
             holds: Vec::new(),
             last_exit: None,
+            last_verb: None,
             disk_lost: None,
             broken: None,
         }

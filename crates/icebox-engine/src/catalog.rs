@@ -24,6 +24,7 @@ use crate::manifest::v1::{
     TemplateContent, Under,
 };
 use crate::sandbox::Mailbox;
+use crate::steps::LastVerb;
 use crate::unit::Bytes;
 
 pub(crate) struct Catalog {
@@ -57,6 +58,8 @@ pub(crate) struct Entry {
     pub(crate) generations: BTreeMap<GenerationNo, Generation>,
     /// What its task is doing, in words.
     pub(crate) busy: Option<&'static str>,
+    /// The last verb that had something to do with it.
+    pub(crate) last_verb: Option<Arc<LastVerb>>,
     /// A head that was lost while it was written to, and why.
     lost: Option<(u32, String)>,
     /// Whether its guest stands still for want of room.
@@ -469,6 +472,12 @@ impl Catalog {
         }
     }
 
+    pub(crate) fn set_last_verb(&self, sandbox: &SandboxId, verb: LastVerb) {
+        if let Some(entry) = lock(&self.inner).sandboxes.get_mut(sandbox) {
+            entry.last_verb = Some(Arc::new(verb));
+        }
+    }
+
     /// Notes that a head is lost. Whether that is news.
     pub(crate) fn set_lost(&self, head: &HeadId, why: &str) -> bool {
         let mut inner = lock(&self.inner);
@@ -796,6 +805,7 @@ impl Inner {
                 record: Arc::new(record),
                 generations,
                 busy: None,
+                last_verb: None,
                 lost: None,
                 stalled: false,
                 gate,

@@ -9,12 +9,12 @@ use std::sync::Arc;
 
 use crate::deadline::{self, within};
 use crate::error::Error;
-use crate::event::Steps;
 use crate::host::{ErrorKind, HostError};
 use crate::id::{HeadId, SandboxId, Slot};
 use crate::layout::Object;
 use crate::manifest::v1::{Hold, Intent, Sandbox as Record};
 use crate::sandbox::Shared;
+use crate::steps::Steps;
 use crate::unit::Bytes;
 
 /// What a collection removes, or would.

@@ -32,6 +32,7 @@ use crate::phase::Phase;
 use crate::sandbox::{
     Fate, Origin, Outcome, QUEUE, Request, Sandbox, Shared, find_vmm, find_volume_driver,
 };
+use crate::steps::LastVerb;
 use crate::unit::{Bytes, Geometry};
 
 pub use templates::ImageRequest;
@@ -107,6 +108,8 @@ pub struct SandboxView {
     pub unusable: BTreeMap<GenerationNo, String>,
     /// What is being done to it.
     pub busy: Option<&'static str>,
+    /// The last verb that had something to do with it, since the daemon started.
+    pub last_verb: Option<Arc<LastVerb>>,
     /// Why its newest disk is lost, if it is.
     pub disk_lost: Option<String>,
     /// Whether its guest stands still because a write to its disk found no room.
@@ -240,7 +243,9 @@ impl Engine {
                 .shared
                 .catalog
                 .set_busy(sandbox.id(), Some("creating"));
+            let timed = sandbox.begin_timing("create");
             let result = caught("creating the sandbox", sandbox.create(beginning)).await;
+            sandbox.end_timing(timed, &result);
             let lives = match &result {
                 Ok(()) => true,
                 Err(Error::Internal { .. }) => sandbox.bring_back().await == Fate::Lives,
@@ -442,6 +447,7 @@ impl Engine {
             generations,
             unusable,
             busy: entry.busy,
+            last_verb: entry.last_verb,
             disk_lost,
             stalled: entry.stalled,
             host_address,

@@ -2,7 +2,6 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -10,6 +9,7 @@ use tokio::sync::watch;
 
 use crate::host::Clock;
 use crate::id::SandboxId;
+use crate::steps::Steps;
 
 /// How many events are kept for late subscribers.
 const KEPT: usize = 10_000;
@@ -112,33 +112,6 @@ impl Events {
                 .collect(),
             missed: first.saturating_sub(from.max(1)),
         }
-    }
-}
-
-/// How long the steps of a verb took.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Steps(Vec<(&'static str, Duration)>);
-
-impl Steps {
-    /// Runs one step and notes its time, however it ends.
-    pub(crate) async fn time<T>(&mut self, name: &'static str, work: impl Future<Output = T>) -> T {
-        let begun = tokio::time::Instant::now();
-        let result = work.await;
-        self.0.push((name, begun.elapsed()));
-        result
-    }
-
-    /// Adds what was timed beside.
-    pub(crate) fn append(&mut self, mut beside: Self) {
-        self.0.append(&mut beside.0);
-    }
-
-    fn named(&self) -> Vec<(String, u64)> {
-        let micros = |time: &Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-        self.0
-            .iter()
-            .map(|(name, time)| ((*name).to_owned(), micros(time)))
-            .collect()
     }
 }
 

@@ -25,6 +25,7 @@ mod panics;
 mod phase;
 mod sandbox;
 mod space;
+mod steps;
 pub mod unit;
 mod watch;
 
@@ -37,3 +38,4 @@ pub use event::{Batch, Event, Events};
 pub use gate::{Gate, Pass};
 pub use phase::{Phase, Refusal, Step, Verb};
 pub use sandbox::Outcome;
+pub use steps::LastVerb;

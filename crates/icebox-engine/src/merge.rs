@@ -34,7 +34,6 @@ use crate::catalog::{DeepChain, StoredLayer};
 use crate::collect;
 use crate::deadline::{self, within};
 use crate::error::Error;
-use crate::event::Steps;
 use crate::host::{ErrorKind, HostError};
 use crate::id::LayerId;
 use crate::layout::Object;
@@ -42,6 +41,7 @@ use crate::manifest;
 use crate::manifest::v1::Layer;
 use crate::panics::caught;
 use crate::sandbox::{Chained, Shared, find_volume_driver};
+use crate::steps::Steps;
 
 /// How many layers may lie under a disk. `docs/decisions/volumes.md` has what a layer costs a read, and what merging
 /// costs; twice as many as generations that are kept by default, so that there is always a run that only its neighbours
@@ -202,8 +202,8 @@ fn choose(links: &[Weight], bound: usize) -> Range<usize> {
 async fn merge(shared: &Shared, plan: &Plan) -> Result<(), Error> {
     let object = Object::Layer(plan.into.id.clone());
     let _pin = shared.catalog.pin([object.clone()]);
-    let mut steps = Steps::default();
-    let made = make(shared, plan, &object, &mut steps);
+    let steps = Steps::default();
+    let made = make(shared, plan, &object, &steps);
     if let Err(error) = caught("merging layers", made).await {
         let store = &shared.host.store;
         let discarded = within(deadline::STORE, "discarding a merged layer", async {
@@ -224,12 +224,7 @@ async fn merge(shared: &Shared, plan: &Plan) -> Result<(), Error> {
 }
 
 /// Makes the merged layer, up to its publication.
-async fn make(
-    shared: &Shared,
-    plan: &Plan,
-    object: &Object,
-    steps: &mut Steps,
-) -> Result<(), Error> {
+async fn make(shared: &Shared, plan: &Plan, object: &Object, steps: &Steps) -> Result<(), Error> {
     let (store, into) = (&shared.host.store, &plan.into);
     let driver = find_volume_driver(&shared.host, &into.driver)?;
     let merging = driver.merges_layers().ok_or_else(|| Error::Step {

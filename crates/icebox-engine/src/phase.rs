@@ -112,6 +112,21 @@ impl Refusal {
 }
 
 impl Verb {
+    /// Its name, as the command line has it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Start => "start",
+            Self::Pause => "pause",
+            Self::Resume | Self::ResumeGeneration => "resume",
+            Self::Stop => "stop",
+            Self::Snapshot => "snapshot",
+            Self::Fork => "fork",
+            Self::Flatten => "flatten",
+            Self::Destroy => "destroy",
+        }
+    }
+
     /// The whole transition table, as one pure function.
     ///
     /// # Errors
@@ -149,15 +164,8 @@ impl fmt::Display for Phase {
 impl fmt::Display for Verb {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Start => "start",
-            Self::Pause => "pause",
-            Self::Resume => "resume",
             Self::ResumeGeneration => "resume a generation of",
-            Self::Stop => "stop",
-            Self::Snapshot => "snapshot",
-            Self::Fork => "fork",
-            Self::Flatten => "flatten",
-            Self::Destroy => "destroy",
+            other => other.name(),
         })
     }
 }

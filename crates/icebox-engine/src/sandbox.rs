@@ -15,7 +15,7 @@ use crate::catalog::{Catalog, Pin, PinnedChain};
 use crate::deadline::{self, within};
 use crate::engine::Config;
 use crate::error::Error;
-use crate::event::{Events, Steps};
+use crate::event::Events;
 use crate::gate::Gate;
 use crate::host::{
     ErrorKind, ExitReason, GuestAddress, Host, HostError, Machine, Trouble, Vmm, VolumeDriver,
@@ -27,6 +27,7 @@ use crate::manifest::v1::{self, Capture, Exit, Hold, Intent, Rest, Under};
 use crate::panics::caught;
 use crate::phase::{Phase, Refusal, Step, Verb};
 use crate::space::Stall;
+use crate::steps::{Steps, Timed};
 
 /// How many verbs may wait for their turn at one sandbox. Equal ones coalesce, so a client with a purpose has few.
 pub(crate) const QUEUE: usize = 64;
@@ -101,6 +102,8 @@ pub(crate) struct Sandbox {
     pub(crate) ledger: Ledger,
     pub(crate) life: Life,
     pub(crate) gate: Gate,
+    /// Of the verb under way, or of the one before.
+    pub(crate) steps: Steps,
     /// Set while the guest stands still for want of room, and after it did.
     stall: Option<Stall>,
     unnamed: Vec<Unnamed>,
@@ -132,6 +135,7 @@ impl Sandbox {
             ledger,
             life: Life::AtRest,
             gate,
+            steps: Steps::default(),
             stall: None,
             unnamed: Vec::new(),
             vain: 0,
@@ -288,10 +292,9 @@ impl Sandbox {
         let id = self.id().clone();
         let mut fate = Fate::Lives;
         self.shared.catalog.set_busy(&id, Some(busy_word(verb)));
+        let timed = self.begin_timing(verb.name());
         let result = caught(busy_word(verb), work(self)).await;
-        if let Err(error) = &result {
-            tracing::warn!(sandbox = %id, %verb, error = %Chained(error), "verb failed");
-        }
+        self.end_timing(timed, &result);
         if matches!(result, Err(Error::Internal { .. })) {
             fate = self.bring_back().await;
         }
@@ -299,6 +302,19 @@ impl Sandbox {
         // The client may have gone: the outcome is the same.
         drop(reply.send(result));
         fate
+    }
+
+    /// From here on steps are those of a new verb.
+    pub(crate) fn begin_timing(&mut self, verb: &str) -> Timed {
+        self.steps = Steps::default();
+        Timed::begin(verb, self.steps.clone(), self.shared.now())
+    }
+
+    /// Writes down how a verb went.
+    pub(crate) fn end_timing<T>(&self, verb: Timed, result: &Result<T, Error>) {
+        if let Some(last) = verb.end(self.id(), result) {
+            self.shared.catalog.set_last_verb(self.id(), last);
+        }
     }
 
     /// Brings the sandbox to where its record says it rests, after a start or a panic. Whatever happens: if even that

@@ -16,10 +16,10 @@ use tokio::sync::oneshot;
 use tokio::sync::oneshot::error::TryRecvError;
 
 use crate::deadline::{self, within};
-use crate::event::Steps;
 use crate::host::{Trouble, WatchHeads};
 use crate::id::{HeadId, SandboxId};
 use crate::sandbox::{Chained, Request, Shared};
+use crate::steps::Steps;
 
 /// At most between two looks: what is seen is seen within a second.
 const LOOK: Duration = Duration::from_millis(500);

@@ -231,6 +231,11 @@ pub(crate) fn instant(then: Timestamp) -> String {
     then.strftime("%FT%TZ").to_string()
 }
 
+/// A time that is measured in microseconds, for people.
+pub(crate) fn millis(micros: u64) -> String {
+    format!("{}.{} ms", micros / 1000, micros / 100 % 10)
+}
+
 /// `text` as a terminal may show it. Some of what errors repeat was chosen by a guest or stands in a file, and must
 /// not move the cursor or recolour what follows.
 pub(crate) fn printable(text: &str) -> Cow<'_, str> {

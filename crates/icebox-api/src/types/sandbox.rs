@@ -182,12 +182,33 @@ pub struct SandboxDetail {
     /// How its VMM last ended without being asked to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_exit: Option<String>,
+    /// The last verb that had something to do with it, since the daemon started. Not in lists.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_verb: Option<LastVerb>,
     /// Why its newest disk cannot be read any more; its pauses can.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_lost: Option<String>,
     /// Why it is broken.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub broken: Option<String>,
+}
+
+/// How a verb went.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LastVerb {
+    /// Which.
+    pub verb: String,
+    /// When its turn came.
+    pub began_at: Timestamp,
+    /// How long it took from then on, in microseconds.
+    pub micros: u64,
+    /// Why it failed, if it did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// How long its steps took, in the order in which they ended. Steps that are done at the same time count each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub steps: Vec<super::StepTime>,
 }
 
 /// What runs a sandbox.

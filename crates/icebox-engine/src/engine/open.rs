@@ -11,7 +11,7 @@ use crate::catalog::Catalog;
 use crate::collect;
 use crate::deadline::{self, within};
 use crate::error::Error;
-use crate::event::{Events, Steps};
+use crate::event::Events;
 use crate::gate::Gate;
 use crate::host::Host;
 use crate::id::{GenerationNo, SandboxId};
@@ -21,6 +21,7 @@ use crate::manifest::v1::{self, Generation};
 use crate::manifest::{self, Document, ManifestError};
 use crate::merge;
 use crate::sandbox::{Chained, Fate, QUEUE, Sandbox, Shared};
+use crate::steps::Steps;
 use crate::watch;
 
 impl Engine {

@@ -8,13 +8,13 @@ use super::{Engine, ask, check_geometry};
 use crate::collect;
 use crate::deadline::{self, within};
 use crate::error::Error;
-use crate::event::Steps;
 use crate::id::{Digest, Name, TemplateId};
 use crate::layout::{BASE_IMAGE, Object};
 use crate::manifest;
 use crate::manifest::v1::{self, Base, Template, TemplateContent};
 use crate::panics::caught;
 use crate::sandbox::{Frozen, Request, find_volume_driver};
+use crate::steps::Steps;
 use crate::unit::{Bytes, Geometry};
 
 /// A new image template.

@@ -15,7 +15,6 @@ use futures_util::future::join;
 
 use crate::deadline::{self, within};
 use crate::error::Error;
-use crate::event::Steps;
 use crate::host::{Machine, SavePlan, SavedPages, VcpuState};
 use crate::id::MemoryId;
 use crate::layout::{DEVICE_STATE, Object};
@@ -23,6 +22,7 @@ use crate::lifecycle::freeze::Freeze;
 use crate::manifest;
 use crate::manifest::v1::{Capture, Memory, Sandbox as Record};
 use crate::sandbox::{Chained, Sandbox, no_room};
+use crate::steps::Steps;
 
 /// What the guest does after the instant.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -71,7 +71,7 @@ impl Sandbox {
         machine: &dyn Machine,
         attempt: &mut Attempt,
         then: Then,
-        steps: &mut Steps,
+        steps: &Steps,
         document: impl FnOnce(&Capture) -> Vec<u8>,
     ) -> Result<Capture, Error> {
         let host = self.shared.host.clone();
@@ -87,29 +87,25 @@ impl Sandbox {
             "preparing the guest",
             host.guest.prepare(self.address(), &token),
         );
-        let mut beside = Steps::default();
+        let beside = Steps::default();
         let prepare = beside.time("prepare-guest", prepare);
         let begin = steps.time("begin-freeze", self.begin_freeze(Some(&attempt.into)));
         let (prepared, freeze) = join(prepare, begin).await;
-        steps.append(beside);
+        steps.append(&beside);
         if let Err(error) = prepared {
             tracing::info!(sandbox = %self.id(), error = %Chained(&error), "the guest did not prepare for the capture");
         }
         let freeze = freeze?;
         let freeze: &Freeze = attempt.freeze.insert(freeze);
-        let into = within(
-            deadline::STORE,
-            "staging the capture",
-            host.store.stage(&attempt.into),
-        )
-        .await?;
         let memory = Object::Memory(attempt.memory.clone());
-        let memory = within(
-            deadline::STORE,
-            "staging the memory",
-            host.store.stage(&memory),
-        )
-        .await?;
+        let staged = async {
+            let into = host.store.stage(&attempt.into);
+            let into = within(deadline::STORE, "staging the capture", into).await?;
+            let memory = host.store.stage(&memory);
+            let memory = within(deadline::STORE, "staging the memory", memory).await?;
+            Ok::<_, Error>((into, memory))
+        };
+        let (into, memory) = steps.time("stage", staged).await?;
         let restored_from = self
             .record()
             .restored_from
@@ -136,9 +132,7 @@ impl Sandbox {
                 within(deadline::SAVE, "saving the memory", machine.save(plan)),
             )
             .await?;
-        steps
-            .time("freeze", self.freeze_under_guest(machine, freeze))
-            .await?;
+        self.freeze_under_guest(machine, freeze, steps).await?;
         if then == Then::RunsOn {
             let resumed = within(
                 deadline::VCPUS,

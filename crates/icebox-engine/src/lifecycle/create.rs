@@ -11,12 +11,12 @@ use std::sync::Arc;
 use crate::catalog::Pin;
 use crate::deadline::{self, within};
 use crate::error::Error;
-use crate::event::Steps;
 use crate::id::{Digest, GenerationNo};
 use crate::layout::{DEVICE_STATE, Object};
 use crate::manifest;
 use crate::manifest::v1::{Generation, Hold, Rest, Under};
 use crate::sandbox::{Origin, Sandbox};
+use crate::steps::Steps;
 
 /// What a new sandbox begins with.
 pub(crate) enum Beginning {
@@ -33,10 +33,10 @@ pub(crate) enum Beginning {
 impl Sandbox {
     /// Creates the sandbox that the ledger describes and that does not exist yet.
     pub(crate) async fn create(&mut self, beginning: Beginning) -> Result<(), Error> {
-        let mut steps = Steps::default();
+        let steps = self.steps.clone();
         let created = match beginning {
-            Beginning::Image { base, _pin } => self.create_from_image(&base, &mut steps).await,
-            Beginning::Instant(origin) => self.create_from_instant(origin, &mut steps).await,
+            Beginning::Image { base, _pin } => self.create_from_image(&base, &steps).await,
+            Beginning::Instant(origin) => self.create_from_instant(origin, &steps).await,
         };
         match created {
             Ok(()) => {
@@ -58,7 +58,7 @@ impl Sandbox {
         }
     }
 
-    async fn create_from_image(&mut self, base: &Digest, steps: &mut Steps) -> Result<(), Error> {
+    async fn create_from_image(&mut self, base: &Digest, steps: &Steps) -> Result<(), Error> {
         let over = Under::Base(base.clone());
         self.update(|record| {
             record.holds = vec![Hold::Directory, Hold::Slot, Hold::Head { number: 0, over }];
@@ -71,7 +71,7 @@ impl Sandbox {
     async fn create_from_instant(
         &mut self,
         origin: Arc<Origin>,
-        steps: &mut Steps,
+        steps: &Steps,
     ) -> Result<(), Error> {
         const FIRST: GenerationNo = GenerationNo(0);
         let (from, capture) = (&origin.object, &origin.capture);

@@ -7,15 +7,15 @@
 
 use crate::deadline::{self, within};
 use crate::error::Error;
-use crate::event::Steps;
 use crate::layout::Object;
 use crate::manifest::v1::{Intent, Rest};
 use crate::sandbox::Sandbox;
 
 impl Sandbox {
     pub(crate) async fn destroy(&mut self) -> Result<(), Error> {
-        let mut steps = Steps::default();
-        self.update(|record| record.rests = Rest::Nowhere).await?;
+        let steps = self.steps.clone();
+        let commit = self.update(|record| record.rests = Rest::Nowhere);
+        steps.time("commit", commit).await?;
         self.leave_guest();
         steps.time("release", self.remove()).await?;
         self.emit(

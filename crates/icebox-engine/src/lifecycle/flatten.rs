@@ -8,7 +8,6 @@ use std::sync::Arc;
 
 use crate::deadline::{self, within};
 use crate::error::Error;
-use crate::event::Steps;
 use crate::host::{Machine, VcpuState};
 use crate::id::LayerId;
 use crate::manifest::v1::{Rest, Under};
@@ -27,10 +26,13 @@ impl Sandbox {
                 let machine = Arc::clone(machine);
                 self.freeze_running(&*machine).await?
             }
-            (Life::AtRest, _) => match self.freeze_at_rest().await {
-                Ok(freeze) => freeze.layer,
-                Err(error) => return Err(self.settle_after(error).await),
-            },
+            (Life::AtRest, _) => {
+                let steps = self.steps.clone();
+                match steps.time("freeze", self.freeze_at_rest()).await {
+                    Ok(freeze) => freeze.layer,
+                    Err(error) => return Err(self.settle_after(error).await),
+                }
+            }
         };
         // The sandbox refers to the layer at this moment, so nothing can have collected it.
         Ok(Frozen {
@@ -40,7 +42,7 @@ impl Sandbox {
 
     async fn freeze_running(&mut self, machine: &dyn Machine) -> Result<LayerId, Error> {
         self.check_opened()?;
-        let mut steps = Steps::default();
+        let steps = self.steps.clone();
         let token = self.record().token.clone();
         let guest = Arc::clone(&self.shared.host.guest);
         let prepare = within(
@@ -48,25 +50,27 @@ impl Sandbox {
             "preparing the guest",
             guest.prepare(self.address(), &token),
         );
-        if let Err(error) = prepare.await {
+        if let Err(error) = steps.time("prepare-guest", prepare).await {
             tracing::info!(sandbox = %self.id(), error = %Chained(&error), "the guest did not prepare for the freeze");
         }
-        let state = within(deadline::PROBE, "probing the VMM", machine.probe()).await?;
+        let probe = within(deadline::PROBE, "probing the VMM", machine.probe());
+        let state = steps.time("probe", probe).await?;
         if state == VcpuState::Stalled {
             return Err(no_room());
         }
-        let freeze = match self.begin_freeze(None).await {
+        let freeze = match steps.time("begin-freeze", self.begin_freeze(None)).await {
             Ok(freeze) => freeze,
             Err(error) => return Err(self.settle_after(error).await),
         };
         let frozen = async {
-            within(deadline::VCPUS, "pausing the vCPUs", machine.pause_vcpus()).await?;
-            self.freeze_under_guest(machine, &freeze).await
+            let paused = within(deadline::VCPUS, "pausing the vCPUs", machine.pause_vcpus());
+            steps.time("pause-vcpus", paused).await?;
+            self.freeze_under_guest(machine, &freeze, &steps).await
         };
-        let frozen = steps.time("freeze", frozen).await;
-        let resumed = self.run_again(machine).await;
+        let frozen = frozen.await;
+        let resumed = steps.time("resume-vcpus", self.run_again(machine)).await;
         let finished = match frozen {
-            Ok(()) => match self.finish_freeze(&freeze).await {
+            Ok(()) => match steps.time("publish", self.finish_freeze(&freeze)).await {
                 Ok(()) => self.update(|record| freeze.record(record)).await,
                 Err(error) => Err(error),
             },

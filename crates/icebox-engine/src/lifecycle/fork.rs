@@ -10,7 +10,6 @@
 //! Step 1 is the sandbox's; step 2 is [`crate::Engine`]'s, one creation for each fork, and each is all or nothing.
 
 use crate::error::Error;
-use crate::event::Steps;
 use crate::layout::Object;
 use crate::lifecycle::capture::Then;
 use crate::manifest;
@@ -34,7 +33,7 @@ impl Sandbox {
         self.check_opened()?;
         let number = self.record().next_generation;
         let object = Object::Generation(self.id().clone(), number);
-        let mut steps = Steps::default();
+        let steps = self.steps.clone();
         let mut attempt = self.begin_capture(object.clone());
         let document = |capture: &Capture| {
             manifest::encode(
@@ -46,7 +45,7 @@ impl Sandbox {
             )
         };
         let captured = self
-            .capture(&*machine, &mut attempt, Then::RunsOn, &mut steps, document)
+            .capture(&*machine, &mut attempt, Then::RunsOn, &steps, document)
             .await;
         let committed = match captured {
             Ok(capture) => {
@@ -54,7 +53,7 @@ impl Sandbox {
                     attempt.record(record);
                     record.generations.push(number);
                 });
-                commit.await.map(|()| capture)
+                steps.time("commit", commit).await.map(|()| capture)
             }
             Err(error) => Err(error),
         };

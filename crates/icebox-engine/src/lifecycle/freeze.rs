@@ -21,6 +21,7 @@ use crate::layout::Object;
 use crate::manifest;
 use crate::manifest::v1::{Hold, Intent, Layer, Sandbox as Record, Under};
 use crate::sandbox::{Life, Sandbox};
+use crate::steps::Steps;
 
 /// A freeze that has begun.
 pub(super) struct Freeze {
@@ -120,14 +121,22 @@ impl Sandbox {
         &self,
         machine: &dyn Machine,
         freeze: &Freeze,
+        steps: &Steps,
     ) -> Result<(), Error> {
         let volumes = self.volumes()?;
-        within(
-            deadline::DISK,
-            "flushing the disk",
-            volumes.flush(&freeze.from),
-        )
-        .await?;
+        let flushed = volumes.flush(&freeze.from);
+        let flushed = within(deadline::DISK, "flushing the disk", flushed);
+        steps.time("flush", flushed).await?;
+        let frozen = self.put_new_head_under_guest(machine, freeze);
+        steps.time("freeze", frozen).await
+    }
+
+    async fn put_new_head_under_guest(
+        &self,
+        machine: &dyn Machine,
+        freeze: &Freeze,
+    ) -> Result<(), Error> {
+        let volumes = self.volumes()?;
         match volumes.live_freeze() {
             LiveFreeze::ByHost(host) => {
                 let (to, staging) = (

@@ -7,7 +7,6 @@
 
 use crate::deadline;
 use crate::error::Error;
-use crate::event::Steps;
 use crate::id::GenerationNo;
 use crate::layout::Object;
 use crate::lifecycle::capture::Then;
@@ -23,7 +22,7 @@ impl Sandbox {
         }
         let machine = self.machine(Verb::Pause)?;
         let number = self.record().next_generation;
-        let mut steps = Steps::default();
+        let steps = self.steps.clone();
 
         let gate = self.gate.clone();
         let closed = steps.time("drain", gate.close(deadline::DRAIN)).await;
@@ -40,13 +39,7 @@ impl Sandbox {
             )
         };
         let captured = self
-            .capture(
-                &*machine,
-                &mut attempt,
-                Then::StandsStill,
-                &mut steps,
-                document,
-            )
+            .capture(&*machine, &mut attempt, Then::StandsStill, &steps, document)
             .await;
         let paused = match captured {
             Ok(capture) => {

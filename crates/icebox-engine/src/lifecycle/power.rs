@@ -5,12 +5,12 @@ use std::sync::Arc;
 use crate::catalog::PinnedChain;
 use crate::deadline::{self, within};
 use crate::error::Error;
-use crate::event::Steps;
 use crate::host::{GuestOrigin, LaunchPlan, Limits, Machine, Secret, Start, Welcome};
 use crate::id::{Digest, LayerId};
 use crate::layout::{BASE_IMAGE, Object};
 use crate::manifest::v1::{Hold, Rest};
 use crate::sandbox::{Life, Sandbox};
+use crate::steps::Steps;
 
 /// Processes and threads in a box: vCPU threads, the VMM's I/O threads and some room.
 const PIDS_MAX: u32 = 256;
@@ -43,7 +43,7 @@ impl Sandbox {
         chain: &PinnedChain,
         start: Start,
         welcome: Welcome,
-        steps: &mut Steps,
+        steps: &Steps,
     ) -> Result<Arc<dyn Machine>, Error> {
         let host = self.shared.host.clone();
         let (volumes, vmm) = (self.volumes()?, self.vmm()?);

@@ -19,6 +19,7 @@ use crate::error::Error;
 use crate::host::{ExitReason, Machine, VcpuState};
 use crate::manifest::v1::{Hold, Rest};
 use crate::sandbox::{Chained, Fate, Life, Sandbox};
+use crate::steps::Steps;
 
 impl Sandbox {
     pub(crate) async fn recover(&mut self) -> Fate {
@@ -137,10 +138,6 @@ impl Sandbox {
     fn note(&self, what: &str, error: &Error) {
         tracing::error!(sandbox = %self.id(), error = %Chained(error), "{what}");
         let detail = format!("{what}: {}", Chained(error));
-        self.emit(
-            "sandbox.recovery-failed",
-            detail,
-            &crate::event::Steps::default(),
-        );
+        self.emit("sandbox.recovery-failed", detail, &Steps::default());
     }
 }

@@ -11,7 +11,6 @@
 
 use crate::deadline::{self, within};
 use crate::error::Error;
-use crate::event::Steps;
 use crate::host::{GuestOrigin, MemorySource, Start};
 use crate::id::{GenerationNo, LayerId, MemoryId, Name};
 use crate::layout::{DEVICE_STATE, MEMORY_BASE, MEMORY_DIFF, Object};
@@ -19,6 +18,7 @@ use crate::lifecycle::power::power_holds;
 use crate::manifest::v1::{Branch, Capture, Hold, Intent, Rest, Under};
 use crate::phase::{Phase, Refusal, Step, Verb};
 use crate::sandbox::{Chained, Outcome, Sandbox};
+use crate::steps::Steps;
 use crate::unit::Geometry;
 
 impl Sandbox {
@@ -33,8 +33,8 @@ impl Sandbox {
             }
             .into());
         };
-        let mut steps = Steps::default();
-        match self.restore(generation, &mut steps).await {
+        let steps = self.steps.clone();
+        match self.restore(generation, &steps).await {
             Ok(()) => {
                 self.emit(
                     "sandbox.resumed",
@@ -69,7 +69,7 @@ impl Sandbox {
     pub(super) async fn restore(
         &mut self,
         number: GenerationNo,
-        steps: &mut Steps,
+        steps: &Steps,
     ) -> Result<(), Error> {
         let capture = self.shared.catalog.generation(self.id(), number)?.capture;
         self.check_restorable(&format!("generation {number}"), &capture)?;
@@ -78,15 +78,15 @@ impl Sandbox {
         let over = Under::Layer(capture.layer.clone());
         let chain = self.chain(&over)?;
         let opened = self.opened(&chain)?;
-        self.update(|record| {
+        let written = self.update(|record| {
             record.holds.push(Hold::Head { number: head, over });
             record.holds.extend(power_holds());
             record.opened = opened;
             record.next_head += 1;
             record.machine = Some(capture.machine.clone());
             record.restored_from = Some(capture.memory.clone());
-        })
-        .await?;
+        });
+        steps.time("write-down", written).await?;
 
         let object = Object::Generation(self.id().clone(), number);
         let device_state = self.shared.host.store.path(&object, DEVICE_STATE);
@@ -107,7 +107,7 @@ impl Sandbox {
                 steps,
             )
             .await?;
-        self.running(machine).await
+        steps.time("commit", self.running(machine)).await
     }
 
     /// The files of a memory.

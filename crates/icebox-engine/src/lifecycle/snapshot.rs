@@ -10,7 +10,6 @@ use std::sync::Arc;
 
 use crate::deadline::{self, within};
 use crate::error::Error;
-use crate::event::Steps;
 use crate::id::{Name, TemplateId};
 use crate::layout::{DEVICE_STATE, Object};
 use crate::lifecycle::capture::Then;
@@ -18,12 +17,13 @@ use crate::manifest;
 use crate::manifest::v1::{Capture, Rest, Template, TemplateContent};
 use crate::phase::Verb;
 use crate::sandbox::Sandbox;
+use crate::steps::Steps;
 
 impl Sandbox {
     pub(crate) async fn snapshot(&mut self, name: Name) -> Result<Template, Error> {
         self.admit(Verb::Snapshot).await?;
         let _reserved = self.shared.catalog.reserve_template_name(&name)?;
-        let mut steps = Steps::default();
+        let steps = self.steps.clone();
         let id = TemplateId::random();
         let template = match self.record().rests {
             Rest::Paused { generation } => {
@@ -33,15 +33,13 @@ impl Sandbox {
                     .generation(self.id(), generation)?
                     .capture;
                 let template = self.template_of(id, name, &capture);
-                self.publish_copy(
-                    &Object::Generation(self.id().clone(), generation),
-                    &template,
-                )
-                .await?;
+                let from = Object::Generation(self.id().clone(), generation);
+                let published = self.publish_copy(&from, &template);
+                steps.time("publish", published).await?;
                 self.shared.catalog.add_template(template.clone());
                 template
             }
-            _ => self.snapshot_running(id, name, &mut steps).await?,
+            _ => self.snapshot_running(id, name, &steps).await?,
         };
         self.emit(
             "template.created",
@@ -55,7 +53,7 @@ impl Sandbox {
         &mut self,
         id: TemplateId,
         name: Name,
-        steps: &mut Steps,
+        steps: &Steps,
     ) -> Result<Template, Error> {
         let machine = self.machine(Verb::Snapshot)?;
         self.check_opened()?;
@@ -67,10 +65,10 @@ impl Sandbox {
             .capture(&*machine, &mut attempt, Then::RunsOn, steps, document)
             .await;
         let committed = match captured {
-            Ok(capture) => self
-                .update(|record| attempt.record(record))
-                .await
-                .map(|()| capture),
+            Ok(capture) => {
+                let commit = self.update(|record| attempt.record(record));
+                steps.time("commit", commit).await.map(|()| capture)
+            }
             Err(error) => Err(error),
         };
         match committed {

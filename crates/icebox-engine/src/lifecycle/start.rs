@@ -8,20 +8,20 @@ use std::sync::Arc;
 
 use crate::deadline::{self, within};
 use crate::error::Error;
-use crate::event::Steps;
 use crate::host::{GuestOrigin, Secret, Start};
 use crate::lifecycle::power::power_holds;
 use crate::manifest::v1::Machine;
 use crate::phase::{Step, Verb};
 use crate::sandbox::{Outcome, Sandbox};
+use crate::steps::Steps;
 
 impl Sandbox {
     pub(crate) async fn start(&mut self) -> Result<Outcome, Error> {
         if self.admit(Verb::Start).await? == Step::AlreadyThere {
             return Ok(Outcome::AlreadyThere);
         }
-        let mut steps = Steps::default();
-        match self.boot(&mut steps).await {
+        let steps = self.steps.clone();
+        match self.boot(&steps).await {
             Ok(()) => {
                 self.emit("sandbox.started", "booted its newest disk", &steps);
                 Ok(Outcome::Changed)
@@ -31,7 +31,7 @@ impl Sandbox {
     }
 
     /// Boots the head that the sandbox holds. The caller gives back on failure.
-    pub(super) async fn boot(&mut self, steps: &mut Steps) -> Result<(), Error> {
+    pub(super) async fn boot(&mut self, steps: &Steps) -> Result<(), Error> {
         let spec = self.record().spec.clone();
         let kernels = Arc::clone(&self.shared.host.kernels);
         let files = within(
@@ -50,12 +50,12 @@ impl Sandbox {
         let (_, under) = self.head()?;
         let chain = self.chain(&under)?;
         let opened = self.opened(&chain)?;
-        self.update(|record| {
+        let written = self.update(|record| {
             record.holds.extend(power_holds());
             record.opened = opened;
             record.machine = Some(machine);
-        })
-        .await?;
+        });
+        steps.time("write-down", written).await?;
 
         let token = Secret::random();
         let welcome = self.welcome(token.clone(), GuestOrigin::Boot);
@@ -65,6 +65,6 @@ impl Sandbox {
             token,
         };
         let machine = self.power_on(&chain, start, welcome, steps).await?;
-        self.running(machine).await
+        steps.time("commit", self.running(machine)).await
     }
 }

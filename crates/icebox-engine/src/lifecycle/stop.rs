@@ -7,7 +7,6 @@ use std::sync::Arc;
 
 use crate::deadline::{self, within};
 use crate::error::Error;
-use crate::event::Steps;
 use crate::manifest::v1::{Hold, Rest, Under};
 use crate::phase::{Step, Verb};
 use crate::sandbox::{Chained, Outcome, Sandbox};
@@ -17,9 +16,10 @@ impl Sandbox {
         if self.admit(Verb::Stop).await? == Step::AlreadyThere {
             return Ok(Outcome::AlreadyThere);
         }
-        let mut steps = Steps::default();
+        let steps = self.steps.clone();
         if let Rest::Paused { generation } = self.record().rests {
-            if let Err(error) = self.unpack_disk(generation).await {
+            let unpacked = self.unpack_disk(generation);
+            if let Err(error) = steps.time("unpack-disk", unpacked).await {
                 return Err(self.give_back(error).await);
             }
         } else {
@@ -38,7 +38,8 @@ impl Sandbox {
             {
                 tracing::info!(sandbox = %self.id(), error = %Chained(&error), "the guest did not sync before the stop");
             }
-            self.update(|record| record.rests = Rest::Stopped).await?;
+            let commit = self.update(|record| record.rests = Rest::Stopped);
+            steps.time("commit", commit).await?;
             closed.keep();
             self.leave_guest();
             steps.time("release", self.unwind()).await?;

@@ -6,7 +6,7 @@ use icebox_api::types::SandboxDetail;
 
 use super::size::space;
 use super::{Context, Ended, reference};
-use crate::output::{NONE, Table, bytes, instant, mib};
+use crate::output::{NONE, Table, bytes, instant, mib, millis};
 
 /// Show everything about one sandbox.
 #[derive(Debug, clap::Args)]
@@ -48,6 +48,16 @@ fn page(sandbox: &SandboxDetail) -> Table {
     }
     if let Some(exit) = &sandbox.last_exit {
         row("last exit", exit.clone());
+    }
+    if let Some(last) = &sandbox.last_verb {
+        let (began, took) = (instant(last.began_at), millis(last.micros));
+        row("last verb", format!("{} at {began}, {took}", last.verb));
+        for step in &last.steps {
+            row("step", format!("{}  {}", step.step, millis(step.micros)));
+        }
+        if let Some(error) = &last.error {
+            row("failed", error.clone());
+        }
     }
     let template = match &listed.alias {
         Some(alias) => format!("{alias} ({})", listed.template_id),

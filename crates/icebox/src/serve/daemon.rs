@@ -98,10 +98,11 @@ impl Daemon for Icebox {
             false => BTreeMap::new(),
         };
         let usage = |view: &SandboxView| usages.get(&Object::Sandbox(view.record.id.clone()));
-        Ok(views
-            .iter()
-            .map(|view| self.detail(view, usage(view)))
-            .collect())
+        let details = views.iter().map(|view| SandboxDetail {
+            last_verb: None,
+            ..self.detail(view, usage(view))
+        });
+        Ok(details.collect())
     }
 
     async fn inspect(&self, sandbox: &str, space: bool) -> Result<SandboxDetail, ApiError> {

@@ -5,8 +5,8 @@
 use std::net::Ipv4Addr;
 
 use icebox_api::types::{
-    Branch, Event, Garbage, GcReport, Kind, ListedSandbox, NewSandbox, Outcome, Owner, Part, Place,
-    SandboxDetail, State, Stats, StepTime, Template, TemplateKind, Unusable, Vmm,
+    Branch, Event, Garbage, GcReport, Kind, LastVerb, ListedSandbox, NewSandbox, Outcome, Owner,
+    Part, Place, SandboxDetail, State, Stats, StepTime, Template, TemplateKind, Unusable, Vmm,
 };
 use icebox_api::{ApiError, ENVD_VERSION, ErrorCode};
 use icebox_engine::host::{Egress, ErrorKind, HostError, Space, VmmIdentity};
@@ -287,6 +287,7 @@ pub(super) fn sandbox(view: &SandboxView, beside: Beside<'_>) -> SandboxDetail {
             .collect(),
         holds: record.holds.iter().map(hold).collect(),
         last_exit: record.last_exit.as_ref().map(|exit| exit.detail.clone()),
+        last_verb: view.last_verb.as_deref().map(last_verb),
         disk_lost: view.disk_lost.clone(),
         broken: record.broken.clone(),
     }
@@ -396,11 +397,24 @@ pub(super) fn event(event: icebox_engine::Event) -> Event {
         event: event.kind,
         sandbox_id: event.sandbox.map(Into::into),
         detail: event.detail,
-        steps: event
-            .steps
-            .into_iter()
-            .map(|(step, micros)| StepTime { step, micros })
-            .collect(),
+        steps: step_times(event.steps),
+    }
+}
+
+fn step_times(steps: Vec<(String, u64)>) -> Vec<StepTime> {
+    let steps = steps.into_iter();
+    steps
+        .map(|(step, micros)| StepTime { step, micros })
+        .collect()
+}
+
+fn last_verb(verb: &icebox_engine::LastVerb) -> LastVerb {
+    LastVerb {
+        verb: verb.verb.clone(),
+        began_at: verb.began_at,
+        micros: verb.micros,
+        error: verb.error.clone(),
+        steps: step_times(verb.steps.clone()),
     }
 }
 
