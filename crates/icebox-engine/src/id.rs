@@ -56,6 +56,37 @@ fn excerpt(text: &str) -> String {
     text.chars().take(80).collect()
 }
 
+/// A random number below `bound`.
+fn draw(bound: usize) -> usize {
+    #[cfg(feature = "seeded")]
+    if let Some(drawn) = seeded::draw(bound) {
+        return drawn;
+    }
+    rand::rng().random_range(0..bound)
+}
+
+/// Ids that a test has again when it runs again, since the order of things is that of their ids.
+#[cfg(feature = "seeded")]
+pub mod seeded {
+    use std::cell::RefCell;
+
+    use rand::rngs::StdRng;
+    use rand::{RngExt as _, SeedableRng as _};
+
+    thread_local! {
+        static RNG: RefCell<Option<StdRng>> = const { RefCell::new(None) };
+    }
+
+    /// Makes ids of this thread follow from `seed`, from here on.
+    pub fn begin(seed: u64) {
+        RNG.set(Some(StdRng::seed_from_u64(seed)));
+    }
+
+    pub(super) fn draw(bound: usize) -> Option<usize> {
+        RNG.with_borrow_mut(|rng| rng.as_mut().map(|rng| rng.random_range(0..bound)))
+    }
+}
+
 macro_rules! random_id {
     ($(#[$doc:meta])* $name:ident, $kind:literal, $prefix:literal) => {
         $(#[$doc])*
@@ -68,10 +99,9 @@ macro_rules! random_id {
             #[must_use]
             pub fn random() -> Self {
                 const ALPHABET: &[u8; 36] = b"abcdefghijklmnopqrstuvwxyz0123456789";
-                let mut rng = rand::rng();
                 let mut id = String::with_capacity(1 + ID_CHARS);
                 id.push($prefix);
-                id.extend((0..ID_CHARS).map(|_| char::from(ALPHABET[rng.random_range(0..ALPHABET.len())])));
+                id.extend((0..ID_CHARS).map(|_| char::from(ALPHABET[draw(ALPHABET.len())])));
                 Self(id)
             }
 

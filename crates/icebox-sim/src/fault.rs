@@ -4,201 +4,43 @@
 //! the engine (the call never returns, and the [`Injector`] says so: whoever drives the engine then drops it), or to
 //! announce itself, so that a client can be made to go away at exactly that moment. Each before the step's effect, or
 //! after it: a failure *after* the effect is a lost reply, the nastiest of all.
+//!
+//! In a daemon the steps are the same, and who counts them is outside: [`conducted`].
 
-use std::collections::BTreeMap;
+#[cfg(feature = "conductor")]
+mod conductor;
+mod injector;
+
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use icebox_engine::host::{
-    BlockDevice, BootFiles, Boxes, Capabilities, Chain, DiskSwitch, Egress, Ensured, ErrorKind,
-    ExitReason, FreezeByHost, Guest, GuestAddress, Host, HostError, Kernels, LaunchPlan, Limits,
-    LimitsInForce, LiveFreeze, Machine, MergeLayers, Network, ProcessIdentity, Removed, SavePlan,
-    SavedMemory, Secret, SlotNetwork, Space, Store, StoredDocument, VcpuState, Vmm, VmmIdentity,
-    VolumeDriver, WatchHeads, Welcome,
+    BlockDevice, BootFiles, Boxes, Capabilities, Chain, DiskSwitch, Egress, Ensured, ExitReason,
+    FreezeByHost, Guest, GuestAddress, Host, HostError, Kernels, LaunchPlan, Limits, LimitsInForce,
+    LiveFreeze, Machine, MergeLayers, Network, ProcessIdentity, Removed, SavePlan, SavedMemory,
+    Secret, SlotNetwork, Space, Store, StoredDocument, VcpuState, Vmm, VmmIdentity, VolumeDriver,
+    WatchHeads, Welcome,
 };
 use icebox_engine::id::{Digest, HeadId, LayerId, SandboxId, Slot};
 use icebox_engine::layout::Object;
 use icebox_engine::unit::Bytes;
-use tokio::sync::Notify;
 
-/// On which side of a step's effect.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum When {
-    /// The effect has not happened.
-    Before,
-    /// It has.
-    After,
-}
+pub use injector::{Fault, Injector, Kind, When};
 
-/// What happens there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// The step returns an error.
-    Fail,
-    /// The step never returns: the engine is about to be killed.
-    Crash,
-    /// The step panics: a bug.
-    Panic,
-    /// The step goes on, and [`Injector::reached`] completes: the client is about to go away.
-    Cancel,
-    /// The step goes on when it is [told to](Injector::go_on), and [`Injector::reached`] completes: something else is
-    /// about to happen first.
-    Hold,
-}
+/// Where a [conducted] daemon finds its conductor: the path of a Unix socket.
+pub const CONDUCTOR: &str = "ICEBOX_TEST_CONDUCTOR";
 
-/// One fault.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fault {
-    /// The step's number, from when the injector was armed, counted from 0.
-    pub at: usize,
-    /// On which side of its effect.
-    pub when: When,
-    /// What happens.
-    pub kind: Kind,
-}
-
-/// What becomes of the calls of one step, in order: done, or failed on one side of the effect. Calls after the last
-/// are done.
-type Script = Box<dyn Iterator<Item = Option<When>> + Send>;
-
-/// Counts steps and springs the fault. Cheap to clone; all clones are the same injector.
-#[derive(Clone, Default)]
-pub struct Injector(Arc<Inner>);
-
-#[derive(Default)]
-struct Inner {
-    armed: Mutex<Option<Fault>>,
-    scripts: Mutex<BTreeMap<&'static str, Script>>,
-    steps: AtomicUsize,
-    trace: Mutex<Vec<&'static str>>,
-    reached: Notify,
-    go_on: Notify,
-}
-
-impl Injector {
-    /// An injector that only counts.
-    #[must_use]
-    pub fn new() -> Self {
-        Self::default()
+/// The same host, each step of which is done when the conductor that the environment names says so. In a build without
+/// the feature `conductor`, which is every build that is not for tests, it is the host as it is.
+#[must_use]
+pub fn conducted(host: Host) -> Host {
+    #[cfg(feature = "conductor")]
+    if let Some(socket) = std::env::var_os(CONDUCTOR) {
+        let conductor = conductor::Conductor::at(socket.into());
+        return inject(host, &Injector::conducted_by(conductor));
     }
-
-    /// Counts from 0 again, with this fault ahead (or none).
-    pub fn arm(&self, fault: Option<Fault>) {
-        *self.0.armed.lock().unwrap_or_else(PoisonError::into_inner) = fault;
-        self.0
-            .trace
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clear();
-        self.0.steps.store(0, Ordering::SeqCst);
-    }
-
-    /// Makes every step of this name fail before its effect, until it is called with `None`.
-    pub fn break_step(&self, step: Option<&'static str>) {
-        match step {
-            Some(step) => self.script(step, std::iter::repeat(Some(When::Before))),
-            None => self.scripts().clear(),
-        }
-    }
-
-    /// Decides the next calls of the steps of this name, one by one: `None` lets a call be.
-    pub fn script(
-        &self,
-        step: &'static str,
-        calls: impl IntoIterator<Item = Option<When>, IntoIter: Send + 'static>,
-    ) {
-        self.scripts().insert(step, Box::new(calls.into_iter()));
-    }
-
-    fn scripts(&self) -> MutexGuard<'_, BTreeMap<&'static str, Script>> {
-        self.0
-            .scripts
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The names of the steps since it was armed, in order.
-    #[must_use]
-    pub fn trace(&self) -> Vec<&'static str> {
-        self.0
-            .trace
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
-    }
-
-    /// Completes when a crash, cancel or hold has been sprung.
-    pub async fn reached(&self) {
-        self.0.reached.notified().await;
-    }
-
-    /// Lets the step that is held go on.
-    pub fn go_on(&self) {
-        self.0.go_on.notify_one();
-    }
-
-    async fn around<T>(
-        &self,
-        step: &'static str,
-        effect: impl Future<Output = Result<T, HostError>> + Send,
-    ) -> Result<T, HostError> {
-        let number = self.0.steps.fetch_add(1, Ordering::SeqCst);
-        self.0
-            .trace
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(step);
-        let armed = *self.0.armed.lock().unwrap_or_else(PoisonError::into_inner);
-        let here = armed.filter(|fault| fault.at == number);
-        let scripted = self.scripts().get_mut(step).and_then(Iterator::next);
-        let broken = || HostError::new(ErrorKind::Other, format!("{step} is broken"));
-        if scripted == Some(Some(When::Before)) {
-            return Err(broken());
-        }
-        self.spring(here, When::Before, step).await?;
-        let result = effect.await;
-        if result.is_ok() {
-            self.spring(here, When::After, step).await?;
-        }
-        if scripted == Some(Some(When::After)) {
-            return Err(broken());
-        }
-        result
-    }
-
-    async fn spring(
-        &self,
-        here: Option<Fault>,
-        when: When,
-        step: &'static str,
-    ) -> Result<(), HostError> {
-        match here
-            .filter(|fault| fault.when == when)
-            .map(|fault| fault.kind)
-        {
-            None => Ok(()),
-            Some(Kind::Fail) => Err(HostError::new(
-                ErrorKind::Other,
-                format!("injected at {step}"),
-            )),
-            Some(Kind::Panic) => panic!("injected at {step}"),
-            Some(Kind::Crash) => {
-                self.0.reached.notify_one();
-                std::future::pending().await
-            }
-            Some(Kind::Cancel) => {
-                self.0.reached.notify_one();
-                Ok(())
-            }
-            Some(Kind::Hold) => {
-                self.0.reached.notify_one();
-                self.0.go_on.notified().await;
-                Ok(())
-            }
-        }
-    }
+    host
 }
 
 /// The same host, with every step counted by `injector`.

@@ -102,6 +102,7 @@ pub(crate) struct State {
     pub(crate) wall: Timestamp,
     pub(crate) next_pid: u32,
     pub(crate) next_value: u64,
+    pub(crate) marks: u64,
     pub(crate) loses_heads: bool,
     pub(crate) lost: BTreeSet<HeadId>,
     pub(crate) starves: bool,
@@ -139,6 +140,11 @@ fn invalid(message: impl Into<String>) -> HostError {
     HostError::new(ErrorKind::Invalid, message)
 }
 
+/// A number that a guest writes has two parts: above, the mark that it was told to keep, and below, how often anything
+/// was written before. So a number may grow as it likes, and still shows which of a guest's pasts it comes from.
+const MARK_SHIFT: u32 = 40;
+const BELOW_MARK: u64 = (1 << MARK_SHIFT) - 1;
+
 impl State {
     /// Every running guest writes one number to its memory and to its disk.
     pub(crate) fn tick(&mut self) {
@@ -149,9 +155,9 @@ impl State {
             .values_mut()
             .filter(|vm| vm.vcpus == Vcpus::Running)
         {
-            vm.value = value;
+            vm.value = (vm.value & !BELOW_MARK) | value;
             if let Some(head) = self.heads.get_mut(&vm.head) {
-                head.value = Some(value);
+                head.value = Some(vm.value);
             }
         }
     }
@@ -331,6 +337,40 @@ impl World {
             return Err(format!("memory holds {} and the disk {disk}", vm.value));
         }
         Ok(disk)
+    }
+
+    /// Has a running guest write a mark to its memory and to its disk, and keep it until it is told another: what a user
+    /// wrote and was told is safe. No mark is like another. `None` if no vCPUs run.
+    #[must_use]
+    pub fn mark(&self, sandbox: &SandboxId) -> Option<u64> {
+        let mut state = self.lock();
+        let mark = state.marks + 1;
+        let vm = state.vms.get_mut(sandbox)?;
+        if vm.vcpus != Vcpus::Running {
+            return None;
+        }
+        vm.value = (mark << MARK_SHIFT) | (vm.value & BELOW_MARK);
+        let (value, head) = (vm.value, vm.head.clone());
+        if let Some(head) = state.heads.get_mut(&head) {
+            head.value = Some(value);
+        }
+        state.marks = mark;
+        Some(mark)
+    }
+
+    /// What a guest would read from a disk that nobody writes to.
+    ///
+    /// # Errors
+    /// It, or something that it stands on, is not there.
+    pub fn read(&self, layer: &Object) -> Result<u64, String> {
+        let content = self.lock().resolve_object(layer);
+        content.map_err(|error| error.to_string())
+    }
+
+    /// The mark in a number that a guest wrote.
+    #[must_use]
+    pub fn mark_in(value: u64) -> u64 {
+        value >> MARK_SHIFT
     }
 
     /// Writes to a page of a running guest's memory that nothing else writes to.

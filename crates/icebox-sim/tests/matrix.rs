@@ -8,12 +8,13 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use icebox_engine::id::GenerationNo;
+use icebox_engine::id::{GenerationNo, SandboxId};
 use icebox_engine::layout::Object;
 use icebox_engine::manifest::v1::Rest;
-use icebox_engine::{Engine, Error, Phase};
+use icebox_engine::{Engine, Error, Phase, SandboxView};
 use icebox_sim::fault::{Fault, Injector, Kind, When, inject};
 use icebox_sim::{FreezeBy, World};
 use support::{IMAGE, create, import_image, leave_nothing, life, named, open, run};
@@ -92,6 +93,7 @@ impl Scene {
         import_image(world, engine).await;
         if matches!(self, CreateFromSnapshot) {
             create(engine, "origin").await;
+            write(world, engine);
             engine
                 .snapshot("origin", SNAPSHOT.parse().unwrap())
                 .await
@@ -102,9 +104,14 @@ impl Scene {
             return;
         }
         create(engine, "subject").await;
+        write(world, engine);
         if matches!(self, PauseSecond | ResumeGeneration) {
             engine.pause("subject").await.unwrap();
             engine.resume("subject", None).await.unwrap();
+            // What a generation has not.
+            if matches!(self, ResumeGeneration) {
+                write(world, engine);
+            }
         }
         match self.before() {
             Some(Phase::Paused) => drop(engine.pause("subject").await.unwrap()),
@@ -117,6 +124,19 @@ impl Scene {
                 .await
                 .unwrap();
         }
+    }
+
+    /// Looks at a guest that runs: it has what its user was told is safe.
+    fn look(self, world: &World, view: &SandboxView) {
+        let value = world.guest_value(&view.record.id).unwrap();
+        let expected = match self {
+            // The image.
+            CreateFromImage => 0,
+            // The newest disk, unless that was set aside for the generation.
+            ResumeGeneration if view.record.branches.is_empty() => 2,
+            _ => 1,
+        };
+        assert_eq!(World::mark_in(value), expected, "{view:?}");
     }
 
     async fn act(self, engine: &Engine) -> Result<(), Error> {
@@ -173,12 +193,10 @@ impl Case {
         let injector = Injector::new();
         let host = || inject(world.host(self.freeze), &injector);
 
-        // What the guest has been told is safe before the verb begins.
-        let (trace, floor) = life(async || {
+        let trace = life(async || {
             let engine = open(host()).await;
             self.scene.set(&world, &engine).await;
             settle_down().await;
-            let floor = floor(&world, &engine);
             injector.arm(self.fault);
             let panics = self.fault.is_some_and(|fault| fault.kind == Kind::Panic);
             let acting = async {
@@ -207,9 +225,9 @@ impl Case {
                 let trace = injector.trace();
                 injector.arm(None);
                 self.look_at_living(&world, &engine, outcome.as_ref(), &trace);
-                return (trace, floor);
+                return trace;
             }
-            (injector.trace(), floor)
+            injector.trace()
         });
         injector.arm(None);
 
@@ -224,10 +242,9 @@ impl Case {
             settle_down().await;
             assert_eq!(picture(&world), resting, "a second start changes nothing");
             for view in engine.list() {
-                let id = view.record.id.clone();
-                run(&engine, &id).await.unwrap();
-                let value = world.guest_value(&id).unwrap();
-                assert!(value >= floor, "{id} lost {floor}: it has {value}");
+                let id = view.record.id.as_str();
+                run(&engine, &view.record.id).await.unwrap();
+                self.scene.look(&world, &engine.inspect(id).unwrap());
             }
             leave_nothing(&world, &engine).await;
         });
@@ -255,7 +272,7 @@ impl Case {
             );
             return;
         }
-        let rests = view.as_ref().map(icebox_engine::SandboxView::phase);
+        let rests = view.as_ref().map(SandboxView::phase);
         match outcome {
             // Cancelled: as if the client had waited.
             None | Some(Ok(())) => assert_eq!(rests, self.scene.after()),
@@ -313,16 +330,13 @@ impl Case {
     }
 }
 
-/// The last number that a guest had written before the verb.
-fn floor(world: &World, engine: &Engine) -> u64 {
-    let running = engine
-        .list()
-        .into_iter()
-        .filter(|view| view.phase() == Phase::Running);
-    running
-        .map(|view| world.guest_value(&view.record.id).unwrap())
-        .max()
-        .unwrap_or(1)
+/// Has every guest that runs write something that must not be lost.
+fn write(world: &World, engine: &Engine) {
+    for view in engine.list() {
+        if view.phase() == Phase::Running {
+            world.mark(&view.record.id).unwrap();
+        }
+    }
 }
 
 /// Lets everything that is under way end. The clock jumps, so this takes no time.
@@ -399,22 +413,28 @@ fn doubt(scene: Scene, freeze: FreezeBy, nth: usize, then_killed: bool) {
     let world = World::new();
     let injector = Injector::new();
     let host = || inject(world.host(freeze), &injector);
-    let floor = life(async || {
+    // What the user was told is safe, by sandbox, when it was told later than [`Scene::look`] knows.
+    let later = life(async || {
         let engine = open(host()).await;
         scene.set(&world, &engine).await;
         settle_down().await;
-        let floor = floor(&world, &engine);
         let fails = std::iter::repeat(Some(When::Before));
         let lost = std::iter::repeat_n(None, nth).chain([Some(When::After)]);
         injector.script("store.commit", lost.chain(fails));
         let outcome = scene.act(&engine).await;
         // A guest that runs on writes on.
-        world.tick();
-        let floor = floor.max(self::floor(&world, &engine));
+        let mut later: BTreeMap<_, _> = engine
+            .list()
+            .into_iter()
+            .filter_map(|view| {
+                let mark = world.mark(&view.record.id)?;
+                Some((view.record.id.clone(), mark))
+            })
+            .collect();
         if then_killed {
             // What somebody else's removal would collect meanwhile.
             engine.collect(false).await.unwrap();
-            return floor;
+            return later;
         }
         let seen = engine.inspect("subject").ok().map(|view| view.phase());
         injector.break_step(None);
@@ -434,8 +454,8 @@ fn doubt(scene: Scene, freeze: FreezeBy, nth: usize, then_killed: bool) {
                     ran.unwrap();
                 }
                 run(&engine, &id).await.unwrap();
-                let value = world.guest_value(&id).unwrap();
-                assert!(value >= floor, "{id} lost {floor}: it has {value}");
+                look_at_later(&world, scene, &engine.inspect(id.as_str()).unwrap(), &later);
+                later.insert(id.clone(), world.mark(&id).unwrap());
             }
         }
         settle_down().await;
@@ -446,7 +466,7 @@ fn doubt(scene: Scene, freeze: FreezeBy, nth: usize, then_killed: bool) {
                 .collect::<Vec<_>>(),
             Vec::<String>::new()
         );
-        floor
+        later
     });
     injector.break_step(None);
     let resting = life(async || {
@@ -476,11 +496,24 @@ fn doubt(scene: Scene, freeze: FreezeBy, nth: usize, then_killed: bool) {
                 }
             }
             run(&engine, &id).await.unwrap();
-            let value = world.guest_value(&id).unwrap();
-            assert!(value >= floor, "{id} lost {floor}: it has {value}");
+            look_at_later(&world, scene, &engine.inspect(id.as_str()).unwrap(), &later);
         }
         leave_nothing(&world, &engine).await;
     });
+}
+
+/// Looks at a guest that may have written since the scene was set.
+fn look_at_later(
+    world: &World,
+    scene: Scene,
+    view: &SandboxView,
+    later: &BTreeMap<SandboxId, u64>,
+) {
+    let Some(later) = later.get(&view.record.id) else {
+        return scene.look(world, view);
+    };
+    let value = world.guest_value(&view.record.id).unwrap();
+    assert_eq!(World::mark_in(value), *later, "{view:?}");
 }
 
 fn doubts(scenes: &[Scene]) {

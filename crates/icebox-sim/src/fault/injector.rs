@@ -1,0 +1,214 @@
+//! The injector: counts steps, and springs the fault that lies ahead.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use icebox_engine::host::{ErrorKind, HostError};
+use tokio::sync::Notify;
+
+#[cfg(feature = "conductor")]
+use super::conductor::Conductor;
+
+/// On which side of a step's effect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum When {
+    /// The effect has not happened.
+    Before,
+    /// It has.
+    After,
+}
+
+/// What happens there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The step returns an error.
+    Fail,
+    /// The step returns the error of a file system that is full.
+    Full,
+    /// The step never returns: the engine is about to be killed.
+    Crash,
+    /// The step panics: a bug.
+    Panic,
+    /// The step goes on, and [`Injector::reached`] completes: the client is about to go away.
+    Cancel,
+    /// The step goes on when it is [told to](Injector::go_on), and [`Injector::reached`] completes: something else is
+    /// about to happen first.
+    Hold,
+}
+
+/// One fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// The step's number, from when the injector was armed, counted from 0.
+    pub at: usize,
+    /// On which side of its effect.
+    pub when: When,
+    /// What happens.
+    pub kind: Kind,
+}
+
+/// What becomes of the calls of one step, in order: done, or failed on one side of the effect. Calls after the last
+/// are done.
+type Script = Box<dyn Iterator<Item = Option<When>> + Send>;
+
+/// Counts steps and springs the fault. Cheap to clone; all clones are the same injector.
+#[derive(Clone, Default)]
+pub struct Injector(Arc<Inner>);
+
+#[derive(Default)]
+struct Inner {
+    armed: Mutex<Option<Fault>>,
+    scripts: Mutex<BTreeMap<&'static str, Script>>,
+    steps: AtomicUsize,
+    trace: Mutex<Vec<&'static str>>,
+    reached: Notify,
+    go_on: Notify,
+    #[cfg(feature = "conductor")]
+    conductor: Option<Conductor>,
+}
+
+/// What a step fails with.
+pub(super) fn broken(step: &str) -> HostError {
+    HostError::new(ErrorKind::Other, format!("injected at {step}"))
+}
+
+/// What it fails with on a full file system.
+pub(super) fn full(step: &str) -> HostError {
+    let cause = std::io::Error::from(std::io::ErrorKind::StorageFull);
+    HostError::io(format!("injected at {step}"), cause)
+}
+
+impl Injector {
+    /// An injector that only counts.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// One that asks `conductor` at each step, and does nothing else.
+    #[cfg(feature = "conductor")]
+    pub(super) fn conducted_by(conductor: Conductor) -> Self {
+        Self(Arc::new(Inner {
+            conductor: Some(conductor),
+            ..Inner::default()
+        }))
+    }
+
+    /// Counts from 0 again, with this fault ahead (or none).
+    pub fn arm(&self, fault: Option<Fault>) {
+        *self.0.armed.lock().unwrap_or_else(PoisonError::into_inner) = fault;
+        self.0
+            .trace
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
+        self.0.steps.store(0, Ordering::SeqCst);
+    }
+
+    /// Makes every step of this name fail before its effect, until it is called with `None`.
+    pub fn break_step(&self, step: Option<&'static str>) {
+        match step {
+            Some(step) => self.script(step, std::iter::repeat(Some(When::Before))),
+            None => self.scripts().clear(),
+        }
+    }
+
+    /// Decides the next calls of the steps of this name, one by one: `None` lets a call be.
+    pub fn script(
+        &self,
+        step: &'static str,
+        calls: impl IntoIterator<Item = Option<When>, IntoIter: Send + 'static>,
+    ) {
+        self.scripts().insert(step, Box::new(calls.into_iter()));
+    }
+
+    fn scripts(&self) -> MutexGuard<'_, BTreeMap<&'static str, Script>> {
+        self.0
+            .scripts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The names of the steps since it was armed, in order.
+    #[must_use]
+    pub fn trace(&self) -> Vec<&'static str> {
+        self.0
+            .trace
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Completes when a crash, cancel or hold has been sprung.
+    pub async fn reached(&self) {
+        self.0.reached.notified().await;
+    }
+
+    /// Lets the step that is held go on.
+    pub fn go_on(&self) {
+        self.0.go_on.notify_one();
+    }
+
+    pub(super) async fn around<T>(
+        &self,
+        step: &'static str,
+        effect: impl Future<Output = Result<T, HostError>> + Send,
+    ) -> Result<T, HostError> {
+        #[cfg(feature = "conductor")]
+        if let Some(conductor) = &self.0.conductor {
+            return conductor.around(step, effect).await;
+        }
+        let number = self.0.steps.fetch_add(1, Ordering::SeqCst);
+        self.0
+            .trace
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(step);
+        let armed = *self.0.armed.lock().unwrap_or_else(PoisonError::into_inner);
+        let here = armed.filter(|fault| fault.at == number);
+        let scripted = self.scripts().get_mut(step).and_then(Iterator::next);
+        if scripted == Some(Some(When::Before)) {
+            return Err(broken(step));
+        }
+        self.spring(here, When::Before, step).await?;
+        let result = effect.await;
+        if result.is_ok() {
+            self.spring(here, When::After, step).await?;
+        }
+        if scripted == Some(Some(When::After)) {
+            return Err(broken(step));
+        }
+        result
+    }
+
+    async fn spring(
+        &self,
+        here: Option<Fault>,
+        when: When,
+        step: &'static str,
+    ) -> Result<(), HostError> {
+        match here
+            .filter(|fault| fault.when == when)
+            .map(|fault| fault.kind)
+        {
+            None => Ok(()),
+            Some(Kind::Fail) => Err(broken(step)),
+            Some(Kind::Full) => Err(full(step)),
+            Some(Kind::Panic) => panic!("injected at {step}"),
+            Some(Kind::Crash) => {
+                self.0.reached.notify_one();
+                std::future::pending().await
+            }
+            Some(Kind::Cancel) => {
+                self.0.reached.notify_one();
+                Ok(())
+            }
+            Some(Kind::Hold) => {
+                self.0.reached.notify_one();
+                self.0.go_on.notified().await;
+                Ok(())
+            }
+        }
+    }
+}
