@@ -11,8 +11,8 @@
 //! ```
 //!
 //! It needs nothing of the kernel that it is started on. What is built from packages is kept under `target/test-host/`
-//! by the digest of the scripts that build it. One test host runs at a time: two on two cores are slower than one after
-//! the other.
+//! by the digest of the scripts that build it. A machine has one processor, so two of them share the suite; who starts a
+//! second test host waits for the first.
 
 mod image;
 mod machine;
@@ -21,6 +21,7 @@ mod suite;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::run::{Failure, target};
@@ -28,19 +29,21 @@ use crate::run::{Failure, target};
 use self::image::Image;
 use self::machine::{Ended, Machine, Mode};
 use self::power::PowerDisk;
-use self::suite::{Half, Suite};
+use self::suite::{Half, Suite, SuiteDisk, Task};
 
 const USAGE: &str = "usage: cargo xtask test-host [--keep | --shell | --power-cut | --bench] [--full] [--test NAME]… [-- ARGUMENTS OF THE TESTS…]";
 
-/// Longer than the whole suite takes on two busy cores. A machine that runs into it is hung.
-const LONGEST: Duration = Duration::from_secs(30 * 60);
+/// Longer than a machine's share of the usual suite takes on a busy host. One that runs into it is hung.
+const LONGEST: Duration = Duration::from_secs(40 * 60);
+/// The same of everything.
+const LONGEST_FULL: Duration = Duration::from_secs(3 * 60 * 60);
 
 struct Options {
     mode: Mode,
     /// The tests that need no power cut.
     suite: bool,
     power_cut: bool,
-    /// With real guests and a power cut: too slow for each change.
+    /// Every test of sandboxes with every driver, and a power cut: too slow for each change.
     full: bool,
     /// What volume drivers cost, in place of the tests.
     bench: bool,
@@ -63,7 +66,7 @@ pub(crate) fn test_host(options: &[String]) -> Result<(), Failure> {
     let image = image::ensure(&cache)?;
     let mut outcome = Ok(());
     if options.suite {
-        outcome = run_suite(&cache, &image, &suite, options.mode);
+        outcome = run_suite(&cache, &image, &suite, &options);
     }
     if options.power_cut {
         // Both are worth knowing.
@@ -74,45 +77,67 @@ pub(crate) fn test_host(options: &[String]) -> Result<(), Failure> {
     outcome
 }
 
-fn run_suite(cache: &Path, image: &Image, suite: &Suite, mode: Mode) -> Result<(), Failure> {
-    let disk = suite.pack(cache, image, mode, None)?;
-    let machine = Machine {
-        image,
-        suite: disk.path(),
-        power: None,
+/// Runs the suite on as many machines as share it, at the same time.
+fn run_suite(cache: &Path, image: &Image, suite: &Suite, options: &Options) -> Result<(), Failure> {
+    let mode = options.mode;
+    let longest = if options.full { LONGEST_FULL } else { LONGEST };
+    let shares = (0..suite.machines()).map(|number| {
+        let name = match suite.machines() {
+            1 => String::new(),
+            _ => format!("{}│ ", number + 1),
+        };
+        Ok((name, suite.pack(cache, image, mode, Task::Share(number))?))
+    });
+    let shares = shares.collect::<Result<Vec<_>, Failure>>()?;
+    let run = |(name, disk): &(String, SuiteDisk)| {
+        let machine = Machine {
+            name,
+            image,
+            suite: disk.path(),
+            power: None,
+        };
+        machine.run(mode, longest)?;
+        match mode {
+            Mode::Shell => Ok(()),
+            Mode::Run | Mode::Keep => suite.outcome(disk),
+        }
     };
-    machine.run(mode, LONGEST)?;
-    match mode {
-        Mode::Shell => Ok(()),
-        Mode::Run | Mode::Keep => suite.outcome(&disk),
-    }
+    thread::scope(|scope| {
+        let running: Vec<_> = shares
+            .iter()
+            .map(|share| scope.spawn(move || run(share)))
+            .collect();
+        let mut outcome = Ok(());
+        for machine in running {
+            let ended = machine.join();
+            let ended = ended.unwrap_or_else(|_| Err(Failure("a machine was lost".to_owned())));
+            // All are worth knowing.
+            outcome = outcome.and(ended);
+        }
+        outcome
+    })
 }
 
 /// Runs the first half of the tests of power cuts until they say so, and the second half on what is left of the disk.
 fn cut_power(cache: &Path, image: &Image, suite: &Suite) -> Result<(), Failure> {
     let mut power = PowerDisk::new(cache)?;
-    let disk = suite.pack(cache, image, Mode::Run, Some(Half::Before))?;
-    let machine = Machine {
-        image,
-        suite: disk.path(),
-        power: Some(&power),
+    let half = |half, power: &PowerDisk| {
+        let disk = suite.pack(cache, image, Mode::Run, Task::Half(half))?;
+        let machine = Machine {
+            name: "",
+            image,
+            suite: disk.path(),
+            power: Some(power),
+        };
+        Ok((machine.run(Mode::Run, LONGEST)?, disk))
     };
-    match machine.run(Mode::Run, LONGEST)? {
-        Ended::PowerCut => {}
-        Ended::PoweredOff => {
-            suite.outcome(&disk)?;
-            return Err(Failure("the power was never cut".to_owned()));
-        }
+    let (ended, disk) = half(Half::Before, &power)?;
+    if ended == Ended::PoweredOff {
+        suite.outcome(&disk)?;
+        return Err(Failure("the power was never cut".to_owned()));
     }
     power.lose_what_was_not_flushed()?;
-
-    let disk = suite.pack(cache, image, Mode::Run, Some(Half::After))?;
-    let machine = Machine {
-        image,
-        suite: disk.path(),
-        power: Some(&power),
-    };
-    machine.run(Mode::Run, LONGEST)?;
+    let (_, disk) = half(Half::After, &power)?;
     suite.outcome(&disk)
 }
 

@@ -16,6 +16,8 @@ export RUST_BACKTRACE=1 ICEBOX_SKIPPED=/mnt/out/skipped
 export ICEBOX_TEST_CACHE=/mnt/cache ICEBOX_TEST_AGENT=/mnt/agent
 # Everything takes this much longer here: what has to be quick has that much more time.
 export ICEBOX_TEST_SLOWNESS=10
+# While one test waits, another goes on; guests, who have deadlines, one at a time.
+export RUST_TEST_THREADS=2
 # The real thing or nothing: a guest emulated in an emulated machine would show little, slowly.
 export ICEBOX_TEST_ACCELERATOR=kvm
 

@@ -46,7 +46,10 @@ pub(super) enum Ended {
 }
 
 /// What a machine is made of.
+#[derive(Clone, Copy)]
 pub(super) struct Machine<'a> {
+    /// What its lines begin with.
+    pub(super) name: &'a str,
     pub(super) image: &'a Image,
     pub(super) suite: &'a Path,
     pub(super) power: Option<&'a PowerDisk>,
@@ -74,7 +77,7 @@ impl Machine<'_> {
             .stdout(Stdio::piped())
             .spawn()
             .map_err(cannot)?;
-        let listened = listen(&mut child, Instant::now() + longest);
+        let listened = listen(&mut child, self.name, Instant::now() + longest);
         if !matches!(listened, Ok(Ended::PoweredOff)) {
             child
                 .kill()
@@ -100,18 +103,19 @@ impl Machine<'_> {
             "none",
             "-no-reboot",
         ]);
-        // `max` brings emulated SVM, so that there is a KVM inside. Copies of memory are twice as fast without ERMS; Linux 6.1
+        // `max` brings emulated SVM, so that there is a KVM inside, on one processor: on two, the emulator forgets whose
+        // memory it looks at, within minutes (docs/decisions/test-host.md). Copies of memory are twice as fast without ERMS; Linux 6.1
         // takes FSRM without ERMS for a licence to copy short buffers with no end, over its own code. Page tables of four
         // levels are walked faster than five.
         command.args([
             "-machine",
             "q35",
             "-accel",
-            "tcg,thread=multi",
+            "tcg",
             "-cpu",
             "max,erms=off,fsrm=off,la57=off",
         ]);
-        command.args(["-smp", "2", "-m", "6G", "-device", "virtio-rng-pci"]);
+        command.args(["-smp", "1", "-m", "6G", "-device", "virtio-rng-pci"]);
         command.arg("-kernel").arg(self.image.vmlinuz());
         command.arg("-initrd").arg(self.image.initramfs());
         // A panic ends the machine; what protects a real CPU costs an emulated one; on a busy host a check of the timer takes
@@ -146,8 +150,9 @@ fn succeeded(status: ExitStatus) -> Result<Ended, Failure> {
     }
 }
 
-/// Copies the machine's console to ours until it is closed, which QEMU does when it ends, or until a power cut is due.
-fn listen(child: &mut Child, until: Instant) -> Result<Ended, Failure> {
+/// Copies the machine's console to ours, each line after the machine's name, until it is closed, which QEMU does when it
+/// ends, or until a power cut is due.
+fn listen(child: &mut Child, name: &str, until: Instant) -> Result<Ended, Failure> {
     let Some(mut console) = child.stdout.take() else {
         return Ok(Ended::PoweredOff);
     };
@@ -166,30 +171,40 @@ fn listen(child: &mut Child, until: Instant) -> Result<Ended, Failure> {
             }
         }
     });
-    let mut out = std::io::stdout();
     let mut line = Vec::new();
     loop {
         match said.recv_timeout(until.saturating_duration_since(Instant::now())) {
             Ok(text) => {
-                out.write_all(&text)
-                    .and_then(|()| out.flush())
-                    .map_err(|error| Failure(format!("standard output: {error}")))?;
                 for part in text.split_inclusive(|byte| *byte == b'\n') {
                     line.extend_from_slice(part);
-                    if line == POWER_CUT {
-                        return Ok(Ended::PowerCut);
-                    }
                     if part.ends_with(b"\n") {
+                        show(name, &line)?;
+                        if line == POWER_CUT {
+                            return Ok(Ended::PowerCut);
+                        }
                         line.clear();
                     }
                 }
             }
-            Err(RecvTimeoutError::Disconnected) => return Ok(Ended::PoweredOff),
+            Err(RecvTimeoutError::Disconnected) => {
+                show(name, &line)?;
+                return Ok(Ended::PoweredOff);
+            }
             Err(RecvTimeoutError::Timeout) => {
-                return Err(Failure(
-                    "the test host did not end in time and was killed; `--keep` gives a shell to look around".to_owned(),
-                ));
+                line.push(b'\n');
+                show(name, &line)?;
+                return Err(Failure(format!(
+                    "{name}the test host did not end in time and was killed; `--keep` gives a shell to look around"
+                )));
             }
         }
     }
+}
+
+/// In one piece: another machine may have something to say, too.
+fn show(name: &str, line: &[u8]) -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(&[name.as_bytes(), line].concat())
+        .and_then(|()| out.flush())
+        .map_err(|error| Failure(format!("standard output: {error}")))
 }

@@ -9,12 +9,12 @@
 //!   out/status, out/skipped        what it says
 //! ```
 
-use std::cell::RefCell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde_json::Value;
 
@@ -23,30 +23,34 @@ use super::machine::Mode;
 use super::{Options, at};
 use crate::run::{Failure, cargo, run, target};
 
-/// A test executable.
-struct Test {
-    name: &'static str,
-    /// Whether it runs where nobody asks for it.
-    usual: bool,
-    /// What it is given where nobody says what.
-    arguments: &'static [&'static str],
-}
+/// A run of a test executable: its name, and the tests in it.
+type Call = (&'static str, &'static [&'static str]);
 
-const TESTS: &[Test] = &[
-    Test {
-        name: "volume_conformance",
-        usual: true,
-        arguments: &[],
-    },
-    // What every volume driver has to carry. The rest of it is run on the machine that this is built on.
-    Test {
-        name: "system",
-        usual: false,
-        arguments: &["drivers::"],
-    },
+const CONFORMANCE: &str = "volume_conformance";
+/// With real guests, each driver by itself.
+const SYSTEM: &str = "system";
+
+/// What runs where nobody says what: what each machine does, so that they take about as long as each other. Of the black-box
+/// suite, what every volume driver has to carry; the rest of it is run on the machine that this is built on.
+const USUAL: &[&[Call]] = &[
+    &[(CONFORMANCE, &[]), (SYSTEM, &["drivers::qcow2"])],
+    &[
+        (SYSTEM, &["drivers::dm-snapshot"]),
+        (SYSTEM, &["drivers::zfs"]),
+        (SYSTEM, &["drivers::reflink"]),
+    ],
+];
+/// Everything.
+const FULL: &[&[Call]] = &[
+    &[(CONFORMANCE, &[]), (SYSTEM, &["::qcow2::"])],
+    &[
+        (SYSTEM, &["::dm-snapshot::"]),
+        (SYSTEM, &["::zfs::"]),
+        (SYSTEM, &["::reflink::"]),
+    ],
 ];
 /// The one with the tests of power cuts.
-const POWER_CUT: &str = "system";
+const POWER_CUT: &str = SYSTEM;
 /// Makes what guests are made of.
 const FIXTURES: &str = "fixtures";
 
@@ -60,16 +64,52 @@ pub(super) enum Half {
     After,
 }
 
+/// What a machine is for.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Task {
+    /// This share of the suite.
+    Share(usize),
+    /// Half of the tests of power cuts.
+    Half(Half),
+}
+
 /// What was built, and what came of it.
 pub(super) struct Suite {
-    /// Test executables with their arguments.
-    tests: Vec<(PathBuf, Vec<String>)>,
+    /// What each machine runs: test executables with their arguments.
+    shares: Vec<Vec<(PathBuf, Vec<String>)>>,
     power_cut: Option<PathBuf>,
     /// What tests start.
     programs: Vec<PathBuf>,
     /// What guests are made of, if there will be any.
     fixtures: Option<Fixtures>,
-    skipped: RefCell<BTreeSet<String>>,
+    skipped: Mutex<BTreeSet<String>>,
+}
+
+/// What each machine is to run, by the names of tests. Whoever wants something in particular, or a shell, gets one machine.
+fn shares(options: &Options) -> Vec<Vec<(String, Vec<String>)>> {
+    if !options.tests.is_empty() || !options.arguments.is_empty() {
+        let usual = [CONFORMANCE.to_owned()];
+        let names = match &options.tests[..] {
+            [] => &usual,
+            named => named,
+        };
+        let calls = names.iter().cloned();
+        return vec![
+            calls
+                .map(|name| (name, options.arguments.clone()))
+                .collect(),
+        ];
+    }
+    let table = if options.full { FULL } else { USUAL };
+    let words = |arguments: &[&str]| arguments.iter().map(ToString::to_string).collect();
+    let shares = table.iter().map(|share| {
+        let calls = share.iter();
+        calls.map(|(name, arguments)| ((*name).to_owned(), words(arguments)))
+    });
+    match options.mode {
+        Mode::Run => shares.map(Iterator::collect).collect(),
+        Mode::Keep | Mode::Shell => vec![shares.flatten().collect()],
+    }
 }
 
 /// What guests are made of.
@@ -123,44 +163,52 @@ pub(super) fn require_old_enough_libc() -> Result<(), Failure> {
 impl Suite {
     /// Builds the tests, and what the guests in them are made of.
     pub(super) fn build(options: &Options) -> Result<Self, Failure> {
-        let known = |name: &String| TESTS.iter().any(|test| name == test.name);
-        if let Some(unknown) = options.tests.iter().find(|name| !known(name)) {
-            let names: Vec<_> = TESTS.iter().map(|test| test.name).collect();
+        let known = [CONFORMANCE, SYSTEM];
+        let mut names = options.tests.iter();
+        if let Some(unknown) = names.find(|name| !known.contains(&name.as_str())) {
             return Err(Failure(format!(
                 "there is no test {unknown} in the test host's suite: {}",
-                names.join(", ")
+                known.join(", ")
             )));
         }
         eprintln!("\n── building the suite");
         let mut suite = Self {
-            tests: Vec::new(),
+            shares: Vec::new(),
             power_cut: None,
             programs: Vec::new(),
             fixtures: None,
-            skipped: RefCell::default(),
+            skipped: Mutex::default(),
         };
         if options.bench {
             let mut command = cargo(["bench", "--no-run", "--package", "icebox-host"]);
             let built = built_by(command.args(["--bench", "volumes"]))?;
             let bench = built.into_iter().find(|built| built.kind == "bench");
             let bench = bench.ok_or_else(|| Failure("cargo built no benchmark".to_owned()))?;
-            suite
-                .tests
-                .push((bench.executable, options.arguments.clone()));
+            let call = (bench.executable, options.arguments.clone());
+            suite.shares.push(vec![call]);
             return Ok(suite);
         }
         // The whole workspace's, as `cargo xtask check` builds them: others would need everything built twice.
         let mut command = cargo(["test", "--workspace", "--no-run"]);
-        for test in TESTS {
-            command.args(["--test", test.name]);
+        for test in known {
+            command.args(["--test", test]);
         }
         command.args(["--example", FIXTURES]);
+        let mut tests = BTreeMap::new();
         for built in built_by(&mut command)? {
             match built.kind.as_str() {
                 "example" => suite.fixtures = Some(Fixtures::make(&built.executable)?),
-                "test" => suite.add(&built.name, built.executable, options),
+                "test" => drop(tests.insert(built.name, built.executable)),
                 _ => suite.programs.push(built.executable),
             }
+        }
+        suite.power_cut = tests.get(POWER_CUT).cloned();
+        for share in shares(options) {
+            let calls = share.into_iter().map(|(name, arguments)| {
+                let missing = || Failure(format!("cargo built no {name}"));
+                Ok((tests.get(&name).ok_or_else(missing)?.clone(), arguments))
+            });
+            suite.shares.push(calls.collect::<Result<_, Failure>>()?);
         }
         match suite.fixtures {
             Some(_) => Ok(suite),
@@ -168,39 +216,25 @@ impl Suite {
         }
     }
 
-    fn add(&mut self, name: &str, executable: PathBuf, options: &Options) {
-        if name == POWER_CUT {
-            self.power_cut = Some(executable.clone());
-        }
-        let Some(test) = TESTS.iter().find(|test| test.name == name) else {
-            return;
-        };
-        let wanted = match &options.tests[..] {
-            [] => test.usual || options.full,
-            named => named.iter().any(|named| named == name),
-        };
-        if wanted {
-            let arguments = match &options.arguments[..] {
-                [] => test.arguments.iter().map(ToString::to_string).collect(),
-                given => given.to_vec(),
-            };
-            self.tests.push((executable, arguments));
-        }
+    /// How many machines share it.
+    pub(super) fn machines(&self) -> usize {
+        self.shares.len()
     }
 
-    /// Makes the disk of a machine that runs the suite, or half of the tests of power cuts.
+    /// Makes the disk of a machine that does its share of the suite, or half of the tests of power cuts.
     pub(super) fn pack(
         &self,
         cache: &Path,
         image: &Image,
         mode: Mode,
-        half: Option<Half>,
+        task: Task,
     ) -> Result<SuiteDisk, Failure> {
         let staging = target().join("test-host-suite");
         remove_tree(&staging)?;
         let target = target();
         let target = target.canonicalize().map_err(at("find", &target))?;
-        let tests = self.tests.iter().map(|(executable, _)| executable);
+        let tests = self.shares.iter().flatten();
+        let tests = tests.map(|(executable, _)| executable);
         let executables = tests.chain(&self.power_cut).chain(&self.programs);
         for executable in executables.collect::<BTreeSet<_>>() {
             let inside = executable.strip_prefix(&target).map_err(|_| {
@@ -220,16 +254,16 @@ impl Suite {
             let path = staging.join(name);
             fs::write(&path, text).map_err(at("write", &path))
         };
-        write("suite", &self.script(half))?;
+        write("suite", &self.script(task))?;
         let settings = [
             ("TARGET", &*target.to_string_lossy()),
             ("MODE", mode.name()),
             (
                 "ICEBOX_TEST_POWER_CUT",
-                match half {
-                    None => "",
-                    Some(Half::Before) => "before",
-                    Some(Half::After) => "after",
+                match task {
+                    Task::Share(_) => "",
+                    Task::Half(Half::Before) => "before",
+                    Task::Half(Half::After) => "after",
                 },
             ),
         ];
@@ -244,7 +278,10 @@ impl Suite {
         let out = staging.join("out");
         fs::create_dir(&out).map_err(at("make", &out))?;
 
-        let disk = cache.join("suite.ext4");
+        let disk = cache.join(match task {
+            Task::Share(number) => format!("suite-{number}.ext4"),
+            Task::Half(_) => "suite.ext4".to_owned(),
+        });
         remove_tree(&disk)?;
         let bytes = allocated(&staging)?;
         let mut make = Command::new("mke2fs");
@@ -259,7 +296,7 @@ impl Suite {
     }
 
     /// What the machine's init runs, in its words.
-    fn script(&self, half: Option<Half>) -> String {
+    fn script(&self, task: Task) -> String {
         let line = |executable: &Path, arguments: &[String]| {
             let words = [executable.to_string_lossy().as_ref()]
                 .into_iter()
@@ -268,15 +305,15 @@ impl Suite {
                 .collect::<Vec<_>>();
             format!("run {}\n", words.join(" "))
         };
-        match half {
-            Some(_) => self
+        match task {
+            Task::Half(_) => self
                 .power_cut
                 .iter()
                 .map(|executable| line(executable, &[]))
                 .collect(),
-            None => {
-                let tests = self.tests.iter();
-                let lines = tests.map(|(executable, arguments)| line(executable, arguments));
+            Task::Share(number) => {
+                let lines = self.shares[number].iter();
+                let lines = lines.map(|(executable, arguments)| line(executable, arguments));
                 format!("check_kernel\n{}", lines.collect::<String>())
             }
         }
@@ -289,7 +326,7 @@ impl Suite {
     pub(super) fn outcome(&self, disk: &SuiteDisk) -> Result<(), Failure> {
         let skipped = read(disk, "/out/skipped")?;
         let lines = skipped.lines().map(str::to_owned);
-        self.skipped.borrow_mut().extend(lines);
+        self.skipped().extend(lines);
         match read(disk, "/out/status")?.trim() {
             "0" => Ok(()),
             "" => Err(Failure(
@@ -299,9 +336,13 @@ impl Suite {
         }
     }
 
+    fn skipped(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.skipped.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Says which tests could not run, and why.
     pub(super) fn print_skipped(&self) {
-        let skipped = self.skipped.borrow();
+        let skipped = self.skipped();
         if skipped.is_empty() {
             println!("\nskipped: nothing");
         } else {

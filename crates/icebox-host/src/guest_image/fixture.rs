@@ -22,6 +22,9 @@ use super::{
 /// What every fixture image is made of: enough for a shell, Python, and commands as another user.
 const SUITE: &str = "bookworm";
 const INCLUDE: [&str; 2] = ["python3", "sudo"];
+/// MiB of it, half of them in use. Every site that imports it reads and hashes all of them, for which an emulated machine
+/// takes half a minute for each 512.
+const IMAGE_MIB: u64 = 512;
 
 /// Why there is no fixture. A test that gets this fails; it does not pass by skipping.
 #[derive(Debug, thiserror::Error)]
@@ -151,7 +154,7 @@ pub fn initramfs() -> Result<Initramfs, FixtureError> {
 /// It is not cached and cannot be built.
 pub fn debian_image() -> Result<PathBuf, FixtureError> {
     let _lock = lock("image")?;
-    let path = cache_dir().join(format!("{SUITE}-{}.ext4", INCLUDE.join("-")));
+    let path = cache_dir().join(format!("{SUITE}-{}-{IMAGE_MIB}M.ext4", INCLUDE.join("-")));
     if path.exists() {
         return Ok(path);
     }
@@ -160,7 +163,7 @@ pub fn debian_image() -> Result<PathBuf, FixtureError> {
             suite: SUITE.to_owned(),
             include: INCLUDE.map(ToOwned::to_owned).to_vec(),
         },
-        size: None,
+        size: Some(IMAGE_MIB << 20),
     };
     let image = rootfs::build(&places(), &recipe, &Silent)?;
     fs::set_permissions(image.path(), fs::Permissions::from_mode(0o444))

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::crash::{rests, wake};
 use crate::lifecycle::{SUMS, digests, path_of, write};
-use crate::site::{COLD, Site, WARM, kill, patience};
+use crate::site::{COLD, Site, WARM, kill, patience, ticking};
 
 tests! {
     every:
@@ -38,7 +38,7 @@ fn sums_on_disk(site: &Site, sandbox: &str) -> String {
 /// Appends numbered records to a file, each of them on the disk before the next, and keeps the journal busy. Shows the
 /// number of the last one whose fsync returned in a file that is not on the disk.
 const WRITER: &str = r#"cat >/dev/shm/writer.py <<'END'
-import os
+import os, time
 records = os.open("/root/records", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 os.makedirs("/root/busy")
 with open("/dev/shm/writer", "w") as pid:
@@ -54,6 +54,8 @@ while True:
     with open("/root/busy/new", "wb") as file:
         file.write(os.urandom(20000))
     os.rename("/root/busy/new", "/root/busy/%d" % (number % 40))
+    # Some of the processor is for others.
+    time.sleep(TICK / 10)
 END
 setsid python3 /dev/shm/writer.py </dev/null >/dev/null 2>&1 &
 until [ -e /dev/shm/synced ] && [ "$(cat /dev/shm/synced)" -ge 50 ]; do sleep 0.1; done"#;
@@ -84,7 +86,7 @@ fn inv_03_inv_04_a_capture_of_a_writing_guest_is_one_instant(site: &mut Site) {
     site.create(WARM, "scribe");
     write(site, "scribe", "s");
     let sums = site.exec("scribe", SUMS);
-    site.exec("scribe", WRITER);
+    site.exec("scribe", &ticking(WRITER));
 
     for round in 0..2 {
         let before = synced(site, "scribe");

@@ -40,6 +40,7 @@ mod power_cut;
 mod site;
 mod space;
 
+use std::num::NonZero;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
@@ -58,7 +59,8 @@ fn main() -> ExitCode {
     }
     let mut arguments = Arguments::from_args();
     // Each with a driver of its own. More would make guests so slow that deadlines mean nothing.
-    arguments.test_threads.get_or_insert(2);
+    let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
+    arguments.test_threads.get_or_insert(processors.min(2));
     let mut trials = Vec::new();
     let suites = [
         ("drivers", drivers::TESTS),
@@ -73,7 +75,7 @@ fn main() -> ExitCode {
         .flat_map(|(suite, tests)| tests.iter().map(move |test| (suite, test)));
     for (suite, &(name, test, drivers)) in tests {
         for &driver in drivers {
-            let name = format!("{suite}::{name}::{}", driver.name());
+            let name = format!("{suite}::{}::{name}", driver.name());
             let runs = driver.can_run(&name);
             let trial = Trial::test(name.clone(), move || {
                 let begun = Instant::now();
