@@ -137,11 +137,12 @@ async fn serve(config: Config, args: &Args, output: Output) -> Ended {
         None => None,
     };
     let layout = Layout::new(&config.data_dir, &config.run_dir);
-    let ground = if args.sim {
+    let mut ground = if args.sim {
         sim::ground(args.sim_guests)
     } else {
         real::ground(&config, &layout).await?
     };
+    ground.host = icebox_sim::fault::conducted(ground.host);
     let fixtures = ground.fixtures.clone();
     let left = attend(ground, layout, &config, (unix, tcp), socket_file, output).await;
     match (&left, fixtures) {

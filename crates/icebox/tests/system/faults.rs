@@ -29,7 +29,7 @@ const AGENT: u16 = 49983;
 
 /// The guest goes on from `count`, and everything that serves a running sandbox does: the proxy's gate is open, its ports
 /// are reached, its use is measured.
-fn assert_runs(site: &Site, sandbox: &str, count: &Count) -> Count {
+pub(crate) fn assert_runs(site: &Site, sandbox: &str, count: &Count) -> Count {
     assert_eq!(site.state(sandbox), "running");
     let now = site.count(sandbox);
     now.assert_goes_on_from(count);
@@ -39,7 +39,7 @@ fn assert_runs(site: &Site, sandbox: &str, count: &Count) -> Count {
     now
 }
 
-fn staged(site: &Site) -> Vec<PathBuf> {
+pub(crate) fn staged(site: &Site) -> Vec<PathBuf> {
     entries(&site.traces.data.join("staging"))
 }
 

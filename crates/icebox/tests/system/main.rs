@@ -27,6 +27,7 @@ macro_rules! tests {
 }
 
 mod chains;
+mod conductor;
 mod crash;
 mod drivers;
 mod faults;
@@ -39,6 +40,7 @@ mod mounts;
 mod power_cut;
 mod site;
 mod space;
+mod steps;
 
 use std::num::NonZero;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -69,6 +71,7 @@ fn main() -> ExitCode {
         ("crash", crash::TESTS),
         ("chains", chains::TESTS),
         ("space", space::TESTS),
+        (steps::NAME, steps::TESTS),
     ];
     let tests = suites
         .iter()
@@ -76,7 +79,8 @@ fn main() -> ExitCode {
     for (suite, &(name, test, drivers)) in tests {
         for &driver in drivers {
             let name = format!("{suite}::{}::{name}", driver.name());
-            let runs = driver.can_run(&name);
+            let runs =
+                driver.can_run(&name) && (*suite != steps::NAME || steps::runs(driver, &name));
             let trial = Trial::test(name.clone(), move || {
                 let begun = Instant::now();
                 shared(driver, test);

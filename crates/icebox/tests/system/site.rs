@@ -13,6 +13,7 @@ use std::time::Duration;
 use icebox_engine::layout::Layout;
 use icebox_host::guest_image::fixture;
 use icebox_host::store::FileStore;
+use icebox_sim::fault::CONDUCTOR;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
@@ -21,6 +22,8 @@ use crate::ground::Ground;
 use crate::marks::{Marks, Traces};
 use crate::monitor::Monitor;
 
+/// How many times slower than others a machine is that says so.
+const SLOWNESS: &str = "ICEBOX_TEST_SLOWNESS";
 /// How many sandboxes a site has room for.
 pub(crate) const SLOTS: u32 = 128;
 /// The template of sandboxes that boot, which a test builds if it needs it.
@@ -58,6 +61,20 @@ pub(crate) struct Count {
 }
 
 impl Count {
+    /// What a counter's file says.
+    #[track_caller]
+    pub(crate) fn of(shown: &str) -> Self {
+        let fields: Vec<_> = shown.split(' ').collect();
+        let [pid, count, memory] = fields[..] else {
+            panic!("the counter shows {shown:?}")
+        };
+        Self {
+            pid: pid.parse().unwrap(),
+            count: count.parse().unwrap(),
+            memory: memory.parse().unwrap(),
+        }
+    }
+
     /// `self` is a later state of the process that showed `earlier`.
     pub(crate) fn assert_goes_on_from(&self, earlier: &Self) {
         assert_eq!(
@@ -236,10 +253,16 @@ impl Site {
         command
             .args(["serve", "--config"])
             .arg(self.scratch("icebox.toml"))
+            .env(CONDUCTOR, self.conductor())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
         command
+    }
+
+    /// Where daemons look for who conducts them. Nobody does, unless a test listens there.
+    pub(crate) fn conductor(&self) -> PathBuf {
+        self.scratch("conductor")
     }
 
     pub(crate) fn daemon_pid(&self) -> u32 {
@@ -381,16 +404,7 @@ impl Site {
     /// What the counter in a sandbox from [`WARM`] shows.
     #[track_caller]
     pub(crate) fn count(&self, sandbox: &str) -> Count {
-        let shown = self.exec(sandbox, "cat /tmp/count");
-        let fields: Vec<_> = shown.split(' ').collect();
-        let [pid, count, memory] = fields[..] else {
-            panic!("the counter shows {shown:?}")
-        };
-        Count {
-            pid: pid.parse().unwrap(),
-            count: count.parse().unwrap(),
-            memory: memory.parse().unwrap(),
-        }
+        Count::of(&self.exec(sandbox, "cat /tmp/count"))
     }
 
     /// The kinds of what has happened after event `since`, oldest first.
@@ -548,8 +562,13 @@ fn network(chosen: &Path) -> (UnixListener, String) {
 
 /// How long something that must be quick may take: `limit`, or what that is on a machine which says that it is slow.
 pub(crate) fn patience(limit: Duration) -> Duration {
-    let slowness = std::env::var("ICEBOX_TEST_SLOWNESS");
+    let slowness = std::env::var(SLOWNESS);
     limit * slowness.map_or(1, |times| times.parse().unwrap())
+}
+
+/// Whether this is such a machine.
+pub(crate) fn is_slow() -> bool {
+    std::env::var_os(SLOWNESS).is_some()
 }
 
 /// Runs a tool to its end; its output is part of the failure.
