@@ -34,7 +34,7 @@ use serde::{Deserialize, Serialize};
 
 pub use child::launcher_main;
 pub use control::{LaunchError, Launcher};
-pub use process::{Ended, Process, boot_id, identity_of};
+pub use process::{Ended, Process, boot_id, identity_of, is_of_the_kernel};
 
 /// The hidden first argument with which a binary is asked to be the launcher.
 pub const LAUNCHER_ARGUMENT: &str = "box-launch";

@@ -38,11 +38,27 @@ pub fn identity_of(pid: u32) -> io::Result<ProcessIdentity> {
     })
 }
 
-/// Field 22 of `/proc/<pid>/stat`. The second field is the command in parentheses and may itself contain spaces and
-/// parentheses, so counting starts at the last one, proc(5).
+/// Whether this is a thread of the kernel. KVM's workers join the control groups of the VMM that they work for
+/// (`kvm_vm_create_worker_thread` in `virt/kvm/kvm_main.c`), and are nobody's VMM.
+///
+/// # Errors
+/// [`io::ErrorKind::NotFound`] if there is no such process.
+pub fn is_of_the_kernel(pid: u32) -> io::Result<bool> {
+    /// `include/linux/sched.h`.
+    const PF_KTHREAD: u64 = 0x0020_0000;
+    let flags = field(&fs::read_to_string(format!("/proc/{pid}/stat"))?, 9)?;
+    Ok(flags & PF_KTHREAD != 0)
+}
+
 fn start_ticks(stat: &str) -> io::Result<u64> {
+    field(stat, 22)
+}
+
+/// A field of `/proc/<pid>/stat`, which are numbered from 1. The second is the command in parentheses and may itself contain
+/// spaces and parentheses, so counting starts at the last one, proc(5).
+fn field(stat: &str, number: usize) -> io::Result<u64> {
     stat.rsplit_once(')')
-        .and_then(|(_, rest)| rest.split_ascii_whitespace().nth(22 - 3))
+        .and_then(|(_, rest)| rest.split_ascii_whitespace().nth(number - 3))
         .and_then(|field| field.parse().ok())
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "malformed /proc/<pid>/stat"))
 }
@@ -196,7 +212,15 @@ mod tests {
         let fields: Vec<String> = (3..=52).map(|n| n.to_string()).collect();
         let stat = format!("77 (a) 9 9 (b) {}", fields.join(" "));
         assert_eq!(start_ticks(&stat).unwrap(), 22);
+        assert_eq!(field(&stat, 9).unwrap(), 9);
         assert!(start_ticks("77 (cut").is_err());
+    }
+
+    #[test]
+    fn this_process_is_not_of_the_kernel() {
+        assert!(!is_of_the_kernel(std::process::id()).unwrap());
+        let missing = is_of_the_kernel(u32::MAX).unwrap_err();
+        assert_eq!(missing.kind(), io::ErrorKind::NotFound);
     }
 
     #[tokio::test]

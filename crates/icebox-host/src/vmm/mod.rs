@@ -6,3 +6,8 @@
 
 mod memory;
 pub mod qemu;
+
+/// The file of a VMM's runtime directory that says which process it is: its [identity], as JSON, written before it starts.
+///
+/// [identity]: icebox_engine::host::ProcessIdentity
+pub const PID_FILE: &str = "pid";

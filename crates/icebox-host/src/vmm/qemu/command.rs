@@ -10,6 +10,7 @@ use icebox_engine::unit::Geometry;
 
 use super::disk::{self, Storage};
 use crate::launcher::{BOX_DIRECTORY, Bind, BoxSpec, OpenFile, Source};
+use crate::vmm::PID_FILE;
 use crate::vmm::qemu::Accelerator;
 
 /// Which arrangement of devices this program makes. Part of [`VmmIdentity::machine`](icebox_engine::host::VmmIdentity),
@@ -29,8 +30,6 @@ pub(super) const TRANSLATION_BUFFER_MIB: u32 = 32;
 
 /// Files of one VMM's runtime directory.
 pub(super) const SOCKET: &str = "qmp.sock";
-/// The identity of the VMM's process, as JSON, written before it starts.
-pub(super) const PID_FILE: &str = "pid";
 /// FIFO of the guest's serial console.
 pub(super) const CONSOLE: &str = "console";
 /// FIFO of the VMM's stderr.

@@ -43,10 +43,11 @@ pub use accelerator::{Accelerator, AcceleratorChoice};
 
 use self::binary::Binary;
 use self::clock::Calibration;
-use self::command::{BOOT_CONFIG, CONSOLE, Common, PID_FILE, SOCKET, STDERR};
+use self::command::{BOOT_CONFIG, CONSOLE, Common, SOCKET, STDERR};
 use self::machine::{Outputs, QemuMachine};
 use crate::boxes::HostBoxes;
-use crate::launcher::{Launcher, Process};
+use crate::launcher::{Launcher, Process, is_of_the_kernel};
+use crate::vmm::PID_FILE;
 
 /// From exec to the monitor's greeting: 30 ms on an idle machine.
 const START_DEADLINE: Duration = Duration::from_secs(30);
@@ -152,7 +153,12 @@ impl Qemu {
         let failed = |error| HostError::io(format!("find the VMM of sandbox {sandbox}"), error);
         let mut held = Vec::new();
         for pid in self.boxes.cgroups().pids(sandbox)? {
-            held.extend(Process::open(pid).map_err(failed)?);
+            match is_of_the_kernel(pid) {
+                Ok(false) => held.extend(Process::open(pid).map_err(failed)?),
+                Ok(true) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(failed(error)),
+            }
         }
         if !held.is_empty() {
             let still = self.boxes.cgroups().pids(sandbox)?;
