@@ -179,7 +179,7 @@ async fn probe(
             qemu.args(["-serial", "chardev:out", "-kernel"]).arg(kernel);
             qemu.args([
                 "-append",
-                "console=ttyS0 earlyprintk=ttyS0 reboot=t panic=-1",
+                "console=ttyS0 earlyprintk=ttyS0 reboot=t panic=-1 cryptomgr.notests",
             ]);
             watch(qemu, b"not syncing: VFS", silence).await?;
         }
