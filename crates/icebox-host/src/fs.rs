@@ -504,6 +504,15 @@ fn for_each_stretch(
     Ok(())
 }
 
+/// Writes what the page cache has of a file out, and waits for the disk to have it. Not durable: that takes more.
+pub(crate) fn write_out(file: &File) -> io::Result<()> {
+    match sys::write_out(file) {
+        // A file system that has no such thing writes when it likes.
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
+        written => written,
+    }
+}
+
 /// Drops what the page cache has of a file that is durable, so that what is read next comes from the disk. As far as the
 /// file system does that: it is advice.
 pub(crate) fn forget_cached(file: &File) {

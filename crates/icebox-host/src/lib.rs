@@ -10,6 +10,7 @@ pub mod guest_image;
 pub mod instance;
 pub mod launcher;
 pub mod network;
+mod pace;
 pub mod pool;
 #[cfg(any(test, feature = "fixture"))]
 pub mod skip;

@@ -2,14 +2,17 @@
 
 use std::fs::{self, File};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use icebox_engine::host::BlockDevice;
+use icebox_engine::id::SandboxId;
+use icebox_host::launcher::identity_of;
+use icebox_host::vmm::PID_FILE;
 
 use crate::Options;
 use crate::ground::{Ground, Volume, blockdev, run};
-use crate::io::Load;
+use crate::io::{Load, seconds};
 use crate::table::{Table, median, ms, number};
 
 pub(crate) const COLUMNS: &[&str] = &[
@@ -127,12 +130,22 @@ async fn guest_meanwhile(ground: &Ground, volume: &Volume, out: &Path) -> f64 {
     // The first time its chunks are new; then they are its own.
     load.seconds(&disk);
     let alone = load.seconds(&disk);
-    let running = tokio::task::spawn_blocking(move || load.seconds(&disk));
+    let mut command = load.command(&disk);
+    let guest_at_work = command.stdout(Stdio::piped()).spawn().unwrap();
+    // Where a copy looks for guests.
+    let vm = ground.layout.vm(&SandboxId::random());
+    fs::create_dir_all(&vm).unwrap();
+    let identity = identity_of(guest_at_work.id()).unwrap();
+    fs::write(vm.join(PID_FILE), serde_json::to_vec(&identity).unwrap()).unwrap();
+    let running = tokio::task::spawn_blocking(move || guest_at_work.wait_with_output().unwrap());
     while !running.is_finished() {
         ground.driver.flatten(&volume.chain, out).await.unwrap();
         fs::remove_file(out).unwrap();
     }
-    let meanwhile = running.await.unwrap();
+    let output = running.await.unwrap();
+    fs::remove_dir_all(vm).unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let meanwhile = seconds(&String::from_utf8(output.stdout).unwrap());
     ground.remove(&guest).await;
     alone / meanwhile
 }

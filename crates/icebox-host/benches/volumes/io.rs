@@ -61,13 +61,17 @@ impl Load {
 
     /// Seconds that it took.
     pub(crate) fn seconds(self, disk: &Value) -> f64 {
-        let said = run(&mut self.command(disk));
-        let time = said
-            .split_once("Run completed in ")
-            .and_then(|(_, rest)| rest.split_whitespace().next())
-            .unwrap_or_else(|| panic!("qemu-img bench said {said:?}"));
-        time.parse().unwrap()
+        seconds(&run(&mut self.command(disk)))
     }
+}
+
+/// What `qemu-img bench` says that it took.
+pub(crate) fn seconds(said: &str) -> f64 {
+    let time = said
+        .split_once("Run completed in ")
+        .and_then(|(_, rest)| rest.split_whitespace().next())
+        .unwrap_or_else(|| panic!("qemu-img bench said {said:?}"));
+    time.parse().unwrap()
 }
 
 pub(crate) async fn measure(ground: &mut Ground, options: &Options, table: &mut Table) {

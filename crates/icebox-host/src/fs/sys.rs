@@ -1,7 +1,12 @@
-//! `FS_IOC_FIEMAP`: which extents a file has, and which of them it shares.
-#![allow(unsafe_code, reason = "an ioctl with a structure of its own")]
+//! `FS_IOC_FIEMAP`: which extents a file has, and which of them it shares. `sync_file_range`.
+#![allow(
+    unsafe_code,
+    reason = "an ioctl with a structure of its own, and a call that no crate wraps"
+)]
 
 use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd as _;
 
 use rustix::io::Errno;
 use rustix::ioctl::{self, Opcode, Updater, opcode};
@@ -79,5 +84,17 @@ pub(super) fn exclusive_extents(file: &File) -> Result<u64, Errno> {
             return Ok(sum);
         }
         start = next;
+    }
+}
+
+/// Writes the file's changed pages out and waits for them, sync_file_range(2). Neither its metadata nor the disk's own cache.
+pub(super) fn write_out(file: &File) -> io::Result<()> {
+    let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE
+        | libc::SYNC_FILE_RANGE_WRITE
+        | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    // SAFETY: the call takes an open descriptor and numbers; a length of 0 is up to the end of the file.
+    match unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, flags) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }

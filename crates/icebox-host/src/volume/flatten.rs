@@ -13,14 +13,12 @@ use std::path::Path;
 use icebox_engine::host::HostError;
 
 use crate::fs::{self, clamp_usize, failed};
+use crate::pace::Pace;
 
 /// What layers are made of: the chunks of device-mapper's snapshots here, the subclusters of our overlays.
 pub(super) const BLOCK: u64 = 4096;
 /// How much is read at a time, at most.
 pub(super) const PIECE: u64 = 256 * BLOCK;
-
-/// How much is written before the disk is told to begin with it.
-const WRITE_OUT: u64 = 8 << 20;
 
 /// What a layer says of blocks that follow each other, at most a [`PIECE`].
 pub(super) struct Change {
@@ -62,6 +60,7 @@ pub(super) fn flatten<L: Layer>(
     layers: &[L],
     size: u64,
     (out, out_path): (&File, &Path),
+    pace: &mut Pace,
 ) -> Result<(), HostError> {
     let failed_at_base = |error| {
         let action = format!("copy {} to", base_path.display());
@@ -72,7 +71,7 @@ pub(super) fn flatten<L: Layer>(
     let mut out = Out {
         file: out,
         is_clone,
-        cached: 0,
+        pace,
     };
     let mut written = Written::default();
     for layer in layers {
@@ -89,8 +88,7 @@ struct Out<'a> {
     file: &'a File,
     /// It began with the base's content, so zeros have to be made. In what is still a hole, they are there.
     is_clone: bool,
-    /// Bytes since the disk was last told to begin with them.
-    cached: u64,
+    pace: &'a mut Pace,
 }
 
 impl Out<'_> {
@@ -100,13 +98,7 @@ impl Out<'_> {
         } else {
             fs::write_into_hole(self.file, bytes, at)?;
         }
-        self.cached += bytes.len() as u64;
-        if self.cached >= WRITE_OUT {
-            self.cached = 0;
-            // The disk works while the next pieces are read, and nobody else's pages go for ones that nobody reads.
-            rustix::fs::fadvise(self.file, 0, None, rustix::fs::Advice::DontNeed)?;
-        }
-        Ok(())
+        self.pace.wrote(self.file, bytes.len() as u64)
     }
 
     fn zero(&self, at: u64, length: u64) -> io::Result<()> {
@@ -302,7 +294,8 @@ mod tests {
     fn flat(base: &File, layers: &[Changes], size: u64) -> (Vec<u8>, u64) {
         let out = tempfile::tempfile().unwrap();
         let path = Path::new("/a/file");
-        flatten((base, path), layers, size, (&out, path)).unwrap();
+        let mut pace = Pace::alone();
+        flatten((base, path), layers, size, (&out, path), &mut pace).unwrap();
         let mut content = vec![1; clamp_usize(size)];
         out.read_exact_at(&mut content, 0).unwrap();
         let firsts = content.chunks(clamp_usize(BLOCK)).map(|block| {

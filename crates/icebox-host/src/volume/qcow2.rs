@@ -35,6 +35,7 @@ use self::format::Overlay;
 use super::flatten::{self, BLOCK, Change, Content, Layer};
 use super::heads::{self, Heads};
 use crate::fs::{self, failed};
+use crate::pace::Pace;
 
 /// The `qcow2` driver.
 #[derive(Clone, Debug)]
@@ -316,7 +317,14 @@ fn flatten(layout: &Layout, chain: &Chain, out: &Path) -> Result<(), HostError> 
             Ok(Changed { path, overlay })
         })
         .collect::<Result<_, HostError>>()?;
+    let mut pace = Pace::beside_guests(layout);
     fs::create_whole(out, |file| {
-        flatten::flatten((&base, &image), &layers, chain.size.0, (file, out))
+        flatten::flatten(
+            (&base, &image),
+            &layers,
+            chain.size.0,
+            (file, out),
+            &mut pace,
+        )
     })
 }

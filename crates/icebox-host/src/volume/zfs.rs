@@ -44,6 +44,7 @@ use super::heads;
 use crate::blocking::blocking;
 use crate::fs::{self, failed};
 use crate::instance::Instance;
+use crate::pace::Pace;
 use crate::turns::Turns;
 
 /// The `zfs` driver.
@@ -366,7 +367,8 @@ fn flatten(
             let (volume, snapshot) = datasets.layer(layer)?.ok_or_else(|| no_layer(layer))?;
             fs::create_whole(out, |file| {
                 set_length(file)?;
-                datasets.pool.read(&volume, &snapshot, file)
+                let mut pace = Pace::beside_guests(layout);
+                datasets.pool.read(&volume, &snapshot, file, &mut pace)
             })
         }
         // The image is there, beside what was made of it.

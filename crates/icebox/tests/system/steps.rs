@@ -44,7 +44,10 @@ pub(crate) fn runs(driver: Driver, test: &str) -> bool {
     let usual = driver == Driver::Qcow2 && !is_slow();
     let runs = usual || std::env::var_os(EVERY_PAIR).is_some();
     if !runs {
-        skip(test, "takes minutes with each driver: `cargo xtask soak pairs`");
+        skip(
+            test,
+            "takes minutes with each driver: `cargo xtask soak pairs`",
+        );
     }
     runs
 }

@@ -460,6 +460,7 @@ pub(super) mod tests {
     use std::process::Command;
 
     use super::*;
+    use crate::pace::Pace;
     use crate::volume::flatten::flatten;
     use crate::volume::qcow2::Changed;
 
@@ -550,7 +551,8 @@ pub(super) mod tests {
         let overlay = Overlay::open(File::open(&path).unwrap(), SIZE).unwrap();
         let image = File::open(&base).unwrap();
         let layers = [Changed { path, overlay }];
-        flatten((&image, &base), &layers, SIZE, (&out, &ours)).unwrap();
+        let mut pace = Pace::alone();
+        flatten((&image, &base), &layers, SIZE, (&out, &ours), &mut pace).unwrap();
         // Compares content, reading through the chain on one side.
         qemu(
             "qemu-img",

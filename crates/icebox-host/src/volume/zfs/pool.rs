@@ -22,6 +22,7 @@ use super::names::{Root, Snapshot, Volume};
 use super::nodes::{self, Nodes};
 use super::stream;
 use crate::fs::{self, Chunk, failed};
+use crate::pace::Pace;
 
 /// Bytes of a volume's blocks. A clone has those of its origin, so this is for good.
 ///
@@ -323,6 +324,7 @@ impl ZfsPool {
         volume: &Volume,
         snapshot: &Snapshot,
         out: &File,
+        pace: &mut Pace,
     ) -> Result<(), HostError> {
         let name = self.root.snapshot(volume, snapshot);
         let length = out
@@ -334,7 +336,8 @@ impl ZfsPool {
                 // A volume's last block may reach beyond a disk that is smaller than it.
                 let rest = fs::clamp_usize(length.saturating_sub(offset));
                 let data = &data[..data.len().min(rest)];
-                fs::write_sparse(out, data, offset)
+                fs::write_sparse(out, data, offset)?;
+                pace.wrote(out, data.len() as u64)
             })
         })
     }
