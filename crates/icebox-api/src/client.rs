@@ -21,9 +21,9 @@ use tokio_stream::wrappers::LinesStream;
 use tokio_util::io::StreamReader;
 
 use crate::types::{
-    BuildEvent, Event, Forked, GcReport, GcRequest, Kernel, KernelEvent, NewBuild, NewFork,
-    NewKernel, NewSandbox, NewSnapshot, Report, ResumeRequest, SandboxDetail, Snapshot, Stats,
-    Template, VerbResult, Version,
+    BuildEvent, Event, Forked, GcReport, GcRequest, History, Kernel, KernelEvent, NewBuild,
+    NewFork, NewKernel, NewSandbox, NewSnapshot, Report, ResumeRequest, RollbackRequest,
+    SandboxDetail, Snapshot, Stats, Template, VerbResult, Version,
 };
 use crate::{ErrorBody, ErrorCode};
 
@@ -142,6 +142,33 @@ impl Client {
     /// Starts a stopped sandbox.
     pub async fn start(&self, sandbox: &str) -> Result<VerbResult, ClientError> {
         self.verb(sandbox, "start", &()).await
+    }
+
+    /// Makes a generation of a running sandbox.
+    pub async fn checkpoint(&self, sandbox: &str) -> Result<VerbResult, ClientError> {
+        self.verb(sandbox, "checkpoints", &()).await
+    }
+
+    /// Brings a sandbox to a point of its history.
+    pub async fn rollback(
+        &self,
+        sandbox: &str,
+        how: &RollbackRequest,
+    ) -> Result<VerbResult, ClientError> {
+        self.verb(sandbox, "rollback", how).await
+    }
+
+    /// Every point that a sandbox can go back to.
+    pub async fn history(&self, sandbox: &str) -> Result<History, ClientError> {
+        self.get(&format!("/sandboxes/{}/history", segment(sandbox)))
+            .await
+    }
+
+    /// Removes a generation or a branch.
+    pub async fn forget(&self, sandbox: &str, point: &str) -> Result<(), ClientError> {
+        let path = format!("/sandboxes/{}/history/{}", segment(sandbox), segment(point));
+        let answer = self.send(Method::DELETE, &path, Bytes::new()).await?;
+        self.drain(answer).await
     }
 
     /// Snapshots a sandbox.

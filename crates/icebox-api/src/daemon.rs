@@ -10,9 +10,9 @@ use futures_util::Stream;
 
 use crate::ApiError;
 use crate::types::{
-    BuildEvent, Event, Forked, GcReport, GcRequest, Kernel, KernelEvent, NewBuild, NewFork,
-    NewKernel, NewSandbox, NewSnapshot, Report, ResumeRequest, SandboxDetail, Snapshot, Stats,
-    Template, VerbResult,
+    BuildEvent, Event, Forked, GcReport, GcRequest, History, Kernel, KernelEvent, NewBuild,
+    NewFork, NewKernel, NewSandbox, NewSnapshot, Report, ResumeRequest, RollbackRequest,
+    SandboxDetail, Snapshot, Stats, Template, VerbResult,
 };
 
 /// A stream that a response is made of.
@@ -38,6 +38,14 @@ pub trait Daemon: Send + Sync + 'static {
     async fn stop(&self, sandbox: &str) -> Result<VerbResult, ApiError>;
     /// From `Stopped` to `Running`.
     async fn start(&self, sandbox: &str) -> Result<VerbResult, ApiError>;
+    /// Makes a generation of a running sandbox.
+    async fn checkpoint(&self, sandbox: &str) -> Result<VerbResult, ApiError>;
+    /// To a point of the sandbox's history.
+    async fn rollback(&self, sandbox: &str, how: RollbackRequest) -> Result<VerbResult, ApiError>;
+    /// Every point that the sandbox can go back to.
+    async fn history(&self, sandbox: &str) -> Result<History, ApiError>;
+    /// Removes a generation, by its number, or a branch, by its name.
+    async fn forget(&self, sandbox: &str, point: &str) -> Result<(), ApiError>;
     /// Makes a template of the sandbox as it is this instant.
     async fn snapshot(&self, sandbox: &str, new: NewSnapshot) -> Result<Snapshot, ApiError>;
     /// Makes running copies of the sandbox as it is this instant.

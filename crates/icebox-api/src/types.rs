@@ -7,6 +7,7 @@ mod build;
 mod doctor;
 mod event;
 mod gc;
+mod history;
 mod kernel;
 mod sandbox;
 mod space;
@@ -16,6 +17,7 @@ pub use build::{BuildEvent, BuildSource, NewBuild};
 pub use doctor::{Check, CheckResult, Report};
 pub use event::{Event, StepTime};
 pub use gc::{Garbage, GcReport, GcRequest};
+pub use history::{History, HistoryPolicy, Now, PastBranch, PastGeneration, RollbackRequest};
 pub use kernel::{Kernel, KernelEvent, KernelSource, NewKernel};
 pub use sandbox::{
     Branch, Forked, Generation, LastVerb, ListedSandbox, NewFork, NewSandbox, NewSnapshot, Outcome,

@@ -126,6 +126,7 @@ impl Script {
             holds: Vec::new(),
             last_exit: None,
             last_verb: None,
+            history: None,
             disk_lost: None,
             broken: None,
         }
@@ -186,6 +187,7 @@ impl Daemon for Script {
         Ok(VerbResult {
             outcome,
             sandbox: self.sandbox(),
+            hint: None,
         })
     }
     async fn resume(&self, _: &str, _: ResumeRequest) -> Result<VerbResult, ApiError> {
@@ -196,6 +198,22 @@ impl Daemon for Script {
     }
     async fn start(&self, _: &str) -> Result<VerbResult, ApiError> {
         never()
+    }
+    async fn checkpoint(&self, _: &str) -> Result<VerbResult, ApiError> {
+        never()
+    }
+    async fn rollback(&self, _: &str, _: RollbackRequest) -> Result<VerbResult, ApiError> {
+        never()
+    }
+    async fn history(&self, _: &str) -> Result<History, ApiError> {
+        never()
+    }
+    async fn forget(&self, sandbox: &str, point: &str) -> Result<(), ApiError> {
+        self.known(sandbox, false)?;
+        match point {
+            "disk-7" => Ok(()),
+            _ => Err(ApiError::new(ErrorCode::InUse, "it is in use")),
+        }
     }
     async fn snapshot(&self, _: &str, _: NewSnapshot) -> Result<Snapshot, ApiError> {
         never()

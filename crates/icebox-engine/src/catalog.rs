@@ -494,15 +494,7 @@ impl Catalog {
         let records = inner.sandboxes.values().map(|entry| &entry.record);
         records
             .filter(|record| record.rests == Rest::Running && record.spec.volume_driver == driver)
-            .filter_map(|record| {
-                record.holds.iter().find_map(|hold| match hold {
-                    Hold::Head { number, .. } => Some(HeadId {
-                        sandbox: record.id.clone(),
-                        number: *number,
-                    }),
-                    _ => None,
-                })
-            })
+            .filter_map(|record| record.head())
             .collect()
     }
 
@@ -586,20 +578,12 @@ impl Catalog {
                 .into_iter()
                 .chain(captures)
                 .chain(opened);
-            let held = record.holds.iter().find_map(|hold| match hold {
-                Hold::Head { number, .. } => Some(*number),
-                _ => None,
-            });
             Owner {
                 object: Object::Sandbox(record.id.clone()),
                 name: format!("sandbox {}", display_name(record)),
-                head: held.map(|number| {
-                    let sandbox = record.id.clone();
-                    (
-                        record.spec.volume_driver.clone(),
-                        HeadId { sandbox, number },
-                    )
-                }),
+                head: record
+                    .head()
+                    .map(|head| (record.spec.volume_driver.clone(), head)),
                 needs: inner.in_order(roots.filter(|root| Some(root) != intended.as_ref())),
             }
         });

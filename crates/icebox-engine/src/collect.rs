@@ -108,9 +108,8 @@ impl Held {
                 Hold::Head { number, .. } => Some(*number),
                 _ => None,
             });
-            let intended = record.intent.iter().filter_map(|intent| match intent {
-                Intent::Freeze { to, .. } => Some(*to),
-                Intent::SetAside { .. } => None,
+            let intended = record.intent.iter().map(|intent| match intent {
+                Intent::Freeze { to: head, .. } | Intent::SetAside { head, .. } => *head,
             });
             held.chain(intended).map(|number| HeadId {
                 sandbox: record.id.clone(),

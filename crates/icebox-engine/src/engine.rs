@@ -2,6 +2,7 @@
 //!
 //! Every verb runs in a task of its own and ends by itself; a caller that stops waiting changes nothing (INV-20).
 
+mod history;
 mod open;
 mod templates;
 mod usage;
@@ -9,6 +10,7 @@ mod usage;
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use jiff::Timestamp;
@@ -25,7 +27,9 @@ use crate::id::{GenerationNo, Name, SandboxId, Slot};
 use crate::layout::Object;
 use crate::ledger::Ledger;
 use crate::lifecycle::Beginning;
-use crate::manifest::v1::{self, Generation, Rest, Spec, Template, TemplateContent};
+use crate::manifest::v1::{
+    self, Generation, HistoryPolicy, Point, Rest, Spec, Template, TemplateContent,
+};
 use crate::merge;
 use crate::panics::{caught, internal};
 use crate::phase::Phase;
@@ -35,6 +39,7 @@ use crate::sandbox::{
 use crate::steps::LastVerb;
 use crate::unit::{Bytes, Geometry};
 
+pub use history::{History, PastBranch, PastGeneration};
 pub use templates::ImageRequest;
 pub use usage::{Part, Usage, Usages};
 
@@ -48,8 +53,10 @@ const AT_ONCE: usize = 8;
 /// What an operator can set.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// How many generations a sandbox keeps: the newest ones. At least 1.
-    pub keep_generations: usize,
+    /// How many generations a sandbox keeps that says nothing else, and how many branches: the newest ones. At least 1.
+    pub keep: usize,
+    /// For how long it keeps them. For ever, unless it is said.
+    pub keep_for: Option<Duration>,
     /// The most memory that one sandbox may ask for, in MiB. Usually the host's.
     pub max_mem_mib: u32,
     /// How many layers may lie under a disk before some are merged into one, in the background. At least 4.
@@ -62,7 +69,8 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            keep_generations: 8,
+            keep: 8,
+            keep_for: None,
             max_mem_mib: u32::MAX,
             max_layers: merge::MAX_LAYERS,
             keep_free: None,
@@ -93,6 +101,8 @@ pub struct CreateRequest {
     pub env: BTreeMap<String, String>,
     /// The user's own words.
     pub metadata: BTreeMap<String, String>,
+    /// What becomes of its past.
+    pub history: HistoryPolicy,
 }
 
 /// A sandbox as it is at this moment.
@@ -345,6 +355,7 @@ impl Engine {
                 hint: "leave CPUs, memory and disk size out; for another machine, `icebox flatten` a sandbox made from it and create from that template".into(),
             });
         }
+        check_history(&request.history)?;
         let mut env = template.env.clone();
         env.extend(request.env.clone());
         Ok(Spec {
@@ -358,6 +369,7 @@ impl Engine {
             egress: request.egress,
             env,
             metadata: request.metadata.clone(),
+            history: request.history.clone(),
         })
     }
 
@@ -386,6 +398,36 @@ impl Engine {
     /// Ends a sandbox's VMM, and keeps its disk.
     pub async fn stop(&self, wanted: &str) -> Result<(Outcome, SandboxView), Error> {
         self.verb(wanted, Request::Stop).await
+    }
+
+    /// Goes to another point of a sandbox's history, and with `run` on from there. A newest disk that is left for it is
+    /// kept as a branch.
+    pub async fn rollback(
+        &self,
+        wanted: &str,
+        to: Point,
+        run: bool,
+    ) -> Result<(Outcome, SandboxView), Error> {
+        if run {
+            self.with_room(wanted).await?;
+        }
+        self.verb(wanted, |reply| Request::Rollback(to, run, reply))
+            .await
+    }
+
+    /// Makes a generation of a running sandbox, which runs on.
+    pub async fn checkpoint(&self, wanted: &str) -> Result<(Outcome, SandboxView), Error> {
+        self.with_room(wanted).await?;
+        self.verb(wanted, Request::Checkpoint).await
+    }
+
+    /// Removes a generation or a branch. What only it needed goes with it.
+    ///
+    /// # Errors
+    /// It is in use: users are named.
+    pub async fn forget(&self, wanted: &str, point: Point) -> Result<(), Error> {
+        let entry = self.shared.catalog.sandbox(wanted)?;
+        ask(&entry, |reply| Request::Forget(point, reply)).await
     }
 
     /// Makes a snapshot template of a running or paused sandbox.
@@ -564,6 +606,27 @@ fn check_geometry(geometry: Geometry, max_vcpus: u8, max_mem_mib: u32) -> Result
     Ok(())
 }
 
+fn check_history(policy: &HistoryPolicy) -> Result<(), Error> {
+    /// A guest that is captured more often does little else.
+    const MIN_CHECKPOINT_SECS: u64 = 10;
+    if policy.keep == Some(0) {
+        return Err(Error::Invalid {
+            message: "a sandbox cannot keep no generation at all".into(),
+            hint: "ask for at least 1: the last pause is what a crash is survived with".into(),
+        });
+    }
+    if policy
+        .checkpoint_every_secs
+        .is_some_and(|it| it < MIN_CHECKPOINT_SECS)
+    {
+        return Err(Error::Invalid {
+            message: "checkpoints cannot be made that often".into(),
+            hint: format!("ask for at least {MIN_CHECKPOINT_SECS} seconds from one to the next"),
+        });
+    }
+    Ok(())
+}
+
 fn new_record(spec: Spec, name: Option<Name>, now: Timestamp) -> v1::Sandbox {
     v1::Sandbox {
         id: SandboxId::random(),
@@ -579,6 +642,7 @@ fn new_record(spec: Spec, name: Option<Name>, now: Timestamp) -> v1::Sandbox {
         restored_from: None,
         opened: Vec::new(),
         generations: Vec::new(),
+        after: None,
         next_generation: GenerationNo(1),
         next_head: 0,
         branches: Vec::new(),

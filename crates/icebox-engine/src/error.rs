@@ -180,7 +180,7 @@ impl Error {
             Self::Unknown { hint, .. } | Self::Invalid { hint, .. } | Self::Exhausted { hint, .. } => Some(hint.clone()),
             Self::Ambiguous { .. } => Some("give more characters of the id, or the full name".into()),
             Self::NameTaken { kind, .. } => Some(format!("choose another name, or remove the {kind} first")),
-            Self::Refused(refusal) => Some(refusal.hint().into()),
+            Self::Refused(refusal) => Some(refusal.hint().into_owned()),
             Self::InUse { .. } => Some("remove what uses it first".into()),
             Self::Unusable { .. } => Some(
                 "nothing of it was removed: put back what is missing and restart the daemon, or remove what needs it".into(),

@@ -8,6 +8,7 @@
 #![warn(missing_docs)]
 
 mod catalog;
+mod chores;
 mod collect;
 mod deadline;
 mod engine;
@@ -31,7 +32,8 @@ mod watch;
 
 pub use collect::Plan;
 pub use engine::{
-    Config, CreateRequest, Engine, ImageRequest, Part, Route, SandboxView, Usage, Usages,
+    Config, CreateRequest, Engine, History, ImageRequest, Part, PastBranch, PastGeneration, Route,
+    SandboxView, Usage, Usages,
 };
 pub use error::Error;
 pub use event::{Batch, Event, Events};

@@ -4,15 +4,19 @@
 //! durable write of the manifest: before it, recovery goes back; after it, recovery goes on.
 
 mod capture;
+mod checkpoint;
 mod create;
 mod destroy;
 mod flatten;
+mod forget;
 mod fork;
 mod freeze;
 mod pause;
 mod power;
 mod recover;
 mod resume;
+mod retention;
+mod rollback;
 mod snapshot;
 mod start;
 mod stop;

@@ -12,11 +12,15 @@
 //!
 //! `Paused` is memory on disk and no process. After a crash a sandbox is `Stopped` with its newest disk; resuming
 //! its last generation from there needs that generation named, because it sets the newest disk aside (INV-51).
-//! Snapshot, fork and flatten leave the phase as it is; destroy leaves nothing.
+//! Rollback goes to any point of a sandbox's history from anywhere: to `Paused` at a generation, to `Stopped` on a branch.
+//! Checkpoint, snapshot, fork and flatten leave the phase as it is; destroy leaves nothing.
 
+use std::borrow::Cow;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+
+use crate::id::GenerationNo;
 
 /// Where a sandbox rests when nothing is happening to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, strum::EnumIter)]
@@ -42,14 +46,20 @@ pub enum Verb {
     Resume,
     /// Back to where an earlier pause was, setting the newest disk aside.
     ResumeGeneration,
+    /// Back to an earlier point, setting the newest disk aside.
+    Rollback,
     /// Process gone, disk kept.
     Stop,
+    /// A generation of the guest, which runs on.
+    Checkpoint,
     /// A template of disk, memory and devices.
     Snapshot,
     /// More sandboxes like this one.
     Fork,
     /// A template of the disk alone.
     Flatten,
+    /// A generation or a branch less.
+    Forget,
     /// Nothing left.
     Destroy,
 }
@@ -78,6 +88,17 @@ pub enum Refusal {
         /// Where the sandbox rests.
         phase: Phase,
     },
+    /// It is not paused, and has been before: there are two ways to have it run.
+    #[error(
+        "cannot resume a sandbox that is stopped{}",
+        .crashed.as_ref().map_or_else(String::new, |why| format!(" since its VMM ended: {why}"))
+    )]
+    NotPaused {
+        /// How its VMM ended, if it did by itself.
+        crashed: Option<String>,
+        /// The pause to go back to.
+        last: GenerationNo,
+    },
     /// A failure could not be undone.
     #[error("cannot {verb}: the sandbox is broken ({why})")]
     Broken {
@@ -91,23 +112,30 @@ pub enum Refusal {
 impl Refusal {
     /// What the user can do instead.
     #[must_use]
-    pub fn hint(&self) -> &'static str {
-        match self {
+    pub fn hint(&self) -> Cow<'static, str> {
+        let hint = match self {
+            Self::NotPaused { last, .. } => {
+                return format!(
+                    "`start` boots its newest disk; `resume --generation {last}` goes back to its last pause, and keeps that disk as a branch"
+                )
+                .into();
+            }
             Self::Broken { .. } => "only `inspect` and `rm` work on a broken sandbox",
             Self::WrongPhase { verb, phase } => match (verb, phase) {
                 (Verb::Start, _) => {
                     "`resume` continues where it was paused; `stop` drops the memory so that `start` boots the disk"
                 }
-                (Verb::Resume, _) => {
-                    "`start` boots its newest disk; `resume --generation N` goes back to a pause and keeps that disk as a branch"
+                (Verb::Resume, _) => "`start` boots its disk: it has never been paused",
+                (Verb::ResumeGeneration, Phase::Running) => {
+                    "`rollback --to N --resume` ends it first, and keeps its newest disk as a branch"
                 }
-                (Verb::ResumeGeneration, Phase::Running) => "`stop` it first",
                 (Verb::Snapshot | Verb::Fork, _) => {
                     "`start` it first, or `flatten` makes a template of its disk alone"
                 }
                 _ => "`start` it first",
             },
-        }
+        };
+        hint.into()
     }
 }
 
@@ -119,10 +147,13 @@ impl Verb {
             Self::Start => "start",
             Self::Pause => "pause",
             Self::Resume | Self::ResumeGeneration => "resume",
+            Self::Rollback => "rollback",
             Self::Stop => "stop",
+            Self::Checkpoint => "checkpoint",
             Self::Snapshot => "snapshot",
             Self::Fork => "fork",
             Self::Flatten => "flatten",
+            Self::Forget => "history rm",
             Self::Destroy => "destroy",
         }
     }
@@ -142,10 +173,19 @@ impl Verb {
             (Self::Start | Self::Resume, Running)
             | (Self::Pause, Paused)
             | (Self::Stop, Stopped) => Ok(Step::AlreadyThere),
-            (Self::Snapshot | Self::Fork, Running | Paused) | (Self::Flatten, _) => Ok(Step::Stays),
+            // It is a generation of itself.
+            (Self::Checkpoint, Paused) => Ok(Step::AlreadyThere),
+            // Or stopped, if the point is a branch.
+            (Self::Rollback, _) => Ok(Step::To(Paused)),
+            (Self::Checkpoint, Running)
+            | (Self::Snapshot | Self::Fork, Running | Paused)
+            | (Self::Flatten | Self::Forget, _) => Ok(Step::Stays),
             (Self::Destroy, _) => Ok(Step::Gone),
             (Self::Start, Paused)
-            | (Self::Pause | Self::Resume | Self::Snapshot | Self::Fork, Stopped)
+            | (
+                Self::Pause | Self::Resume | Self::Checkpoint | Self::Snapshot | Self::Fork,
+                Stopped,
+            )
             | (Self::ResumeGeneration, Running) => Err(Refusal::WrongPhase { verb: self, phase }),
         }
     }
@@ -165,6 +205,8 @@ impl fmt::Display for Verb {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::ResumeGeneration => "resume a generation of",
+            Self::Rollback => "roll back",
+            Self::Forget => "forget a part of",
             other => other.name(),
         })
     }
@@ -179,7 +221,9 @@ mod tests {
     #[test]
     fn inv_19_every_verb_that_moves_is_idempotent() {
         for phase in Phase::iter() {
-            for verb in Verb::iter().filter(|verb| *verb != Verb::ResumeGeneration) {
+            // What these mean where they lead depends on the point that is asked for.
+            let points = [Verb::ResumeGeneration, Verb::Rollback];
+            for verb in Verb::iter().filter(|verb| !points.contains(verb)) {
                 if let Ok(Step::To(next)) = verb.from(phase) {
                     assert_eq!(
                         verb.from(next),

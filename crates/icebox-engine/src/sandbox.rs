@@ -12,6 +12,7 @@ use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::catalog::{Catalog, Pin, PinnedChain};
+use crate::chores::Chores;
 use crate::deadline::{self, within};
 use crate::engine::Config;
 use crate::error::Error;
@@ -23,7 +24,7 @@ use crate::host::{
 use crate::id::{GenerationNo, HeadId, Name, SandboxId};
 use crate::layout::Object;
 use crate::ledger::Ledger;
-use crate::manifest::v1::{self, Capture, Exit, Hold, Intent, Rest, Under};
+use crate::manifest::v1::{self, Capture, Exit, Hold, Intent, Point, Rest, Under};
 use crate::panics::caught;
 use crate::phase::{Phase, Refusal, Step, Verb};
 use crate::space::Stall;
@@ -59,7 +60,10 @@ pub(crate) enum Request {
         Option<GenerationNo>,
         oneshot::Sender<Result<Outcome, Error>>,
     ),
+    Rollback(Point, bool, oneshot::Sender<Result<Outcome, Error>>),
     Stop(oneshot::Sender<Result<Outcome, Error>>),
+    Checkpoint(oneshot::Sender<Result<Outcome, Error>>),
+    Forget(Point, oneshot::Sender<Result<(), Error>>),
     Snapshot(Name, oneshot::Sender<Result<v1::Template, Error>>),
     Fork(oneshot::Sender<Result<Origin, Error>>),
     Freeze(oneshot::Sender<Result<Frozen, Error>>),
@@ -104,6 +108,8 @@ pub(crate) struct Sandbox {
     pub(crate) gate: Gate,
     /// Of the verb under way, or of the one before.
     pub(crate) steps: Steps,
+    /// What is due between verbs.
+    pub(crate) chores: Chores,
     /// Set while the guest stands still for want of room, and after it did.
     stall: Option<Stall>,
     unnamed: Vec<Unnamed>,
@@ -136,6 +142,7 @@ impl Sandbox {
             life: Life::AtRest,
             gate,
             steps: Steps::default(),
+            chores: Chores::new(),
             stall: None,
             unnamed: Vec::new(),
             vain: 0,
@@ -170,6 +177,7 @@ impl Sandbox {
                 }
             };
             let undone = self.undone();
+            let chores = self.chores.due();
             let fate = tokio::select! {
                 biased;
                 reason = ended => {
@@ -195,6 +203,9 @@ impl Sandbox {
                 }
                 () = undone => {
                     self.alone("finishing what was left undone", Self::finish_undone).await
+                }
+                () = chores => {
+                    self.alone("doing what is due", Self::do_chores).await
                 }
                 request = mailbox.recv() => {
                     let Some(request) = request else { return };
@@ -243,6 +254,20 @@ impl Sandbox {
                 })
                 .await
             }
+            Request::Rollback(to, run, reply) => {
+                self.answer(Verb::Rollback, reply, async |it| {
+                    it.rollback(&to, run).await
+                })
+                .await
+            }
+            Request::Checkpoint(reply) => {
+                self.answer(Verb::Checkpoint, reply, async |it| it.checkpoint().await)
+                    .await
+            }
+            Request::Forget(point, reply) => {
+                self.answer(Verb::Forget, reply, async |it| it.forget(&point).await)
+                    .await
+            }
             Request::Stop(reply) => {
                 self.answer(Verb::Stop, reply, async |it| it.stop().await)
                     .await
@@ -283,7 +308,7 @@ impl Sandbox {
         }
     }
 
-    async fn answer<T>(
+    pub(crate) async fn answer<T>(
         &mut self,
         verb: Verb,
         reply: oneshot::Sender<Result<T, Error>>,
@@ -375,18 +400,18 @@ impl Sandbox {
             Some(why) => return refuse(why),
             None => {}
         }
-        let step = verb.from(self.phase())?;
+        let step = self.step(verb)?;
         if step == Step::AlreadyThere {
             return Ok(step);
         }
         self.settle().await?;
         self.unwind().await?;
         // What was finished may have moved it: a disk that is set aside leaves it paused.
-        let step = verb.from(self.phase())?;
+        let step = self.step(verb)?;
         self.require_disk(verb)?;
         let needs_guest = matches!(
             verb,
-            Verb::Pause | Verb::Snapshot | Verb::Fork | Verb::Flatten
+            Verb::Pause | Verb::Checkpoint | Verb::Snapshot | Verb::Fork | Verb::Flatten
         );
         if needs_guest && self.stands_still() && !self.go_on().await {
             return Err(no_room());
@@ -394,17 +419,38 @@ impl Sandbox {
         Ok(step)
     }
 
+    fn step(&self, verb: Verb) -> Result<Step, Refusal> {
+        let record = self.record();
+        match (verb, self.phase(), record.last_generation()) {
+            (Verb::Resume, Phase::Stopped, Some(last)) => Err(Refusal::NotPaused {
+                crashed: record.last_exit.as_ref().map(|exit| exit.detail.clone()),
+                last,
+            }),
+            (_, phase, _) => verb.from(phase),
+        }
+    }
+
     /// Refuses what would read the newest disk if that is lost.
     fn require_disk(&self, verb: Verb) -> Result<(), Error> {
         let reads = match verb {
-            Verb::Start | Verb::Pause | Verb::Snapshot | Verb::Fork | Verb::Flatten => true,
-            Verb::Resume | Verb::ResumeGeneration | Verb::Stop | Verb::Destroy => false,
+            Verb::Start
+            | Verb::Pause
+            | Verb::Checkpoint
+            | Verb::Snapshot
+            | Verb::Fork
+            | Verb::Flatten => true,
+            Verb::Resume
+            | Verb::ResumeGeneration
+            | Verb::Rollback
+            | Verb::Stop
+            | Verb::Forget
+            | Verb::Destroy => false,
         };
         let entry = self.shared.catalog.sandbox(self.id().as_str())?;
         match entry.disk_lost() {
             Some(why) if reads => Err(Error::DiskLost {
                 why: why.to_owned(),
-                last: self.record().generations.last().copied(),
+                last: self.record().last_generation(),
             }),
             _ => Ok(()),
         }
@@ -695,6 +741,7 @@ impl Sandbox {
     pub(crate) fn leave_guest(&mut self) {
         self.gate.shut();
         self.life = Life::AtRest;
+        self.cancel_checkpoint();
         if self.stall.take().is_some() {
             self.shared.catalog.set_stalled(self.id(), false);
         }
@@ -708,7 +755,7 @@ impl Sandbox {
             by_guest: reason.by_guest,
             detail: reason.detail.clone(),
         };
-        let last = self.record().generations.last().copied();
+        let last = self.record().last_generation();
         self.happened(|record| {
             record.rests = Rest::Stopped;
             record.last_exit = Some(exit);
@@ -872,8 +919,9 @@ impl Sandbox {
             Some(Intent::SetAside {
                 layer,
                 branch,
-                generation,
-            }) => self.settle_set_aside(&layer, branch, generation).await,
+                to,
+                head,
+            }) => self.settle_set_aside(&layer, branch, to, head).await,
         }
     }
 }
@@ -928,10 +976,13 @@ fn busy_word(verb: Verb) -> &'static str {
         Verb::Start => "starting",
         Verb::Pause => "pausing",
         Verb::Resume | Verb::ResumeGeneration => "resuming",
+        Verb::Rollback => "rolling back",
         Verb::Stop => "stopping",
+        Verb::Checkpoint => "checkpointing",
         Verb::Snapshot => "snapshotting",
         Verb::Fork => "forking",
         Verb::Flatten => "flattening",
+        Verb::Forget => "forgetting",
         Verb::Destroy => "destroying",
     }
 }

@@ -18,7 +18,7 @@ const KEPT: usize = 2;
 
 fn config() -> Config {
     Config {
-        keep_generations: KEPT,
+        keep: KEPT,
         max_layers: MAX_LAYERS,
         ..Config::default()
     }

@@ -700,7 +700,7 @@ fn inv_38_forks_in_the_making_outlive_their_parent_and_its_generations() {
         life(async || {
             let world = World::new();
             let config = Config {
-                keep_generations: 1,
+                keep: 1,
                 ..Config::default()
             };
             let engine = Engine::open(world.host(freeze), config).await.unwrap();
@@ -753,7 +753,7 @@ fn forks_of_a_running_sandbox_do_not_pile_up_generations() {
                 engine.destroy(id.as_str()).await.unwrap();
             }
         }
-        let keep = Config::default().keep_generations;
+        let keep = Config::default().keep;
         assert_eq!(engine.inspect("a").unwrap().generations.len(), keep);
         let of_a = |what: &String| what.starts_with("generation");
         assert_eq!(world.objects().into_iter().filter(of_a).count(), keep);
@@ -1054,7 +1054,7 @@ fn inv_52_collection_removes_exactly_what_nothing_reaches() {
             engine.resume("a", None).await.unwrap();
         }
         let kept = engine.inspect("a").unwrap().generations.len();
-        assert_eq!(kept, Config::default().keep_generations);
+        assert_eq!(kept, Config::default().keep);
         let planned = engine.collect(true).await.unwrap();
         let removed = engine.collect(false).await.unwrap();
         assert_eq!(planned, removed, "the dry run is the plan");

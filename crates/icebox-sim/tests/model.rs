@@ -203,7 +203,7 @@ impl Play {
     async fn open(&self) -> Engine {
         let config = Config {
             max_layers: 6,
-            keep_generations: 4,
+            keep: 4,
             ..Config::default()
         };
         open_with(self.host(), config).await

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand};
 
 use crate::commands::{
-    completions, copy, create, destroy, doctor, events, exec, flatten, fork, gc, inspect, kernel,
-    list, logs, pause, pool, resume, shell, snapshot, start, stats, stop, template,
+    checkpoint, completions, copy, create, destroy, doctor, events, exec, flatten, fork, gc,
+    history, inspect, kernel, list, logs, pause, pool, resume, rollback, shell, snapshot, start,
+    stats, stop, template,
 };
 use crate::serve;
 
@@ -72,6 +73,9 @@ pub(crate) enum ClientCommand {
     Resume(resume::Args),
     Stop(stop::Args),
     Start(start::Args),
+    Checkpoint(checkpoint::Args),
+    History(history::Args),
+    Rollback(rollback::Args),
     Snapshot(snapshot::Args),
     Fork(fork::Args),
     Flatten(flatten::Args),

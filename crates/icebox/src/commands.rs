@@ -1,5 +1,6 @@
 //! One file per command.
 
+pub(crate) mod checkpoint;
 pub(crate) mod completions;
 pub(crate) mod copy;
 pub(crate) mod create;
@@ -10,6 +11,7 @@ pub(crate) mod exec;
 pub(crate) mod flatten;
 pub(crate) mod fork;
 pub(crate) mod gc;
+pub(crate) mod history;
 pub(crate) mod inspect;
 pub(crate) mod kernel;
 pub(crate) mod list;
@@ -17,6 +19,7 @@ pub(crate) mod logs;
 pub(crate) mod pause;
 pub(crate) mod pool;
 pub(crate) mod resume;
+pub(crate) mod rollback;
 pub(crate) mod shell;
 pub(crate) mod snapshot;
 pub(crate) mod start;
@@ -80,6 +83,9 @@ async fn client(context: &Context, command: ClientCommand) -> Ended {
         ClientCommand::Resume(args) => resume::run(context, &args).await,
         ClientCommand::Stop(args) => stop::run(context, &args).await,
         ClientCommand::Start(args) => start::run(context, &args).await,
+        ClientCommand::Checkpoint(args) => checkpoint::run(context, &args).await,
+        ClientCommand::History(args) => history::run(context, &args).await,
+        ClientCommand::Rollback(args) => rollback::run(context, &args).await,
         ClientCommand::Snapshot(args) => snapshot::run(context, args).await,
         ClientCommand::Fork(args) => fork::run(context, &args).await,
         ClientCommand::Flatten(args) => flatten::run(context, args).await,

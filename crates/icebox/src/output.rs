@@ -66,6 +66,13 @@ impl Output {
         }
     }
 
+    /// What the user could do next, on stderr; not with `--json`.
+    pub(crate) fn hint(self, text: &str) {
+        if !self.json {
+            tell(format_args!("{HINT}hint:{HINT:#} {}", printable(text)));
+        }
+    }
+
     /// Why the command failed, on stderr.
     pub(crate) fn failure(self, failure: &Failure) {
         let body = failure.body();
@@ -82,7 +89,7 @@ impl Output {
             tell(format_args!("  caused by: {}", printable(cause)));
         }
         if let Some(hint) = &body.hint {
-            tell(format_args!("{HINT}hint:{HINT:#} {}", printable(hint)));
+            self.hint(hint);
         }
     }
 

@@ -9,8 +9,8 @@ use http::header::CONTENT_TYPE;
 use super::Context;
 use super::extract::{Json, Query, WantsSandbox};
 use crate::types::{
-    Forked, NewFork, NewSandbox, NewSnapshot, Outcome, ResumeRequest, SandboxDetail, Snapshot,
-    Template, VerbResult,
+    Forked, History, NewFork, NewSandbox, NewSnapshot, Outcome, ResumeRequest, RollbackRequest,
+    SandboxDetail, Snapshot, Template, VerbResult,
 };
 use crate::{ApiError, ErrorCode};
 
@@ -116,6 +116,7 @@ fn shown(context: &Context, result: VerbResult) -> VerbResult {
     VerbResult {
         outcome: result.outcome,
         sandbox: context.shown(result.sandbox),
+        hint: result.hint,
     }
 }
 
@@ -137,6 +138,44 @@ pub(super) async fn start(
         .run_verb(|daemon| async move { daemon.start(&id).await })
         .await
         .map(|result| axum::Json(shown(&context, result)))
+}
+
+pub(super) async fn checkpoint(
+    State(context): State<Context>,
+    Path(id): Path<String>,
+) -> Result<axum::Json<VerbResult>, ApiError> {
+    context
+        .run_verb(|daemon| async move { daemon.checkpoint(&id).await })
+        .await
+        .map(|result| axum::Json(shown(&context, result)))
+}
+
+pub(super) async fn rollback(
+    State(context): State<Context>,
+    Path(id): Path<String>,
+    Json(how): Json<RollbackRequest>,
+) -> Result<axum::Json<VerbResult>, ApiError> {
+    context
+        .run_verb(|daemon| async move { daemon.rollback(&id, how).await })
+        .await
+        .map(|result| axum::Json(shown(&context, result)))
+}
+
+pub(super) async fn history(
+    State(context): State<Context>,
+    Path(id): Path<String>,
+) -> Result<axum::Json<History>, ApiError> {
+    context.daemon.history(&id).await.map(axum::Json)
+}
+
+pub(super) async fn forget(
+    State(context): State<Context>,
+    Path((id, point)): Path<(String, String)>,
+) -> Result<StatusCode, ApiError> {
+    context
+        .run_verb(|daemon| async move { daemon.forget(&id, &point).await })
+        .await?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 pub(super) async fn snapshot(

@@ -41,6 +41,9 @@ pub struct NewSandbox {
     /// Labels; the daemon keeps and returns them.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub metadata: BTreeMap<String, String>,
+    /// What becomes of its past.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub history: Option<super::HistoryPolicy>,
     /// Whether the sandbox reaches public addresses. Absent: the daemon's default.
     #[serde(
         rename = "allow_internet_access",
@@ -176,6 +179,9 @@ pub struct SandboxDetail {
     /// Disks that were set aside.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub branches: Vec<Branch>,
+    /// What becomes of its past, as far as it was said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub history: Option<super::HistoryPolicy>,
     /// Host resources it holds, oldest first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub holds: Vec<String>,
@@ -279,6 +285,9 @@ pub struct VerbResult {
     pub outcome: Outcome,
     /// The sandbox afterwards.
     pub sandbox: SandboxDetail,
+    /// What else the user could have done.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
 }
 
 /// How to resume. An empty body means the newest generation.

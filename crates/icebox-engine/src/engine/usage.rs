@@ -185,7 +185,11 @@ impl Engine {
             .await
     }
 
-    async fn size(&self, object: &Object, owner: Option<&Owner>) -> Result<Bytes, Error> {
+    pub(super) async fn size(
+        &self,
+        object: &Object,
+        owner: Option<&Owner>,
+    ) -> Result<Bytes, Error> {
         const STEP: &str = "measuring an object";
         let host = &self.shared.host;
         if let Object::Layer(layer) = object

@@ -14,7 +14,7 @@ use crate::error::Error;
 use crate::id::{Digest, GenerationNo};
 use crate::layout::{DEVICE_STATE, Object};
 use crate::manifest;
-use crate::manifest::v1::{Generation, Hold, Rest, Under};
+use crate::manifest::v1::{Generation, Hold, MadeBy, Rest, Under};
 use crate::sandbox::{Origin, Sandbox};
 use crate::steps::Steps;
 
@@ -83,6 +83,8 @@ impl Sandbox {
         .await?;
         let generation = Generation {
             number: FIRST,
+            made_by: MadeBy::Create,
+            after: None,
             capture: capture.clone(),
         };
         let into = Object::Generation(self.id().clone(), FIRST);

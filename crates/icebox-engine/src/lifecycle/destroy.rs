@@ -32,17 +32,16 @@ impl Sandbox {
         let object = Object::Sandbox(self.id().clone());
         let intent = self.record().intent.clone();
         self.unwind().await?;
-        if let Some(Intent::Freeze { layer, to }) = &intent {
-            let head = self.head_id(*to);
+        if let Some(Intent::Freeze { layer, to: head } | Intent::SetAside { layer, head, .. }) =
+            &intent
+        {
+            let head = self.head_id(*head);
             within(
                 deadline::DISK,
                 "removing an unused head",
                 self.volumes()?.remove_head(&head),
             )
             .await?;
-            self.making(vec![Object::Layer(layer.clone())]);
-        }
-        if let Some(Intent::SetAside { layer, .. }) = &intent {
             self.making(vec![Object::Layer(layer.clone())]);
         }
         self.discard_unnamed().await;

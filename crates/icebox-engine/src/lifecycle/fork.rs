@@ -1,6 +1,6 @@
 //! Fork: more sandboxes like this one. The sandbox stays where it is.
 //!
-//! 1. Running: capture into a generation of this sandbox, while it runs on. Paused: its generation is there already.
+//! 1. Running: a [checkpoint](super::checkpoint), which stays listed. Paused: its generation is there already.
 //! 2. Each fork is created from that generation like a sandbox from a snapshot template: a directory, a slot of its
 //!    own, a copy of the device state, a head over the layer, a private mapping of the memory. O(1) each, and they
 //!    share nothing that they write (INV-38).
@@ -11,9 +11,7 @@
 
 use crate::error::Error;
 use crate::layout::Object;
-use crate::lifecycle::capture::Then;
-use crate::manifest;
-use crate::manifest::v1::{Capture, Generation, Rest};
+use crate::manifest::v1::{Capture, MadeBy, Rest};
 use crate::phase::Verb;
 use crate::sandbox::{Origin, Sandbox};
 
@@ -29,58 +27,9 @@ impl Sandbox {
             let object = Object::Generation(self.id().clone(), generation);
             return Ok(self.origin(object, capture));
         }
-        let machine = self.machine(Verb::Fork)?;
-        self.check_opened()?;
-        let number = self.record().next_generation;
-        let object = Object::Generation(self.id().clone(), number);
-        let steps = self.steps.clone();
-        let mut attempt = self.begin_capture(object.clone());
-        let document = |capture: &Capture| {
-            manifest::encode(
-                1,
-                &Generation {
-                    number,
-                    capture: capture.clone(),
-                },
-            )
-        };
-        let captured = self
-            .capture(&*machine, &mut attempt, Then::RunsOn, &steps, document)
-            .await;
-        let committed = match captured {
-            Ok(capture) => {
-                let commit = self.update(|record| {
-                    attempt.record(record);
-                    record.generations.push(number);
-                });
-                steps.time("commit", commit).await.map(|()| capture)
-            }
-            Err(error) => Err(error),
-        };
-        match committed {
-            Ok(capture) => {
-                self.shared.catalog.add_generation(
-                    self.id(),
-                    Generation {
-                        number,
-                        capture: capture.clone(),
-                    },
-                );
-                self.emit(
-                    "sandbox.checkpointed",
-                    format!("generation {number}, for its forks"),
-                    &steps,
-                );
-                self.named(&object);
-                let origin = self.origin(object, capture);
-                self.retire_generations().await;
-                Ok(origin)
-            }
-            Err(error) => {
-                self.abandon_capture(&*machine, attempt).await?;
-                Err(error)
-            }
-        }
+        let made = self.capture_running(Verb::Fork, MadeBy::Fork).await?;
+        let object = Object::Generation(self.id().clone(), made.number);
+        Ok(self.origin(object, made.capture))
     }
 
     fn origin(&self, object: Object, capture: Capture) -> Origin {

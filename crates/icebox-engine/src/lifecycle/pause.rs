@@ -7,11 +7,10 @@
 
 use crate::deadline;
 use crate::error::Error;
-use crate::id::GenerationNo;
 use crate::layout::Object;
 use crate::lifecycle::capture::Then;
 use crate::manifest;
-use crate::manifest::v1::{Generation, Rest};
+use crate::manifest::v1::{Capture, MadeBy, Rest};
 use crate::phase::{Step, Verb};
 use crate::sandbox::{Outcome, Sandbox};
 
@@ -27,17 +26,10 @@ impl Sandbox {
         let gate = self.gate.clone();
         let closed = steps.time("drain", gate.close(deadline::DRAIN)).await;
 
+        let maker = self.generation_maker(MadeBy::Pause);
         let object = Object::Generation(self.id().clone(), number);
         let mut attempt = self.begin_capture(object.clone());
-        let document = |capture: &_| {
-            manifest::encode(
-                1,
-                &Generation {
-                    number,
-                    capture: Clone::clone(capture),
-                },
-            )
-        };
+        let document = |capture: &Capture| manifest::encode(1, &maker(capture));
         let captured = self
             .capture(&*machine, &mut attempt, Then::StandsStill, &steps, document)
             .await;
@@ -47,6 +39,7 @@ impl Sandbox {
                     attempt.record(record);
                     record.rests = Rest::Paused { generation: number };
                     record.generations.push(number);
+                    record.after = Some(number);
                 });
                 steps.time("commit", commit).await.map(|()| capture)
             }
@@ -64,41 +57,16 @@ impl Sandbox {
         closed.keep();
         self.leave_guest();
         let saved = capture.saved;
-        self.shared
-            .catalog
-            .add_generation(self.id(), Generation { number, capture });
+        let generation = maker(&capture);
+        self.shared.catalog.add_generation(self.id(), generation);
         drop(pin);
+        self.look_back_soon();
         steps.time("release", self.unwind()).await?;
-        self.retire_generations().await;
         let detail = format!(
             "generation {number}: {} changed pages, {} on disk",
             saved.changed_pages, saved.allocated
         );
         self.emit("sandbox.paused", detail, &steps);
         Ok(Outcome::Changed)
-    }
-
-    /// Forgets the oldest generations beyond the number that is kept, unless forks are being made from them. What they
-    /// alone referred to is collected later.
-    pub(super) async fn retire_generations(&mut self) {
-        let keep = self.shared.config.keep_generations.max(1);
-        let excess = self.record().generations.len().saturating_sub(keep);
-        let catalog = &self.shared.catalog;
-        let object = |number| Object::Generation(self.id().clone(), number);
-        let mut retired = self.record().generations[..excess].to_vec();
-        retired.retain(|number| !catalog.is_pinned(&object(*number)));
-        let retire = |number: &GenerationNo| !retired.contains(number);
-        if retired.is_empty()
-            || self
-                .update(|record| record.generations.retain(retire))
-                .await
-                .is_err()
-        {
-            return;
-        }
-        for number in retired {
-            self.making(vec![Object::Generation(self.id().clone(), number)]);
-        }
-        self.discard_unnamed().await;
     }
 }

@@ -141,6 +141,7 @@ impl Sandbox {
         .await?;
         self.life = Life::Running(machine);
         self.gate.open();
+        self.schedule_checkpoint();
         Ok(())
     }
 

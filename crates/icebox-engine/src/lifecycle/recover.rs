@@ -129,6 +129,7 @@ impl Sandbox {
         }
         self.life = Life::Running(machine);
         self.gate.open();
+        self.schedule_checkpoint_of_adopted();
         if self.record().broken.is_some() {
             self.update(|record| record.broken = None).await?;
         }

@@ -7,17 +7,17 @@
 //! 4. Commit `Running`. A failure before that gives back everything and leaves `Paused`, whole and retryable
 //!    (INV-16): the generation was only read, and the head that was thrown away was new.
 //!
-//! Resuming a named generation of a stopped sandbox first sets its newest disk aside as a branch (INV-51).
+//! Resuming a named generation is a [rollback](super::rollback) to it before that: it first sets the newest disk of a
+//! stopped sandbox aside as a branch (INV-51).
 
-use crate::deadline::{self, within};
 use crate::error::Error;
 use crate::host::{GuestOrigin, MemorySource, Start};
-use crate::id::{GenerationNo, LayerId, MemoryId, Name};
+use crate::id::{GenerationNo, MemoryId};
 use crate::layout::{DEVICE_STATE, MEMORY_BASE, MEMORY_DIFF, Object};
 use crate::lifecycle::power::power_holds;
-use crate::manifest::v1::{Branch, Capture, Hold, Intent, Rest, Under};
-use crate::phase::{Phase, Refusal, Step, Verb};
-use crate::sandbox::{Chained, Outcome, Sandbox};
+use crate::manifest::v1::{Capture, Hold, Point, Rest, Under};
+use crate::phase::{Refusal, Step, Verb};
+use crate::sandbox::{Outcome, Sandbox};
 use crate::steps::Steps;
 use crate::unit::Geometry;
 
@@ -52,16 +52,9 @@ impl Sandbox {
         number: GenerationNo,
     ) -> Result<Outcome, Error> {
         self.admit(Verb::ResumeGeneration).await?;
-        let capture = self.shared.catalog.generation(self.id(), number)?.capture;
-        self.check_restorable(&format!("generation {number}"), &capture)?;
-        match self.phase() {
-            Phase::Stopped => self.set_aside(number).await?,
-            // A pause left no newer disk than its own generation's, which stays listed.
-            _ => {
-                self.update(|record| record.rests = Rest::Paused { generation: number })
-                    .await?;
-            }
-        }
+        let to = Point::Generation(number);
+        self.check_point(&to, true)?;
+        self.go_to(&to).await?;
         self.resume().await
     }
 
@@ -83,6 +76,7 @@ impl Sandbox {
             record.holds.extend(power_holds());
             record.opened = opened;
             record.next_head += 1;
+            record.after = Some(number);
             record.machine = Some(capture.machine.clone());
             record.restored_from = Some(capture.memory.clone());
         });
@@ -155,70 +149,5 @@ impl Sandbox {
                 here: here.clone(),
             }),
         }
-    }
-
-    /// Keeps the newest disk as a branch, so that the sandbox rests at a generation.
-    async fn set_aside(&mut self, generation: GenerationNo) -> Result<(), Error> {
-        // Unique within the sandbox, since head numbers are never reused.
-        let number = self.record().next_head;
-        let branch: Name =
-            format!("disk-{number}")
-                .parse()
-                .map_err(|error: crate::id::ParseIdError| Error::Invalid {
-                    message: error.to_string(),
-                    hint: "please report this as a bug".into(),
-                })?;
-        let intent = Intent::SetAside {
-            layer: LayerId::random(),
-            branch,
-            generation,
-        };
-        self.update(|record| {
-            record.intent = Some(intent);
-            record.next_head += 1;
-        })
-        .await?;
-        // What has begun is written down and will be finished. At once, if a second try can do it.
-        let settled = self.settle().await;
-        if settled.is_err()
-            && let Err(error) = self.settle().await
-        {
-            tracing::warn!(sandbox = %self.id(), error = %Chained(&error), "setting its disk aside stays pending");
-        }
-        settled
-    }
-
-    pub(crate) async fn settle_set_aside(
-        &mut self,
-        layer: &LayerId,
-        branch: Name,
-        generation: GenerationNo,
-    ) -> Result<(), Error> {
-        let (head, under) = self.head()?;
-        let staging = self.staged_layer(layer).await?;
-        within(
-            deadline::DISK,
-            "sealing the disk",
-            self.volumes()?.seal(&head, &staging),
-        )
-        .await?;
-        self.publish_layer(layer, &under).await?;
-        let said = format!("its newest disk is kept as branch {branch}");
-        let kept = Branch {
-            name: branch,
-            layer: layer.clone(),
-            created_at: self.shared.now(),
-        };
-        self.update(|record| {
-            record
-                .holds
-                .retain(|hold| !matches!(hold, Hold::Head { .. }));
-            record.branches.push(kept);
-            record.intent = None;
-            record.rests = Rest::Paused { generation };
-        })
-        .await?;
-        self.emit("sandbox.set-aside", said, &Steps::default());
-        Ok(())
     }
 }

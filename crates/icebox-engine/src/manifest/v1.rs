@@ -1,13 +1,18 @@
 //! Format 1. Frozen once released: a change of meaning is a new format, with a conversion from this one.
 
 use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::Document;
 use crate::host::{Egress, ProcessIdentity, SavedMemory, SavedPages, Secret, VmmIdentity};
-use crate::id::{Digest, GenerationNo, LayerId, MemoryId, Name, SandboxId, Slot, TemplateId};
+use crate::id::{
+    Digest, GenerationNo, HeadId, LayerId, MemoryId, Name, ParseIdError, SandboxId, Slot,
+    TemplateId,
+};
 use crate::unit::{Bytes, Geometry};
 
 /// An immutable disk state that something can sit on.
@@ -101,12 +106,34 @@ pub struct Capture {
     pub captured_at: Timestamp,
 }
 
-/// What one pause wrote.
+/// What wrote a generation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, strum::Display)]
+#[serde(rename_all = "kebab-case")]
+#[strum(serialize_all = "kebab-case")]
+pub enum MadeBy {
+    /// A pause.
+    #[default]
+    Pause,
+    /// A checkpoint: the guest ran on.
+    Checkpoint,
+    /// A fork of the sandbox, which ran on: its forks began with it.
+    Fork,
+    /// The sandbox's creation, of a snapshot template or as a fork.
+    Create,
+}
+
+/// One instant of a sandbox: what a pause wrote, or a capture while it ran on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Generation {
     /// Its number within the sandbox.
     pub number: GenerationNo,
+    /// What wrote it.
+    #[serde(default)]
+    pub made_by: MadeBy,
+    /// The generation that the guest had gone on from, which may not be listed any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub after: Option<GenerationNo>,
     /// The instant it holds.
     pub capture: Capture,
 }
@@ -175,6 +202,30 @@ pub struct Spec {
     pub env: BTreeMap<String, String>,
     /// The user's own words.
     pub metadata: BTreeMap<String, String>,
+    /// What becomes of its past.
+    #[serde(default, skip_serializing_if = "HistoryPolicy::says_nothing")]
+    pub history: HistoryPolicy,
+}
+
+/// What becomes of a sandbox's past. What it does not say is the daemon's to say.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HistoryPolicy {
+    /// How many of the newest generations are kept, and of the newest branches. At least 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep: Option<u32>,
+    /// For how long they are kept, in seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_for_secs: Option<u64>,
+    /// How long a guest runs from one automatic checkpoint to the next, in seconds. None are made unless it is said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoint_every_secs: Option<u64>,
+}
+
+impl HistoryPolicy {
+    fn says_nothing(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// One host resource that a sandbox has taken, or is about to take.
@@ -236,15 +287,48 @@ pub enum Intent {
         /// The number of the new head.
         to: u32,
     },
-    /// The head becomes `layer`, kept as a branch; the sandbox then rests at a generation.
+    /// The head becomes `layer`, kept as a branch; the sandbox then rests at another point of its history.
     SetAside {
         /// The layer that the present head becomes.
         layer: LayerId,
         /// The name of the branch.
         branch: Name,
         /// Where the sandbox rests afterwards.
-        generation: GenerationNo,
+        to: Point,
+        /// The number of the head that goes on top of that, if it is a branch.
+        head: u32,
     },
+}
+
+/// A point in a sandbox's history that it can go to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Point {
+    /// A generation: memory, devices and disk.
+    Generation(GenerationNo),
+    /// A branch: a disk.
+    Branch(Name),
+}
+
+impl fmt::Display for Point {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Generation(number) => write!(f, "generation {number}"),
+            Self::Branch(name) => write!(f, "branch {name}"),
+        }
+    }
+}
+
+/// A generation by its number, or a branch by its name. No branch has a number for a name.
+impl FromStr for Point {
+    type Err = ParseIdError;
+
+    fn from_str(text: &str) -> Result<Self, ParseIdError> {
+        match text.parse() {
+            Ok(number) => Ok(Self::Generation(GenerationNo(number))),
+            Err(_no_number) => text.parse().map(Self::Branch),
+        }
+    }
 }
 
 /// A disk that was set aside, kept by name.
@@ -255,6 +339,9 @@ pub struct Branch {
     pub name: Name,
     /// Its disk.
     pub layer: LayerId,
+    /// The generation that it had gone on from, which may not be listed any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub after: Option<GenerationNo>,
     /// When it was set aside.
     pub created_at: Timestamp,
 }
@@ -303,7 +390,10 @@ pub struct Sandbox {
     pub opened: Vec<LayerId>,
     /// Committed generations, oldest first. A generation's directory that is not listed does not exist.
     pub generations: Vec<GenerationNo>,
-    /// The number of the next generation. Never reused.
+    /// The generation that its disk is at, or goes on from: made of it last, or gone back to since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub after: Option<GenerationNo>,
+    /// The number of the next generation. Never reused, also where a capture failed that was to have it.
     pub next_generation: GenerationNo,
     /// The number of the next head. Never reused.
     pub next_head: u32,
@@ -313,6 +403,28 @@ pub struct Sandbox {
     pub last_exit: Option<Exit>,
     /// Why only inspect and destroy work.
     pub broken: Option<String>,
+}
+
+impl Sandbox {
+    /// The head that it holds.
+    #[must_use]
+    pub fn head(&self) -> Option<HeadId> {
+        self.holds.iter().find_map(|hold| match hold {
+            Hold::Head { number, .. } => Some(HeadId {
+                sandbox: self.id.clone(),
+                number: *number,
+            }),
+            _ => None,
+        })
+    }
+
+    /// The generation to go back to after a crash: the one that its disk goes on from, else the newest.
+    #[must_use]
+    pub fn last_generation(&self) -> Option<GenerationNo> {
+        let listed = |number: &GenerationNo| self.generations.contains(number);
+        let newest = self.generations.last().copied();
+        self.after.filter(listed).or(newest)
+    }
 }
 
 impl Document for Base {}

@@ -2,10 +2,11 @@
 
 use std::process::ExitCode;
 
-use icebox_api::types::NewSandbox;
+use icebox_api::types::{HistoryPolicy, NewSandbox};
 
 use super::size::mib;
 use super::{Context, Ended, key_value, reference, verb};
+use crate::duration::seconds;
 
 /// Create a sandbox and wait until commands can run in it. Prints its id.
 #[derive(Debug, clap::Args)]
@@ -46,12 +47,29 @@ pub(crate) struct Args {
     #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
     metadata: Vec<(String, String)>,
 
+    /// Keep this many of its newest generations, and of its newest branches.
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    keep: Option<i64>,
+
+    /// Keep generations and branches for this long: 12h, 30d.
+    #[arg(long, value_name = "TIME", value_parser = seconds)]
+    keep_for: Option<i64>,
+
+    /// Make a checkpoint of it every so often while it runs: 10m, 1h.
+    #[arg(long, value_name = "TIME", value_parser = seconds)]
+    checkpoint_every: Option<i64>,
+
     /// Let the sandbox reach public addresses; otherwise it reaches nothing.
     #[arg(long)]
     internet: bool,
 }
 
 pub(crate) async fn run(context: &Context, args: Args) -> Ended {
+    let history = HistoryPolicy {
+        keep: args.keep,
+        keep_seconds: args.keep_for,
+        checkpoint_every_seconds: args.checkpoint_every,
+    };
     let new = NewSandbox {
         template_id: args.template,
         name: args.name,
@@ -62,6 +80,7 @@ pub(crate) async fn run(context: &Context, args: Args) -> Ended {
         vmm: args.vmm,
         env_vars: args.env.into_iter().collect(),
         metadata: args.metadata.into_iter().collect(),
+        history: (history != HistoryPolicy::default()).then_some(history),
         allow_internet_access: Some(args.internet),
     };
     let made = context.client.create(&new).await?;

@@ -6,6 +6,7 @@ use icebox_api::types::SandboxDetail;
 
 use super::size::space;
 use super::{Context, Ended, reference};
+use crate::duration::length;
 use crate::output::{NONE, Table, bytes, instant, mib, millis};
 
 /// Show everything about one sandbox.
@@ -109,6 +110,17 @@ fn page(sandbox: &SandboxDetail) -> Table {
     row("reaches", egress.to_owned());
     for (key, value) in &listed.metadata {
         row("metadata", format!("{key}={value}"));
+    }
+    if let Some(history) = &sandbox.history {
+        let newest = history.keep.map(|n| format!("the newest {n}"));
+        let young = history.keep_seconds.map(|it| format!("for {}", length(it)));
+        let kept: Vec<_> = newest.into_iter().chain(young).collect();
+        if !kept.is_empty() {
+            row("keeps", kept.join(", "));
+        }
+        if let Some(every) = history.checkpoint_every_seconds {
+            row("checkpoints", format!("every {}", length(every)));
+        }
     }
     for generation in &sandbox.generations {
         row(

@@ -28,6 +28,9 @@ pub(super) async fn each<F: Future<Output = Result<VerbResult, ClientError>>>(
                         format!("{label} is already {}", result.sandbox.listed.state)
                     }
                 });
+                if let Some(hint) = &result.hint {
+                    context.output.hint(hint);
+                }
             }
             Err(error) => {
                 let failure = error.into();

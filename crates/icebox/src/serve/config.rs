@@ -4,7 +4,9 @@
 //! name, and every key exists because something here uses it.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Deserialize;
 
@@ -148,6 +150,8 @@ struct File {
     defaults: DefaultsSection,
     #[serde(default)]
     space: SpaceSection,
+    #[serde(default)]
+    history: HistorySection,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -184,6 +188,28 @@ struct SpaceSection {
     keep_free_mib: Option<u32>,
 }
 
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct HistorySection {
+    keep: Option<NonZeroU32>,
+    keep_for: Option<Length>,
+}
+
+/// A length of time, as people write it.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(try_from = "String")]
+struct Length(Duration);
+
+impl TryFrom<String> for Length {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let seconds = crate::duration::seconds(&text)?;
+        let seconds = u64::try_from(seconds).map_err(|_| "a length of time cannot be negative")?;
+        Ok(Self(Duration::from_secs(seconds)))
+    }
+}
+
 /// The settings, complete.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Config {
@@ -205,6 +231,8 @@ pub(crate) struct Config {
     pub(crate) memory_mib: u32,
     pub(crate) internet: bool,
     pub(crate) keep_free: Option<Bytes>,
+    pub(crate) keep: usize,
+    pub(crate) keep_for: Option<Duration>,
 }
 
 impl Config {
@@ -227,6 +255,8 @@ impl Config {
         icebox_engine::Config {
             max_mem_mib: u32::try_from(bytes >> 20).unwrap_or(u32::MAX),
             keep_free: self.keep_free,
+            keep: self.keep,
+            keep_for: self.keep_for,
             ..icebox_engine::Config::default()
         }
     }
@@ -282,6 +312,11 @@ impl Config {
             memory_mib: file.defaults.memory_mib.unwrap_or(512),
             internet: file.defaults.internet.unwrap_or(false),
             keep_free: file.space.keep_free_mib.map(|mib| Bytes::mib(mib.into())),
+            keep: file.history.keep.map_or_else(
+                || icebox_engine::Config::default().keep,
+                |keep| keep.get() as usize,
+            ),
+            keep_for: file.history.keep_for.map(|length| length.0),
         })
     }
 }
@@ -379,6 +414,8 @@ mod tests {
         assert_eq!(config.volume_driver.take().as_deref(), Some("qcow2"));
         assert_eq!(config.zfs_dataset.take().as_deref(), Some("tank/icebox"));
         assert_eq!(config.keep_free.take(), Some(Bytes::mib(1024)));
+        let month = Duration::from_hours(30 * 24);
+        assert_eq!(config.keep_for.take(), Some(month));
         assert_eq!(config, load("").expect("nothing is valid"));
     }
 }

@@ -8,9 +8,9 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
 use icebox_api::types::{
-    BuildEvent, Event, Forked, GcReport, GcRequest, Kernel, KernelEvent, NewBuild, NewFork,
-    NewKernel, NewSandbox, NewSnapshot, Report, ResumeRequest, SandboxDetail, Snapshot, Stats,
-    Template, VerbResult,
+    BuildEvent, Event, Forked, GcReport, GcRequest, History, Kernel, KernelEvent, NewBuild,
+    NewFork, NewKernel, NewSandbox, NewSnapshot, Outcome, Report, ResumeRequest, RollbackRequest,
+    SandboxDetail, Snapshot, Stats, Template, VerbResult,
 };
 use icebox_api::{ApiError, BoxStream, Daemon, ErrorCode, Pass, Route};
 use icebox_engine::id::GenerationNo;
@@ -66,6 +66,7 @@ impl Icebox {
         Ok(VerbResult {
             outcome: translate::outcome(outcome),
             sandbox: self.detail(&view, None),
+            hint: None,
         })
     }
 
@@ -135,7 +136,33 @@ impl Daemon for Icebox {
     }
 
     async fn start(&self, sandbox: &str) -> Result<VerbResult, ApiError> {
-        self.result(self.engine.start(sandbox).await)
+        let before = self.engine.inspect(sandbox).ok();
+        let result = self.result(self.engine.start(sandbox).await)?;
+        let hint = before.filter(|_| result.outcome == Outcome::Changed);
+        let hint = hint.and_then(|before| after_crash(sandbox, &before.record));
+        Ok(VerbResult { hint, ..result })
+    }
+
+    async fn checkpoint(&self, sandbox: &str) -> Result<VerbResult, ApiError> {
+        self.result(self.engine.checkpoint(sandbox).await)
+    }
+
+    async fn rollback(&self, sandbox: &str, how: RollbackRequest) -> Result<VerbResult, ApiError> {
+        let to = translate::point(&how.to)?;
+        self.result(self.engine.rollback(sandbox, to, how.resume).await)
+    }
+
+    async fn history(&self, sandbox: &str) -> Result<History, ApiError> {
+        let history = self.engine.history(sandbox).await;
+        history
+            .map(|history| translate::history(&history))
+            .map_err(|error| translate::error(&error))
+    }
+
+    async fn forget(&self, sandbox: &str, point: &str) -> Result<(), ApiError> {
+        let point = translate::point(point)?;
+        let forgotten = self.engine.forget(sandbox, point).await;
+        forgotten.map_err(|error| translate::error(&error))
     }
 
     async fn snapshot(&self, sandbox: &str, new: NewSnapshot) -> Result<Snapshot, ApiError> {
@@ -352,6 +379,15 @@ impl Daemon for Icebox {
             .map_err(|error| translate::error(&error))?;
         Ok(translate::garbage(&plan, request.dry_run))
     }
+}
+
+/// What else there was for a sandbox that is started after its VMM had ended by itself.
+fn after_crash(sandbox: &str, record: &v1::Sandbox) -> Option<String> {
+    record.last_exit.as_ref().filter(|exit| !exit.by_guest)?;
+    let last = record.last_generation()?;
+    Some(format!(
+        "it had crashed, and this is its newest disk: `icebox rollback {sandbox} --to {last} --resume` goes back to its last pause"
+    ))
 }
 
 /// A batch's events, after one that stands for those that are no longer kept (INV-49).

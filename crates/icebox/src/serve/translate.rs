@@ -5,8 +5,9 @@
 use std::net::Ipv4Addr;
 
 use icebox_api::types::{
-    Branch, Event, Garbage, GcReport, Kind, LastVerb, ListedSandbox, NewSandbox, Outcome, Owner,
-    Part, Place, SandboxDetail, State, Stats, StepTime, Template, TemplateKind, Unusable, Vmm,
+    Branch, Event, Garbage, GcReport, History, HistoryPolicy, Kind, LastVerb, ListedSandbox,
+    NewSandbox, Now, Outcome, Owner, Part, PastBranch, PastGeneration, Place, SandboxDetail, State,
+    Stats, StepTime, Template, TemplateKind, Unusable, Vmm,
 };
 use icebox_api::{ApiError, ENVD_VERSION, ErrorCode};
 use icebox_engine::host::{Egress, ErrorKind, HostError, Space, VmmIdentity};
@@ -153,6 +154,29 @@ pub(super) fn create_request(new: NewSandbox, internet: bool) -> Result<CreateRe
         egress,
         env: new.env_vars,
         metadata: new.metadata,
+        history: history_policy(&new.history.unwrap_or_default())?,
+    })
+}
+
+fn history_policy(asked: &HistoryPolicy) -> Result<v1::HistoryPolicy, ApiError> {
+    const TIME: &str = "ask for a number of seconds; on the command line also 10m, 12h, 30d";
+    Ok(v1::HistoryPolicy {
+        keep: in_range(asked.keep, "generations kept", "ask for at least 1")?,
+        keep_for_secs: in_range(asked.keep_seconds, "seconds of history", TIME)?,
+        checkpoint_every_secs: in_range(
+            asked.checkpoint_every_seconds,
+            "seconds between checkpoints",
+            TIME,
+        )?,
+    })
+}
+
+/// A point of a sandbox's history as the user named it.
+pub(super) fn point(text: &str) -> Result<v1::Point, ApiError> {
+    text.parse().map_err(|error| {
+        ApiError::from_error(ErrorCode::Invalid, &error).hint(
+            "a point is a generation's number or a branch's name: `icebox history` lists them",
+        )
     })
 }
 
@@ -285,6 +309,7 @@ pub(super) fn sandbox(view: &SandboxView, beside: Beside<'_>) -> SandboxDetail {
                 created_at: branch.created_at,
             })
             .collect(),
+        history: said_of_history(&record.spec.history),
         holds: record.holds.iter().map(hold).collect(),
         last_exit: record.last_exit.as_ref().map(|exit| exit.detail.clone()),
         last_verb: view.last_verb.as_deref().map(last_verb),
@@ -293,14 +318,68 @@ pub(super) fn sandbox(view: &SandboxView, beside: Beside<'_>) -> SandboxDetail {
     }
 }
 
-fn listed(view: &SandboxView) -> ListedSandbox {
-    let record = &view.record;
-    let state = match (&record.broken, &record.rests) {
+fn said_of_history(policy: &v1::HistoryPolicy) -> Option<HistoryPolicy> {
+    let number = |secs: u64| i64::try_from(secs).unwrap_or(i64::MAX);
+    let said = HistoryPolicy {
+        keep: policy.keep.map(Into::into),
+        keep_seconds: policy.keep_for_secs.map(number),
+        checkpoint_every_seconds: policy.checkpoint_every_secs.map(number),
+    };
+    (said != HistoryPolicy::default()).then_some(said)
+}
+
+/// Every point that a sandbox can go back to.
+pub(super) fn history(history: &icebox_engine::History) -> History {
+    let record = &history.record;
+    let rests_at = match record.rests {
+        v1::Rest::Paused { generation } => Some(generation),
+        _ => None,
+    };
+    let generations = history.generations.iter().map(|past| {
+        let generation = past.generation.as_ref();
+        let capture = generation.map(|it| &it.capture);
+        PastGeneration {
+            number: past.number.0,
+            current: rests_at == Some(past.number),
+            unusable: past.unusable.clone(),
+            made_by: generation.map(|it| it.made_by.to_string()),
+            created_at: capture.map(|it| it.captured_at),
+            after: generation.and_then(|it| it.after).map(|it| it.0),
+            memory_bytes: capture.map(|it| it.saved.allocated.0),
+            changed_pages: capture.map(|it| it.saved.changed_pages),
+            disk_bytes: past.disk.map(|it| it.0),
+            vmm: capture.map(|it| vmm(&it.machine.vmm)),
+        }
+    });
+    let branches = history.branches.iter().map(|past| PastBranch {
+        name: past.branch.name.to_string(),
+        created_at: past.branch.created_at,
+        after: past.branch.after.map(|it| it.0),
+        disk_bytes: past.disk.map(|it| it.0),
+    });
+    History {
+        sandbox_id: record.id.to_string(),
+        generations: generations.collect(),
+        branches: branches.collect(),
+        now: Now {
+            state: state(record),
+            after: record.after.map(|it| it.0),
+            disk_bytes: history.newest_disk.map(|it| it.0),
+        },
+    }
+}
+
+fn state(record: &v1::Sandbox) -> State {
+    match (&record.broken, &record.rests) {
         (Some(_), _) => State::Broken,
         (None, v1::Rest::Running) => State::Running,
         (None, v1::Rest::Paused { .. }) => State::Paused,
         (None, v1::Rest::Stopped | v1::Rest::Nowhere) => State::Stopped,
-    };
+    }
+}
+
+fn listed(view: &SandboxView) -> ListedSandbox {
+    let record = &view.record;
     ListedSandbox {
         sandbox_id: record.id.to_string(),
         template_id: record.spec.template.to_string(),
@@ -312,7 +391,7 @@ fn listed(view: &SandboxView) -> ListedSandbox {
         cpu_count: record.spec.geometry.vcpus,
         memory_mb: record.spec.geometry.mem_mib,
         disk_size_mb: record.spec.disk_size.0 >> 20,
-        state,
+        state: state(record),
         verb: view.busy.map(ToOwned::to_owned),
         stalled: view.stalled.then(|| {
             "a write to its disk found no room: it stands still until there is some".to_owned()
