@@ -245,9 +245,11 @@ impl VolumeDriver for Zfs {
     async fn layer_usage(&self, layer: &LayerId) -> Result<Bytes, HostError> {
         let layer = layer.clone();
         self.run(move |datasets| {
-            let found = datasets.layer(&layer)?;
-            let (volume, snapshot) = found.ok_or_else(|| no_layer(&layer))?;
-            datasets.pool.written(&volume, Some(&snapshot))
+            datasets.at(|| {
+                let found = datasets.layer(&layer)?;
+                let (volume, snapshot) = found.ok_or_else(|| no_layer(&layer))?;
+                datasets.pool.written(&volume, Some(&snapshot))
+            })
         })
         .await
     }
@@ -291,6 +293,23 @@ impl FreezeByHost for Zfs {
     }
 }
 
+/// A digest of what a volume holds, by what `zfs send` says of a snapshot of it. Which volume that is of does not count:
+/// snapshots move.
+///
+/// # Errors
+/// The stream could not be read, or is none.
+#[cfg(feature = "fixture")]
+pub fn digest_of_stream(stream: &mut dyn std::io::Read) -> std::io::Result<Digest> {
+    use sha2::Digest as _;
+    let mut hash = sha2::Sha256::new();
+    stream::read(stream, |offset, data| {
+        hash.update(offset.to_be_bytes());
+        hash.update(data);
+        Ok(())
+    })?;
+    Ok(Digest::from_bytes(hash.finalize().into()))
+}
+
 /// The layer that a staging directory is for.
 fn layer_of(staging: &Path) -> Result<LayerId, HostError> {
     let name = staging.file_name().and_then(|name| name.to_str());
@@ -324,10 +343,10 @@ fn ensure_head(
     }
     let layer = chain.layers.first();
     let below = match (layer, &chain.base) {
-        (Some(layer), _) => {
+        (Some(layer), _) => datasets.at(|| {
             let (volume, snapshot) = datasets.layer(layer)?.ok_or_else(|| no_layer(layer))?;
-            datasets.pool.size(&volume, Some(&snapshot))?
-        }
+            datasets.pool.size(&volume, Some(&snapshot))
+        })?,
         (None, Some(base)) => {
             let image = layout.base_image(base);
             heads::require_image(&image)?;
@@ -363,14 +382,14 @@ fn flatten(
             .map_err(|error| failed("set the size of", out, error))
     };
     match (chain.layers.first(), &chain.base) {
-        (Some(layer), _) => {
+        (Some(layer), _) => datasets.at(|| {
             let (volume, snapshot) = datasets.layer(layer)?.ok_or_else(|| no_layer(layer))?;
             fs::create_whole(out, |file| {
                 set_length(file)?;
                 let mut pace = Pace::beside_guests(layout);
                 datasets.pool.read(&volume, &snapshot, file, &mut pace)
             })
-        }
+        }),
         // The image is there, beside what was made of it.
         (None, Some(base)) => {
             let image = layout.base_image(base);

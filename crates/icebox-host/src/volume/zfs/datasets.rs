@@ -16,8 +16,9 @@
 //! later ([`Datasets::finish_removals`]), since the names and the origins say it all.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use icebox_engine::host::{Ensured, ErrorKind, HostError, Removed};
 use icebox_engine::id::{Digest, HeadId, LayerId};
@@ -27,6 +28,9 @@ use super::names::{Line, Next, Snapshot, Volume};
 /// Steps of one removal, far above what any takes. A bound so that a pool that says one thing and does another cannot keep
 /// a thread for good.
 const STEPS_MAX: usize = 1000;
+
+/// How often to list a pool in which something moved meanwhile. One removal moves a few things.
+const LISTINGS_MAX: usize = 100;
 
 /// What a volume may keep beyond its newest snapshot without being rolled back, in bytes. A fresh clone has written 12 KiB,
 /// and one that was just rolled back, 1 KiB.
@@ -215,6 +219,10 @@ struct Known {
     listing: Option<Listing>,
     /// Counts changes, so that a listing that one overtook is not taken for the newest.
     changes: u64,
+    /// How many commands are moving something now, and how many have. ZFS lists one dataset after the other: what moves
+    /// from one that comes later to one that was shown already is missing.
+    moving: usize,
+    moved: u64,
 }
 
 /// The datasets of one installation. Everything here blocks.
@@ -222,6 +230,8 @@ pub(super) struct Datasets<P> {
     pub(super) pool: P,
     /// Never held while a command runs.
     known: Mutex<Known>,
+    /// Told when something has moved.
+    settled: Condvar,
     /// Held while snapshots move between volumes. Never needed for a freeze.
     removing: Mutex<()>,
     /// Bases that this process is importing.
@@ -240,6 +250,7 @@ impl<P: Pool> Datasets<P> {
         Self {
             pool,
             known: Mutex::default(),
+            settled: Condvar::new(),
             removing: Mutex::default(),
             importing: Mutex::default(),
             is_untidy: AtomicBool::new(false),
@@ -262,15 +273,52 @@ impl<P: Pool> Datasets<P> {
         known.listing = None;
     }
 
-    /// A new listing.
-    fn listing(&self) -> Result<Listing, HostError> {
-        let before = lock(&self.known).changes;
-        let listing = self.pool.list()?;
+    /// Runs a command that moves what is known by its place, and writes down what it did.
+    fn moving(
+        &self,
+        command: impl FnOnce() -> Result<(), HostError>,
+        change: impl FnOnce(&mut BTreeMap<Volume, BTreeSet<Snapshot>>),
+    ) -> Result<(), HostError> {
+        lock(&self.known).moving += 1;
+        // Or everybody would wait for it for good.
+        let moved = catch_unwind(AssertUnwindSafe(command));
         let mut known = lock(&self.known);
-        if known.changes == before {
-            known.listing = Some(listing.clone());
+        known.moving -= 1;
+        known.moved += 1;
+        known.changes += 1;
+        match (&moved, &mut known.listing) {
+            (Ok(Ok(())), Some(listing)) => change(&mut listing.0),
+            // Whether it moved is for the next listing to say.
+            _ => known.listing = None,
         }
-        Ok(listing)
+        drop(known);
+        self.settled.notify_all();
+        moved.unwrap_or_else(|panic| resume_unwind(panic))
+    }
+
+    /// A new listing, of a time at which nothing moved.
+    fn listing(&self) -> Result<Listing, HostError> {
+        for _ in 0..LISTINGS_MAX {
+            let (changes, moved) = {
+                let known = lock(&self.known);
+                let settled = self.settled.wait_while(known, |known| known.moving > 0);
+                let known = settled.unwrap_or_else(PoisonError::into_inner);
+                (known.changes, known.moved)
+            };
+            let listing = self.pool.list()?;
+            let mut known = lock(&self.known);
+            if known.moving > 0 || known.moved != moved {
+                continue;
+            }
+            if known.changes == changes {
+                known.listing = Some(listing.clone());
+            }
+            return Ok(listing);
+        }
+        Err(HostError::new(
+            ErrorKind::Busy,
+            "volumes move about the pool faster than it can be listed",
+        ))
     }
 
     /// What `find` finds in what is known. Nobody else makes anything here, and what is not there any more is noticed
@@ -283,7 +331,7 @@ impl<P: Pool> Datasets<P> {
     }
 
     /// Does what depends on where something is, again if it was not there any more.
-    fn at<T>(&self, work: impl Fn() -> Result<T, HostError>) -> Result<T, HostError> {
+    pub(super) fn at<T>(&self, work: impl Fn() -> Result<T, HostError>) -> Result<T, HostError> {
         match work() {
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 self.forget();
@@ -636,20 +684,13 @@ impl<P: Pool> Datasets<P> {
                     volume = kept;
                 }
                 Step::DestroySnapshots(snapshots) => self.destroy_snapshots(&volume, &snapshots)?,
-                Step::Promote(clone) => match self.pool.promote(&clone) {
-                    Ok(()) => self.did(|volumes| {
-                        let moved = volumes.get_mut(&volume).map(std::mem::take);
-                        volumes
-                            .entry(clone)
-                            .or_default()
-                            .extend(moved.into_iter().flatten());
-                    }),
+                Step::Promote(clone) => match self.promote(&volume, clone) {
                     // It is being read. It stays for now.
                     Err(error) if error.kind() == ErrorKind::Busy => {
                         self.is_untidy.store(true, Ordering::Relaxed);
                         return Ok(());
                     }
-                    Err(error) => return Err(error),
+                    promoted => promoted?,
                 },
                 Step::Destroy => {
                     self.pool.destroy(&volume)?;
@@ -681,13 +722,26 @@ impl<P: Pool> Datasets<P> {
     }
 
     fn rename(&self, volume: &Volume, to: &Volume) -> Result<(), HostError> {
-        self.pool.rename(volume, to)?;
-        self.did(|volumes| {
-            if let Some(snapshots) = volumes.remove(volume) {
-                volumes.insert(to.clone(), snapshots);
-            }
-        });
-        Ok(())
+        self.moving(
+            || self.pool.rename(volume, to),
+            |volumes| {
+                if let Some(snapshots) = volumes.remove(volume) {
+                    volumes.insert(to.clone(), snapshots);
+                }
+            },
+        )
+    }
+
+    /// Moves the snapshots of `volume` to its clone.
+    fn promote(&self, volume: &Volume, clone: Volume) -> Result<(), HostError> {
+        self.moving(
+            || self.pool.promote(&clone),
+            |volumes| {
+                let moved = volumes.get_mut(volume).map(std::mem::take);
+                let all = volumes.entry(clone.clone()).or_default();
+                all.extend(moved.into_iter().flatten());
+            },
+        )
     }
 
     fn destroy_snapshots(&self, volume: &Volume, snapshots: &[Snapshot]) -> Result<(), HostError> {

@@ -1,7 +1,9 @@
 //! The rules against a pool in memory that has ZFS's: what depends on what, and what may go when.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use icebox_engine::id::SandboxId;
 
@@ -23,6 +25,17 @@ struct State {
     /// Commands that still work; every one after them fails, as for a process that was killed.
     left: Option<usize>,
     commands: usize,
+    listings: usize,
+    /// What happens in the middle of a promotion, while what is moved is in neither volume.
+    during_promotion: Option<Hook>,
+}
+
+struct Hook(Box<dyn FnOnce() + Send>);
+
+impl std::fmt::Debug for Hook {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Hook")
+    }
 }
 
 #[derive(Clone, Debug, Default)]
@@ -98,7 +111,8 @@ impl State {
 
 impl Pool for Memory {
     fn list(&self) -> Result<Listing, HostError> {
-        let state = self.command()?;
+        let mut state = self.command()?;
+        state.listings += 1;
         let names = state.volumes.iter().map(|(volume, it)| {
             let snapshots = it.snapshots.iter().map(|(name, _)| name.clone());
             (volume.clone(), snapshots.collect())
@@ -180,6 +194,12 @@ impl Pool for Memory {
             .position(|(name, _)| *name == at)
             .unwrap();
         let moved: Vec<_> = it.snapshots.drain(..=end).collect();
+        if let Some(Hook(hook)) = state.during_promotion.take() {
+            drop(state);
+            hook();
+            state = self.state();
+        }
+        let it = state.volume(&below)?;
         let before = it.origin.replace((clone.clone(), at));
         for other in state.volumes.values_mut() {
             if let Some((volume, snapshot)) = &mut other.origin
@@ -776,4 +796,33 @@ fn a_stale_listing_is_noticed() {
     world.check();
     assert!(world.heads.contains_key(&fork));
     world.empty();
+}
+
+#[test]
+fn inv_24_a_layer_that_moves_to_another_volume_is_there_all_the_time() {
+    let mut world = World::new();
+    let base = world.import();
+    let parent = world.on_base(&base);
+    let (layer, parent) = world.freeze(&parent);
+    world.on_layer(&layer);
+    // Somebody who knows nothing yet asks for the layer while it is in no volume.
+    let datasets = Arc::new(Datasets::new(world.pool.clone()));
+    let (found, hears) = mpsc::channel();
+    let hook = {
+        let (datasets, pool, layer) = (datasets.clone(), world.pool.clone(), layer.clone());
+        move || {
+            let before = pool.state().listings;
+            thread::spawn(move || found.send(datasets.layer(&layer)));
+            // Whoever lists now sees no layer: enough time to do that.
+            let until = Instant::now() + Duration::from_millis(200);
+            while pool.state().listings == before && Instant::now() < until {
+                thread::yield_now();
+            }
+        }
+    };
+    world.pool.state().during_promotion = Some(Hook(Box::new(hook)));
+    assert_eq!(datasets.remove_head(&parent).unwrap(), Removed::Removed);
+    let found = hears.recv().unwrap().unwrap();
+    assert!(found.is_some(), "the layer is called absent");
+    assert!(datasets.layer(&layer).unwrap().is_some(), "and for good");
 }
