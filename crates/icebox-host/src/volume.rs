@@ -25,3 +25,5 @@ pub use exercise::{Scratch, exercise};
 pub use qcow2::Qcow2;
 pub use reflink::Reflink;
 pub use zfs::Zfs;
+#[cfg(feature = "fixture")]
+pub use zfs::digest_of_stream;

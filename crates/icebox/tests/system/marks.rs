@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use icebox_host::instance::Instance;
+use icebox_host::volume::digest_of_stream;
 
 /// Directories under the data directory whose entries are objects.
 const OBJECTS: [&str; 7] = [
@@ -79,13 +80,18 @@ impl Traces {
             marks.insert(format!("device {device}"));
         }
         if let Some(dataset) = &self.dataset {
-            let listed = Command::new("zfs")
-                .args(["list", "-H", "-o", "name", "-t", "volume,snapshot", "-r"])
-                .arg(dataset)
-                .output()
-                .unwrap();
-            let listed = String::from_utf8(listed.stdout).unwrap();
-            marks.extend(listed.lines().map(|name| format!("dataset {name}")));
+            // A snapshot moves to another volume when what it was in goes, and a volume is named by who wrote to it first.
+            let mut kept = 0;
+            marks.extend(list(dataset, "volume,snapshot").iter().map(|name| {
+                match name.split_once('@') {
+                    Some((_, snapshot)) => format!("snapshot {snapshot}"),
+                    None if name.contains("/kept-") => {
+                        kept += 1;
+                        format!("kept volume {kept}")
+                    }
+                    None => format!("volume {name}"),
+                }
+            }));
         }
         Marks(marks)
     }
@@ -101,20 +107,24 @@ impl Traces {
             .collect()
     }
 
-    /// Each snapshot of a volume in the pool, with a digest of what is in it.
+    /// Each snapshot in the pool, with a digest of what is in it.
     pub(crate) fn volume_digests(&self) -> Vec<String> {
         let Some(dataset) = &self.dataset else {
             return Vec::new();
         };
-        let script = "zfs list -H -o name -t snapshot -s name -r \"$0\" | while read -r snapshot; do \
-                      echo \"$snapshot $(zfs send \"$snapshot\" | sha256sum)\"; done";
-        let output = Command::new("sh")
-            .args(["-c", script, dataset])
-            .output()
-            .unwrap();
-        let said = String::from_utf8(output.stdout).unwrap();
-        assert!(!said.is_empty(), "{dataset} has no snapshots");
-        said.lines().map(str::to_owned).collect()
+        let digest = |name: &String| {
+            let mut command = Command::new("zfs");
+            let send = command.args(["send", name]).stdout(Stdio::piped());
+            let mut send = send.spawn().unwrap();
+            let digest = digest_of_stream(send.stdout.as_mut().unwrap()).unwrap();
+            assert!(send.wait().unwrap().success(), "zfs send {name}");
+            let (_, snapshot) = name.split_once('@').unwrap();
+            format!("{snapshot} {digest}")
+        };
+        let mut digests: Vec<_> = list(dataset, "snapshot").iter().map(digest).collect();
+        assert!(!digests.is_empty(), "{dataset} has no snapshots");
+        digests.sort_unstable();
+        digests
     }
 
     /// Control groups of sandboxes, of every hierarchy there is.
@@ -199,4 +209,15 @@ fn name(path: &Path) -> String {
         .unwrap_or_default()
         .to_string_lossy()
         .into_owned()
+}
+
+/// The names of all datasets of these kinds below one.
+fn list(dataset: &str, kinds: &str) -> Vec<String> {
+    let listed = Command::new("zfs")
+        .args(["list", "-H", "-o", "name", "-t", kinds, "-r", dataset])
+        .output()
+        .unwrap();
+    assert!(listed.status.success(), "{listed:?}");
+    let names = String::from_utf8(listed.stdout).unwrap();
+    names.lines().map(str::to_owned).collect()
 }
