@@ -42,6 +42,10 @@ pub const AGENT_PORT: u16 = 49983;
 /// Never raise it past what is implemented: newer ones promise fields and calls of their own.
 pub const ENVD_VERSION: &str = "0.6.13";
 
+/// The tag of a process that a template's start command is: it belongs to every sandbox made from that, and is no work of
+/// somebody's.
+pub const START_TAG: &str = "icebox.start";
+
 /// Carries the sandbox's access token on every request but health checks and signed file URLs.
 pub const TOKEN_HEADER: &str = "x-access-token";
 /// Tells a proxy which sandbox a request is for.

@@ -28,7 +28,7 @@ pub use self::{
     connector::{Connector, IoStream, TcpConnector, UnixConnector},
     error::AgentError,
     files::{FileReader, Upload},
-    process::{Command, Event, Input, Output, Process, TerminalSize},
+    process::{Command, Event, Input, Output, Process, Running, Selector, TerminalSize},
 };
 use crate::{
     CLOCK_PATH, HEALTH_PATH, INIT_PATH, METRICS_PATH, PREPARE_PATH, TOKEN_HEADER, Token,

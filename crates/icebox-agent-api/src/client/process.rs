@@ -12,10 +12,10 @@ use super::{AgentClient, AgentError, ProcessService, error::rpc};
 use crate::{
     exit::Exit,
     proto::process::{
-        CloseStdinRequest, ConnectRequest, ConnectResponseView, PTY, ProcessConfig, ProcessEvent,
-        ProcessInput, ProcessSelector, SendSignalRequest, Signal, StartRequest, StartResponseView,
-        StreamInputRequest, UpdateRequest, process_event, process_input, process_selector, pty,
-        stream_input_request,
+        CloseStdinRequest, ConnectRequest, ConnectResponseView, ListRequest, PTY, ProcessConfig,
+        ProcessEvent, ProcessInput, ProcessSelector, SendSignalRequest, Signal, StartRequest,
+        StartResponseView, StreamInputRequest, UpdateRequest, process_event, process_input,
+        process_selector, pty, stream_input_request,
     },
 };
 
@@ -97,6 +97,39 @@ pub struct Output {
     pub exit: Exit,
 }
 
+/// Which process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Selector {
+    /// By its process id.
+    Pid(u32),
+    /// By the name that it was given when it was started.
+    Tag(String),
+}
+
+impl Selector {
+    fn message(self) -> ProcessSelector {
+        match self {
+            Self::Pid(pid) => by_pid(pid),
+            Self::Tag(tag) => ProcessSelector {
+                selector: Some(process_selector::Selector::Tag(tag)),
+                ..ProcessSelector::default()
+            },
+        }
+    }
+}
+
+/// A process that runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Running {
+    pub pid: u32,
+    /// What it was called when it was started.
+    pub tag: Option<String>,
+    pub program: String,
+    pub args: Vec<String>,
+    /// Where it was started, if that was asked for.
+    pub cwd: Option<String>,
+}
+
 enum Events {
     Started(ServerStream<Incoming, StartResponseView<'static>>),
     Connected(ServerStream<Incoming, ConnectResponseView<'static>>),
@@ -107,6 +140,8 @@ pub struct Process {
     client: ProcessService,
     pid: u32,
     terminal: bool,
+    position: u64,
+    missed: u64,
     events: Events,
 }
 
@@ -155,6 +190,33 @@ impl AgentClient {
         Process::begin(OPERATION, client, terminal, Events::Started(stream)).await
     }
 
+    /// The processes that run and were started by somebody who asked the agent for it.
+    ///
+    /// # Errors
+    /// Any.
+    pub async fn list(&self, timeout: Duration) -> Result<Vec<Running>, AgentError> {
+        const OPERATION: &str = "list the processes of the sandbox";
+        let client = self.processes();
+        let listed = client.list(ListRequest::default());
+        let listed = tokio::time::timeout(timeout, listed).await;
+        let listed = listed.map_err(|_| AgentError::TimedOut {
+            operation: OPERATION,
+            after: timeout,
+        })?;
+        let listed = listed.map_err(rpc(OPERATION))?.into_owned();
+        let running = listed.processes.into_iter().map(|process| {
+            let config = Option::<ProcessConfig>::from(process.config).unwrap_or_default();
+            Running {
+                pid: process.pid,
+                tag: process.tag,
+                program: config.cmd,
+                args: config.args,
+                cwd: config.cwd,
+            }
+        });
+        Ok(running.collect())
+    }
+
     /// Follows a process that already runs. What it wrote before is not repeated. `terminal` says whether it has one,
     /// which decides how it takes input.
     ///
@@ -169,6 +231,23 @@ impl AgentClient {
         };
         let stream = client.connect(request).await.map_err(rpc(OPERATION))?;
         Process::begin(OPERATION, client, terminal, Events::Connected(stream)).await
+    }
+
+    /// Follows a process that already runs, after what it wrote from byte `from` on, counted over all its streams. The
+    /// guest keeps the last 256 KiB of that; [`Process::missed`] says what it does not keep any more.
+    ///
+    /// # Errors
+    /// As [`AgentClient::attach`].
+    pub async fn attach_from(&self, which: Selector, from: u64) -> Result<Process, AgentError> {
+        const OPERATION: &str = "attach to a process in the sandbox";
+        let client = self.processes();
+        let request = ConnectRequest {
+            process: which.message().into(),
+            output_from: Some(from),
+            ..ConnectRequest::default()
+        };
+        let stream = client.connect(request).await.map_err(rpc(OPERATION))?;
+        Process::begin(OPERATION, client, false, Events::Connected(stream)).await
     }
 
     /// Runs a process to its end and collects what it writes, which has to fit in memory.
@@ -205,10 +284,17 @@ impl Process {
             client,
             pid: 0,
             terminal,
+            position: 0,
+            missed: 0,
             events,
         };
         match process.message(operation).await? {
-            process_event::Event::Start(start) => process.pid = start.pid,
+            process_event::Event::Start(start) => {
+                process.pid = start.pid;
+                process.position = start.output_at.unwrap_or(0);
+                process.missed = start.output_missed.unwrap_or(0);
+                process.terminal = start.terminal.unwrap_or(terminal);
+            }
             _ => {
                 return Err(AgentError::Protocol {
                     operation,
@@ -225,6 +311,25 @@ impl Process {
         self.pid
     }
 
+    /// Whether it has a terminal.
+    #[must_use]
+    pub fn has_terminal(&self) -> bool {
+        self.terminal
+    }
+
+    /// How many bytes of its output have been told, counted over all its streams from its start. Of one that was
+    /// [attached](AgentClient::attach) to without a beginning, from then on.
+    #[must_use]
+    pub fn position(&self) -> u64 {
+        self.position
+    }
+
+    /// How many bytes that were asked for are not kept any more.
+    #[must_use]
+    pub fn missed(&self) -> u64 {
+        self.missed
+    }
+
     /// The next event. After [`Event::Exited`] there is none: do not ask.
     ///
     /// # Errors
@@ -235,12 +340,16 @@ impl Process {
         use crate::proto::process::process_event::data_event::Output;
         loop {
             match self.message(OPERATION).await? {
-                process_event::Event::Data(data) => match data.output {
-                    Some(Output::Stdout(bytes)) => return Ok(Event::Stdout(bytes.into())),
-                    Some(Output::Stderr(bytes)) => return Ok(Event::Stderr(bytes.into())),
-                    Some(Output::Pty(bytes)) => return Ok(Event::Terminal(bytes.into())),
-                    None => {}
-                },
+                process_event::Event::Data(data) => {
+                    let (event, bytes) = match data.output {
+                        Some(Output::Stdout(bytes)) => (Event::Stdout as fn(Bytes) -> Event, bytes),
+                        Some(Output::Stderr(bytes)) => (Event::Stderr as fn(Bytes) -> Event, bytes),
+                        Some(Output::Pty(bytes)) => (Event::Terminal as fn(Bytes) -> Event, bytes),
+                        None => continue,
+                    };
+                    self.position += bytes.len() as u64;
+                    return Ok(event(bytes.into()));
+                }
                 process_event::Event::End(end) => return Ok(Event::Exited(Exit::from_event(&end))),
                 process_event::Event::Start(_) | process_event::Event::Keepalive(_) => {}
             }

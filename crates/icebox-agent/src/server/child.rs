@@ -6,6 +6,8 @@
 //! wait ───► end ──┘                     └─► …
 //! ```
 //!
+//! The last of what was written is kept for who follows again after a break: [`super::history`].
+//!
 //! What a slow subscriber does to the process and to others is the business of [`super::subscribers`]. Output that
 //! nobody subscribes to is read and discarded. A client that goes away takes nothing with it but its subscription.
 //!
@@ -42,7 +44,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::subscribers::Subscribers;
+use super::{history::Replay, subscribers::Subscribers};
 use crate::{
     THIS_PROGRAM,
     cgroup::{Cgroups, Tree},
@@ -292,6 +294,21 @@ impl Process {
     /// Follows the process from now on. An ended one yields its end alone.
     pub(super) fn subscribe(&self) -> mpsc::Receiver<Event> {
         self.subscribers.subscribe()
+    }
+
+    /// Follows the process from now on, after what it wrote from a byte on, as far as that is kept.
+    pub(super) fn subscribe_from(&self, from: u64) -> (Replay, mpsc::Receiver<Event>) {
+        let (replay, events) = self.subscribers.subscribe_from(Some(from));
+        let nothing = Replay {
+            at: from,
+            missed: 0,
+            events: Vec::new(),
+        };
+        (replay.unwrap_or(nothing), events)
+    }
+
+    pub(super) fn has_terminal(&self) -> bool {
+        self.terminal.is_some()
     }
 
     pub(super) fn has_ended(&self) -> bool {

@@ -20,6 +20,7 @@ mod entry;
 mod error;
 mod files;
 mod filesystem;
+mod history;
 mod machine;
 mod metrics;
 mod paths;

@@ -210,7 +210,8 @@ impl proto::Process for Service {
         let (process, events) = started
             .map_err(|error| ConnectError::internal(error.to_string()))?
             .map_err(|error| spawn_error(&command, &error))?;
-        let events = events_of(process.pid, events, keepalive_of(&ctx), true);
+        let start = start_of(process.pid);
+        let events = events_of(start, Vec::new(), events, keepalive_of(&ctx), true);
         Ok(Response::stream(events.map(|event| {
             event.map(|event| StartResponse {
                 event: event.into(),
@@ -229,7 +230,18 @@ impl proto::Process for Service {
             .agent
             .processes
             .find(Option::from(request.process).as_ref())?;
-        let events = events_of(process.pid, process.subscribe(), keepalive_of(&ctx), false);
+        let mut start = start_of(process.pid);
+        let (missed, events) = match request.output_from {
+            None => (Vec::new(), process.subscribe()),
+            Some(from) => {
+                let (replay, events) = process.subscribe_from(from);
+                start.output_at = Some(replay.at);
+                start.output_missed = Some(replay.missed);
+                start.terminal = Some(process.has_terminal());
+                (replay.events, events)
+            }
+        };
+        let events = events_of(start, missed, events, keepalive_of(&ctx), false);
         Ok(Response::stream(events.map(|event| {
             event.map(|event| ConnectResponse {
                 event: event.into(),
@@ -402,18 +414,26 @@ fn winsize(pty: &proto::PTY) -> Winsize {
     }
 }
 
-/// The events of a process as a client sees them: its start, what it does, its end. `owner` is who started it, and
-/// learns of a time-out as an error of the call that set it.
+fn start_of(pid: u32) -> process_event::StartEvent {
+    process_event::StartEvent {
+        pid,
+        ..process_event::StartEvent::default()
+    }
+}
+
+/// The events of a process as a client sees them: its start, what it `missed` and what it does from now on, its end.
+/// `owner` is who started it, and learns of a time-out as an error of the call that set it.
 fn events_of(
-    pid: u32,
+    start: process_event::StartEvent,
+    missed: Vec<Event>,
     events: mpsc::Receiver<Event>,
     keepalive: Duration,
     owner: bool,
 ) -> impl futures_util::Stream<Item = Result<ProcessEvent, ConnectError>> + Send + 'static {
-    let start = process_event::StartEvent {
-        pid,
-        ..process_event::StartEvent::default()
-    };
+    let missed = missed.into_iter().filter_map(|event| match event {
+        Event::Output(stream, bytes) => Some(Ok(output(stream, bytes.into()))),
+        Event::End(_) => None,
+    });
     let rest = stream::unfold(Some(events), move |events| async move {
         let mut events = events?;
         let event = match tokio::time::timeout(keepalive, events.recv()).await {
@@ -441,7 +461,9 @@ fn events_of(
         };
         Some((event, Some(events)))
     });
-    stream::once(async move { Ok(wire(start)) }).chain(rest)
+    stream::once(async move { Ok(wire(start)) })
+        .chain(stream::iter(missed))
+        .chain(rest)
 }
 
 fn wire(event: impl Into<process_event::Event>) -> ProcessEvent {

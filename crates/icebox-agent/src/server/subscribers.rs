@@ -14,6 +14,7 @@ use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use tokio::{sync::mpsc, time::timeout};
 
 use super::child::{End, Event};
+use super::history::{History, Replay};
 
 /// Pieces that wait for a subscriber before the process has to.
 const QUEUE: usize = 4;
@@ -24,7 +25,13 @@ const PATIENCE: Duration = Duration::from_secs(3);
 /// The subscribers of one process.
 pub(super) struct Subscribers(Mutex<State>);
 
-enum State {
+struct State {
+    /// What it wrote last.
+    history: History,
+    who: Who,
+}
+
+enum Who {
     Live(Vec<mpsc::Sender<Event>>),
     Ended(End),
 }
@@ -33,7 +40,11 @@ impl Subscribers {
     /// With a first one.
     pub(super) fn new() -> (Self, mpsc::Receiver<Event>) {
         let (sender, receiver) = mpsc::channel(QUEUE);
-        (Self(Mutex::new(State::Live(vec![sender]))), receiver)
+        let state = State {
+            history: History::default(),
+            who: Who::Live(vec![sender]),
+        };
+        (Self(Mutex::new(state)), receiver)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -43,26 +54,42 @@ impl Subscribers {
     /// Follows from now on. What has ended already yields its end alone. Without an end, a subscription ends when it is
     /// given up.
     pub(super) fn subscribe(&self) -> mpsc::Receiver<Event> {
+        self.subscribe_from(None).1
+    }
+
+    /// Follows from now on, and gets what was written from a byte on before that: nothing is in both, and nothing in
+    /// neither.
+    pub(super) fn subscribe_from(
+        &self,
+        from: Option<u64>,
+    ) -> (Option<Replay>, mpsc::Receiver<Event>) {
         let (sender, receiver) = mpsc::channel(QUEUE);
-        match &mut *self.state() {
-            State::Live(all) => all.push(sender),
+        let mut state = self.state();
+        match &mut state.who {
+            Who::Live(all) => all.push(sender),
             // A new queue has room.
-            State::Ended(end) => {
+            Who::Ended(end) => {
                 sender.try_send(Event::End(*end)).ok();
             }
         }
-        receiver
+        (from.map(|from| state.history.since(from)), receiver)
     }
 
     pub(super) fn have_ended(&self) -> bool {
-        matches!(*self.state(), State::Ended(_))
+        matches!(self.state().who, Who::Ended(_))
     }
 
     /// Tells everybody. Returns when all have taken it who have not been given up or gone away.
     pub(super) async fn publish(&self, event: Event) {
-        let all = match &*self.state() {
-            State::Live(all) => all.clone(),
-            State::Ended(_) => return,
+        let all = {
+            let mut state = self.state();
+            if let Event::Output(stream, bytes) = &event {
+                state.history.add(*stream, bytes);
+            }
+            match &state.who {
+                Who::Live(all) => all.clone(),
+                Who::Ended(_) => return,
+            }
         };
         let mut sending: FuturesUnordered<_> = all
             .iter()
@@ -102,7 +129,7 @@ impl Subscribers {
     }
 
     fn forget(&self, which: impl Fn(&mpsc::Sender<Event>) -> bool) {
-        if let State::Live(all) = &mut *self.state() {
+        if let Who::Live(all) = &mut self.state().who {
             all.retain(|subscriber| !which(subscriber));
         }
     }
@@ -110,9 +137,9 @@ impl Subscribers {
     /// Makes the end known to whoever asks from now on. The result, when polled, tells those who asked before, each as
     /// soon as it has room.
     pub(super) fn end(&self, end: End) -> impl Future<Output = ()> + use<> {
-        let all = match std::mem::replace(&mut *self.state(), State::Ended(end)) {
-            State::Live(all) => all,
-            State::Ended(_) => Vec::new(),
+        let all = match std::mem::replace(&mut self.state().who, Who::Ended(end)) {
+            Who::Live(all) => all,
+            Who::Ended(_) => Vec::new(),
         };
         async move {
             // One that went away does not want to know.
@@ -227,11 +254,36 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn who_comes_back_gets_what_it_missed_and_then_what_follows() {
+        let (subscribers, first) = Subscribers::new();
+        subscribers.publish(piece()).await;
+        drop(first);
+        for _ in 0..10 {
+            subscribers.publish(piece()).await;
+        }
+        let (replay, events) = subscribers.subscribe_from(Some(1));
+        let replay = replay.unwrap();
+        let [Event::Output(Stream::Stdout, missed)] = &replay.events[..] else {
+            panic!("one piece, put together");
+        };
+        assert_eq!((missed.len(), replay.at, replay.missed), (10, 1, 0));
+        let reader = tokio::spawn(count(events));
+        for _ in 0..5 {
+            subscribers.publish(piece()).await;
+        }
+        subscribers.end(END).await;
+        assert_eq!(reader.await.unwrap(), (5, true));
+        let (replay, events) = subscribers.subscribe_from(Some(11));
+        assert_eq!(replay.unwrap().events.len(), 1, "after its end, too");
+        assert_eq!(count(events).await, (0, true));
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn who_goes_away_is_forgotten() {
         let (subscribers, first) = Subscribers::new();
         drop(first);
         subscribers.publish(piece()).await;
-        assert!(matches!(&*subscribers.state(), State::Live(all) if all.is_empty()));
+        assert!(matches!(&subscribers.state().who, Who::Live(all) if all.is_empty()));
         assert!(!subscribers.have_ended());
         subscribers.end(END).await;
         assert!(subscribers.have_ended());
