@@ -21,9 +21,10 @@ use tokio_stream::wrappers::LinesStream;
 use tokio_util::io::StreamReader;
 
 use crate::types::{
-    BuildEvent, Event, Forked, GcReport, GcRequest, History, Kernel, KernelEvent, NewBuild,
-    NewFork, NewKernel, NewSandbox, NewSnapshot, Report, ResumeRequest, RollbackRequest,
-    SandboxDetail, Snapshot, Stats, Template, VerbResult, Version,
+    BuildEvent, ChangeLifetime, DrainReport, Event, Forked, GcReport, GcRequest, History, Kernel,
+    KernelEvent, MetricsRange, NewBuild, NewFork, NewKernel, NewSandbox, NewSnapshot, Report,
+    Resolution, ResumeRequest, RollbackRequest, SandboxDetail, SandboxMetric, Snapshot, Stats,
+    Template, VerbResult, Version,
 };
 use crate::{ErrorBody, ErrorCode};
 
@@ -117,7 +118,7 @@ impl Client {
     pub async fn destroy(&self, sandbox: &str) -> Result<(), ClientError> {
         let path = format!("/sandboxes/{}", segment(sandbox));
         let answer = self.send(Method::DELETE, &path, Bytes::new()).await?;
-        self.drain(answer).await
+        self.read_out(answer).await
     }
 
     /// Pauses a sandbox.
@@ -168,7 +169,7 @@ impl Client {
     pub async fn forget(&self, sandbox: &str, point: &str) -> Result<(), ClientError> {
         let path = format!("/sandboxes/{}/history/{}", segment(sandbox), segment(point));
         let answer = self.send(Method::DELETE, &path, Bytes::new()).await?;
-        self.drain(answer).await
+        self.read_out(answer).await
     }
 
     /// Snapshots a sandbox.
@@ -188,6 +189,43 @@ impl Client {
     /// Flattens a sandbox's disk into an image template.
     pub async fn flatten(&self, sandbox: &str, new: &NewSnapshot) -> Result<Template, ClientError> {
         self.verb(sandbox, "flatten", new).await
+    }
+
+    /// Changes when a sandbox ends by itself, and when it begins to.
+    pub async fn set_lifetime(
+        &self,
+        sandbox: &str,
+        change: &ChangeLifetime,
+    ) -> Result<SandboxDetail, ClientError> {
+        self.verb(sandbox, "timeout", change).await
+    }
+
+    /// What a sandbox used, oldest first.
+    pub async fn metrics(
+        &self,
+        sandbox: &str,
+        range: &MetricsRange,
+    ) -> Result<Vec<SandboxMetric>, ClientError> {
+        let mut path = format!("/sandboxes/{}/metrics?", segment(sandbox));
+        for (name, value) in [("start", range.start), ("end", range.end)] {
+            if let Some(value) = value {
+                path.push_str(&format!("{name}={value}&"));
+            }
+        }
+        if let Some(resolution) = range.resolution {
+            let seconds = match resolution {
+                Resolution::Second => "1s",
+                Resolution::TenSeconds => "10s",
+                Resolution::Minute => "60s",
+            };
+            path.push_str(&format!("resolution={seconds}"));
+        }
+        self.get(&path).await
+    }
+
+    /// Pauses everything that runs, and has the daemon leave.
+    pub async fn drain(&self) -> Result<DrainReport, ClientError> {
+        self.post("/drain", &()).await
     }
 
     /// What the guest wrote to its console.
@@ -215,7 +253,7 @@ impl Client {
     pub async fn remove_template(&self, template: &str) -> Result<(), ClientError> {
         let path = format!("/templates/{}", segment(template));
         let answer = self.send(Method::DELETE, &path, Bytes::new()).await?;
-        self.drain(answer).await
+        self.read_out(answer).await
     }
 
     /// Builds a template. Dropping the stream cancels the build.
@@ -319,7 +357,7 @@ impl Client {
             .map_err(|source| ClientError::NotUnderstood { status, source })
     }
 
-    async fn drain(&self, answer: Response<Incoming>) -> Result<(), ClientError> {
+    async fn read_out(&self, answer: Response<Incoming>) -> Result<(), ClientError> {
         collect(self.accepted(answer).await?).await.map(drop)
     }
 

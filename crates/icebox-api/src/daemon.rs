@@ -10,9 +10,10 @@ use futures_util::Stream;
 
 use crate::ApiError;
 use crate::types::{
-    BuildEvent, Event, Forked, GcReport, GcRequest, History, Kernel, KernelEvent, NewBuild,
-    NewFork, NewKernel, NewSandbox, NewSnapshot, Report, ResumeRequest, RollbackRequest,
-    SandboxDetail, Snapshot, Stats, Template, VerbResult,
+    BuildEvent, ChangeLifetime, DrainReport, Event, Forked, GcReport, GcRequest, History, Kernel,
+    KernelEvent, MetricsRange, NewBuild, NewFork, NewKernel, NewSandbox, NewSnapshot, Report,
+    ResumeRequest, RollbackRequest, SandboxDetail, SandboxMetric, Snapshot, Stats, Template,
+    VerbResult,
 };
 
 /// A stream that a response is made of.
@@ -54,10 +55,22 @@ pub trait Daemon: Send + Sync + 'static {
     async fn flatten(&self, sandbox: &str, new: NewSnapshot) -> Result<Template, ApiError>;
     /// Removes the sandbox and everything it holds; answers its id.
     async fn destroy(&self, sandbox: &str) -> Result<String, ApiError>;
+    /// Changes when the sandbox ends by itself, and when it begins to.
+    async fn set_lifetime(
+        &self,
+        sandbox: &str,
+        change: ChangeLifetime,
+    ) -> Result<SandboxDetail, ApiError>;
+    /// What the sandbox used, oldest first.
+    async fn metrics(
+        &self,
+        sandbox: &str,
+        range: MetricsRange,
+    ) -> Result<Vec<SandboxMetric>, ApiError>;
     /// What the guest wrote to its console so far.
     async fn console(&self, sandbox: &str) -> Result<BoxStream<std::io::Result<Bytes>>, ApiError>;
 
-    /// Where a port of a running sandbox is reached. `exact`: only a full id will do, since the caller may be
+    /// Where a port of a running sandbox is reached. One that is paused and is to be resumed for this is resumed first. `exact`: only a full id will do, since the caller may be
     /// anybody and ids are the secret of public ports.
     ///
     /// # Errors
@@ -81,6 +94,8 @@ pub trait Daemon: Send + Sync + 'static {
     /// Events after number `since` (absent: from now on); ends with what is there unless `follow`. A subscriber that
     /// asks for what is no longer kept is told so first (INV-49).
     async fn events(&self, since: Option<u64>, follow: bool) -> Result<BoxStream<Event>, ApiError>;
+    /// Pauses everything that runs, lets nothing new begin, and has the daemon leave afterwards.
+    async fn drain(&self) -> Result<DrainReport, ApiError>;
     /// What everything occupies, and how much room there is.
     async fn stats(&self) -> Result<Stats, ApiError>;
     /// What works here.

@@ -32,6 +32,8 @@ pub enum ErrorCode {
     Exhausted,
     /// It did not answer in its time.
     Timeout,
+    /// The daemon pauses what runs, and begins nothing new.
+    Draining,
     /// A failure that could not be undone: only `inspect` and `destroy` work.
     Broken,
     /// Anything else.
@@ -82,7 +84,7 @@ impl ApiError {
             | ErrorCode::WrongPhase
             | ErrorCode::InUse
             | ErrorCode::Broken => StatusCode::CONFLICT,
-            ErrorCode::Exhausted => StatusCode::SERVICE_UNAVAILABLE,
+            ErrorCode::Exhausted | ErrorCode::Draining => StatusCode::SERVICE_UNAVAILABLE,
             ErrorCode::Timeout | ErrorCode::Internal | ErrorCode::Unknown => {
                 StatusCode::INTERNAL_SERVER_ERROR
             }

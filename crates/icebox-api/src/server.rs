@@ -131,6 +131,7 @@ fn router(context: Context) -> Router {
         .route("/doctor", get(host::doctor))
         .route("/stats", get(host::stats))
         .route("/gc", post(host::gc))
+        .route("/drain", post(host::drain))
         .route("/events", get(events::events))
         .route("/sandboxes", get(sandboxes::list).post(sandboxes::create))
         .route(
@@ -152,6 +153,8 @@ fn router(context: Context) -> Router {
         .route("/sandboxes/{id}/snapshots", post(sandboxes::snapshot))
         .route("/sandboxes/{id}/fork", post(sandboxes::fork))
         .route("/sandboxes/{id}/flatten", post(sandboxes::flatten))
+        .route("/sandboxes/{id}/timeout", post(sandboxes::set_lifetime))
+        .route("/sandboxes/{id}/metrics", get(sandboxes::metrics))
         .route("/sandboxes/{id}/console", get(sandboxes::console))
         .route("/templates", get(templates::list))
         .route("/templates/{id}", get(templates::inspect))

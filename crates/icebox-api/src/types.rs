@@ -9,6 +9,8 @@ mod event;
 mod gc;
 mod history;
 mod kernel;
+mod lifetime;
+mod metric;
 mod sandbox;
 mod space;
 mod template;
@@ -19,6 +21,10 @@ pub use event::{Event, StepTime};
 pub use gc::{Garbage, GcReport, GcRequest};
 pub use history::{History, HistoryPolicy, Now, PastBranch, PastGeneration, RollbackRequest};
 pub use kernel::{Kernel, KernelEvent, KernelSource, NewKernel};
+pub use lifetime::{
+    AutoResume, ChangeLifetime, DrainReport, Lifecycle, Limit, Never, NotDrained, OnTimeout,
+};
+pub use metric::{MetricsRange, Resolution, SandboxMetric};
 pub use sandbox::{
     Branch, Forked, Generation, LastVerb, ListedSandbox, NewFork, NewSandbox, NewSnapshot, Outcome,
     ResumeRequest, SandboxDetail, Snapshot, State, Unusable, VerbResult, Vmm,

@@ -124,6 +124,7 @@ impl Script {
             unusable: Vec::new(),
             branches: Vec::new(),
             holds: Vec::new(),
+            lifecycle: None,
             last_exit: None,
             last_verb: None,
             history: None,
@@ -233,6 +234,55 @@ impl Daemon for Script {
     async fn destroy(&self, sandbox: &str) -> Result<String, ApiError> {
         self.known(sandbox, false)?;
         Ok(ID.to_owned())
+    }
+    async fn set_lifetime(
+        &self,
+        sandbox: &str,
+        change: ChangeLifetime,
+    ) -> Result<SandboxDetail, ApiError> {
+        self.known(sandbox, false)?;
+        let lifecycle = Lifecycle {
+            auto_resume: change.auto_resume.unwrap_or_default().enabled,
+            on_timeout: change.on_timeout.unwrap_or(OnTimeout::Kill),
+            timeout: None,
+            idle_timeout: match change.idle_timeout {
+                Some(Limit::Seconds(seconds)) => u64::try_from(seconds).ok(),
+                _ => None,
+            },
+        };
+        Ok(SandboxDetail {
+            lifecycle: Some(lifecycle),
+            ..self.sandbox()
+        })
+    }
+    async fn metrics(&self, _: &str, range: MetricsRange) -> Result<Vec<SandboxMetric>, ApiError> {
+        let at = range.start.unwrap_or_default();
+        Ok(vec![SandboxMetric {
+            timestamp: jiff::Timestamp::from_second(at).expect("a time"),
+            timestamp_unix: at,
+            seconds: if range.resolution == Some(Resolution::Minute) {
+                60
+            } else {
+                1
+            },
+            cpu_count: 1,
+            cpu_used_pct: 12.5,
+            mem_used: 1,
+            mem_total: 2,
+            mem_cache: 0,
+            disk_used: 3,
+            disk_total: 4,
+            disk_read_rate: 5,
+            disk_write_rate: 6,
+            network_in_rate: 7,
+            network_out_rate: 8,
+        }])
+    }
+    async fn drain(&self) -> Result<DrainReport, ApiError> {
+        Ok(DrainReport {
+            paused: vec!["web".to_owned()],
+            failed: Vec::new(),
+        })
     }
     async fn console(&self, _: &str) -> Result<BoxStream<std::io::Result<Bytes>>, ApiError> {
         Ok(stream::iter(["boot ", "done"].map(|text| Ok(Bytes::from(text)))).boxed())

@@ -13,7 +13,8 @@ use crate::host::{ErrorKind, HostError};
 use crate::id::{HeadId, SandboxId, Slot};
 use crate::layout::Object;
 use crate::manifest::v1::{Hold, Intent, Sandbox as Record};
-use crate::sandbox::Shared;
+use crate::panics::caught;
+use crate::sandbox::{Chained, Shared};
 use crate::steps::Steps;
 use crate::unit::Bytes;
 
@@ -22,6 +23,16 @@ use crate::unit::Bytes;
 pub struct Plan {
     /// Objects that nothing reaches, with their allocated bytes.
     pub objects: Vec<(Object, Bytes)>,
+}
+
+/// Collects in the background. What does not go is left for the next collection.
+pub(crate) fn soon(shared: &Arc<Shared>) {
+    let shared = Arc::clone(shared);
+    tokio::spawn(async move {
+        if let Err(error) = caught("collecting", collect(&shared, false)).await {
+            tracing::warn!(error = %Chained(&error), "left for the next collection");
+        }
+    });
 }
 
 /// Removes what nothing reaches, or says what that would be: the same plan (INV-52).
@@ -246,7 +257,7 @@ async fn report(
             .events
             .emit(None, "stray.removed", what, &Steps::default()),
         Err(error) => {
-            let why = crate::sandbox::Chained(&error).to_string();
+            let why = Chained(&error).to_string();
             tracing::error!(stray = what, why, "a stray would not go");
             shared.events.emit(
                 None,

@@ -2,6 +2,7 @@
 //!
 //! Every verb runs in a task of its own and ends by itself; a caller that stops waiting changes nothing (INV-20).
 
+mod drain;
 mod history;
 mod open;
 mod templates;
@@ -27,10 +28,12 @@ use crate::id::{GenerationNo, Name, SandboxId, Slot};
 use crate::layout::Object;
 use crate::ledger::Ledger;
 use crate::lifecycle::Beginning;
+use crate::lifetime::LifetimeChange;
 use crate::manifest::v1::{
-    self, Generation, HistoryPolicy, Point, Rest, Spec, Template, TemplateContent,
+    self, Generation, HistoryPolicy, Lifetime, Point, Rest, Spec, Template, TemplateContent,
 };
 use crate::merge;
+use crate::metrics::{Resolution, Sample};
 use crate::panics::{caught, internal};
 use crate::phase::Phase;
 use crate::sandbox::{
@@ -39,6 +42,7 @@ use crate::sandbox::{
 use crate::steps::LastVerb;
 use crate::unit::{Bytes, Geometry};
 
+pub use drain::Drained;
 pub use history::{History, PastBranch, PastGeneration};
 pub use templates::ImageRequest;
 pub use usage::{Part, Usage, Usages};
@@ -64,6 +68,8 @@ pub struct Config {
     /// How much must be free for new work to be admitted. Unless it is said: 1 GiB, or a twentieth of what there is if that
     /// is less.
     pub keep_free: Option<Bytes>,
+    /// Whether to measure, once a second, what running sandboxes use.
+    pub measures: bool,
 }
 
 impl Default for Config {
@@ -74,6 +80,7 @@ impl Default for Config {
             max_mem_mib: u32::MAX,
             max_layers: merge::MAX_LAYERS,
             keep_free: None,
+            measures: true,
         }
     }
 }
@@ -103,6 +110,8 @@ pub struct CreateRequest {
     pub metadata: BTreeMap<String, String>,
     /// What becomes of its past.
     pub history: HistoryPolicy,
+    /// When it ends by itself, and when it begins to.
+    pub lifetime: LifetimeChange,
 }
 
 /// A sandbox as it is at this moment.
@@ -162,6 +171,8 @@ impl Engine {
     /// # Errors
     /// Nothing of it is left.
     pub async fn create(&self, request: CreateRequest) -> Result<SandboxView, Error> {
+        self.shared.require_open()?;
+        request.lifetime.check()?;
         let (template, pin) = self.shared.catalog.template(&request.template)?;
         let spec = self.spec(&template, &request)?;
         self.shared.require_room(Some(&spec.volume_driver)).await?;
@@ -177,7 +188,10 @@ impl Engine {
                 Beginning::Instant(Arc::new(origin))
             }
         };
-        self.begin(spec, request.name, beginning).await
+        let lifetime = request
+            .lifetime
+            .applied(&Lifetime::default(), self.shared.now());
+        self.begin(spec, lifetime, request.name, beginning).await
     }
 
     /// Creates `count` sandboxes from this instant of one. Each is created or fails by itself.
@@ -199,13 +213,15 @@ impl Engine {
         self.detached("forking", |engine| async move {
             let origin = Arc::new(ask(&entry, Request::Fork).await?);
             let mut spec = entry.record.spec.clone();
+            let lifetime = entry.record.lifetime.clone();
             spec.metadata
                 .insert("icebox.forked-from".into(), entry.record.id.to_string());
             // Each lets go of it as soon as it can, so nobody else may keep it.
             let origins = vec![origin; count.into()];
-            let forks = origins
-                .into_iter()
-                .map(|origin| engine.begin(spec.clone(), None, Beginning::Instant(origin)));
+            let forks = origins.into_iter().map(|origin| {
+                let beginning = Beginning::Instant(origin);
+                engine.begin(spec.clone(), lifetime.clone(), None, beginning)
+            });
             Ok(futures_util::stream::iter(forks)
                 .buffered(AT_ONCE)
                 .collect()
@@ -234,12 +250,14 @@ impl Engine {
     async fn begin(
         &self,
         spec: Spec,
+        lifetime: Lifetime,
         name: Option<Name>,
         beginning: Beginning,
     ) -> Result<SandboxView, Error> {
+        self.shared.require_open()?;
         let (gate, (mailbox, requests)) = (Gate::default(), mpsc::channel(QUEUE));
         let record = self.shared.catalog.admit(
-            new_record(spec, name, self.shared.now()),
+            new_record(spec, lifetime, name, self.shared.now()),
             gate.clone(),
             mailbox,
         )?;
@@ -504,6 +522,68 @@ impl Engine {
         Ok(entry.gate.enter().map(|pass| Route { ip, token, pass }))
     }
 
+    /// As [`route`](Self::route); a paused sandbox that is to be resumed for whoever asks for it is. However many ask
+    /// at once, it is resumed once.
+    ///
+    /// # Errors
+    /// There is no such sandbox, or it could not be resumed.
+    pub async fn route_awake(&self, wanted: &str) -> Result<Option<Route>, Error> {
+        if let Some(route) = self.route(wanted)? {
+            return Ok(Some(route));
+        }
+        let entry = self.shared.catalog.sandbox(wanted)?;
+        let (record, id) = (&entry.record, entry.record.id.clone());
+        let may_be_paused = match record.rests {
+            Rest::Paused { .. } => true,
+            // A pause may be under way.
+            Rest::Running => entry.busy.is_some(),
+            Rest::Stopped | Rest::Nowhere => false,
+        };
+        if !record.lifetime.auto_resume || !may_be_paused || record.broken.is_some() {
+            return Ok(None);
+        }
+        self.shared.require_open()?;
+        let driver = &record.spec.volume_driver;
+        self.shared.require_room(Some(driver)).await?;
+        let woken = self.shared.wakes.wake(&id, || {
+            let entry = entry.clone();
+            async move { ask(&entry, Request::Wake).await }
+        });
+        woken.await.map_err(|source| Error::NotWoken { source })?;
+        self.route(id.as_str())
+    }
+
+    /// Changes when a sandbox ends by itself, and when it begins to. Its times begin anew.
+    ///
+    /// # Errors
+    /// A time that cannot be; or the change could not be written down, and has not happened.
+    pub async fn set_lifetime(
+        &self,
+        wanted: &str,
+        change: LifetimeChange,
+    ) -> Result<SandboxView, Error> {
+        change.check()?;
+        let entry = self.shared.catalog.sandbox(wanted)?;
+        ask(&entry, |reply| Request::Lifetime(change, reply)).await?;
+        self.inspect(entry.record.id.as_str())
+    }
+
+    /// What a sandbox used from `since` on, oldest first: as fine as it is known, or of one resolution.
+    ///
+    /// # Errors
+    /// There is no such sandbox.
+    pub async fn samples(
+        &self,
+        wanted: &str,
+        since: Option<Timestamp>,
+        resolution: Option<Resolution>,
+    ) -> Result<Vec<Sample>, Error> {
+        let id = self.shared.catalog.sandbox(wanted)?.record.id.clone();
+        let since = since.map_or(0, Timestamp::as_second);
+        let since = u32::try_from(since.max(0)).unwrap_or(u32::MAX);
+        Ok(self.shared.history(&id, since, resolution).await)
+    }
+
     /// What happened.
     #[must_use]
     pub fn events(&self) -> &Events {
@@ -528,12 +608,7 @@ impl Engine {
     }
 
     fn collect_soon(&self) {
-        let engine = self.clone();
-        tokio::spawn(async move {
-            if let Err(error) = engine.collect(false).await {
-                tracing::warn!(%error, "left for the next collection");
-            }
-        });
+        collect::soon(&self.shared);
     }
 
     fn make_slots_ready(&self) {
@@ -627,7 +702,7 @@ fn check_history(policy: &HistoryPolicy) -> Result<(), Error> {
     Ok(())
 }
 
-fn new_record(spec: Spec, name: Option<Name>, now: Timestamp) -> v1::Sandbox {
+fn new_record(spec: Spec, lifetime: Lifetime, name: Option<Name>, now: Timestamp) -> v1::Sandbox {
     v1::Sandbox {
         id: SandboxId::random(),
         name,
@@ -646,6 +721,7 @@ fn new_record(spec: Spec, name: Option<Name>, now: Timestamp) -> v1::Sandbox {
         next_generation: GenerationNo(1),
         next_head: 0,
         branches: Vec::new(),
+        lifetime,
         last_exit: None,
         broken: None,
     }

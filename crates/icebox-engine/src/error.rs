@@ -1,5 +1,7 @@
 //! Why a verb did not do what was asked.
 
+use std::sync::Arc;
+
 use crate::host::{ErrorKind, HostError};
 use crate::id::{GenerationNo, Name};
 use crate::manifest::ManifestError;
@@ -157,6 +159,15 @@ pub enum Error {
     /// The sandbox went away before the verb's turn came.
     #[error("the sandbox was destroyed meanwhile")]
     Destroyed,
+    /// Everything that runs is being paused, and nothing new may begin.
+    #[error("the daemon is draining: it pauses what runs, and begins nothing new")]
+    Draining,
+    /// A sandbox was asked for that is paused, and it could not be resumed for that.
+    #[error("the sandbox is paused, and could not be resumed for this request")]
+    NotWoken {
+        /// Why not.
+        source: Arc<Error>,
+    },
     /// The engine is shutting down.
     #[error("the daemon is stopping")]
     Stopping,
@@ -203,6 +214,8 @@ impl Error {
             Self::Internal { .. } => {
                 Some("this is a bug: please report it with what the daemon's log says; `icebox inspect` shows where the sandbox rests".into())
             }
+            Self::Draining => Some("ask again when the daemon has been started again".into()),
+            Self::NotWoken { source } => source.hint(),
             Self::Manifest(ManifestError::TooNew { .. }) => Some("install the newer version again".into()),
             _ => None,
         }

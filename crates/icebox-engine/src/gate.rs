@@ -6,6 +6,8 @@
 //!                     +-- Closed dropped -+
 //! ```
 //!
+//! Since everything that a user does in a sandbox passes here, this is also where it is known how long nobody did.
+//!
 //! A capture must not freeze half a conversation, and a connection must not slip in between the drain and the
 //! freeze. So admission and closing are decided under one lock: after [`Gate::close`] has begun, no
 //! [`enter`](Gate::enter) succeeds, even one that raced it (INV-07). The guard opens the gate again when it is
@@ -15,6 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Admission {
@@ -30,6 +33,24 @@ struct State {
     inside: usize,
     /// Passes of an older epoch must end.
     epoch: u64,
+    /// When somebody was inside, or something else happened in the sandbox.
+    active_at: Instant,
+    /// How long nothing had happened before that, in a time that this process has not seen.
+    before: Duration,
+}
+
+impl State {
+    /// For how long nothing has happened.
+    fn idle(&self) -> Duration {
+        if self.inside > 0 {
+            return Duration::ZERO;
+        }
+        self.active_at.elapsed().saturating_add(self.before)
+    }
+
+    fn touch(&mut self) {
+        (self.active_at, self.before) = (Instant::now(), Duration::ZERO);
+    }
 }
 
 /// Admits connections to one guest.
@@ -42,6 +63,8 @@ impl Default for Gate {
             admission: Admission::Shut,
             inside: 0,
             epoch: 0,
+            active_at: Instant::now(),
+            before: Duration::ZERO,
         };
         Self(Arc::new(watch::Sender::new(state)))
     }
@@ -77,8 +100,59 @@ impl Gate {
 
     /// Admits connections from now on.
     pub(crate) fn open(&self) {
-        self.0
-            .send_modify(|state| state.admission = Admission::Open);
+        self.0.send_modify(|state| {
+            state.admission = Admission::Open;
+            state.touch();
+        });
+    }
+
+    /// Notes that something happens in the sandbox at this moment.
+    pub(crate) fn touch(&self) {
+        self.0.send_modify(State::touch);
+    }
+
+    /// Notes that nothing has happened in the sandbox for so long.
+    pub(crate) fn was_idle(&self, so_long: Duration) {
+        self.0.send_modify(|state| {
+            state.touch();
+            state.before = so_long;
+        });
+    }
+
+    /// For how long nothing has happened.
+    pub(crate) fn idle(&self) -> Duration {
+        self.0.borrow().idle()
+    }
+
+    /// Completes when nothing has happened for `limit`.
+    pub(crate) fn idle_for(&self, limit: Duration) -> impl Future<Output = ()> + use<> {
+        let mut state = self.0.subscribe();
+        async move {
+            loop {
+                let empty = state.wait_for(|state| state.inside == 0);
+                let Ok(idle) = empty.await.map(|state| state.idle()) else {
+                    // There is no gate any more, and so no sandbox.
+                    return std::future::pending().await;
+                };
+                if idle >= limit {
+                    return;
+                }
+                tokio::time::sleep(limit - idle).await;
+            }
+        }
+    }
+
+    /// Closes the gate as [`close`](Self::close) does, if nothing has happened for `limit`: whoever is about to enter
+    /// comes before that, or finds the gate closed.
+    pub(crate) fn close_if_idle(&self, limit: Duration) -> Option<Closed> {
+        let closed = self.0.send_if_modified(|state| {
+            let is_idle = state.admission != Admission::Draining && state.idle() >= limit;
+            if is_idle && state.admission == Admission::Open {
+                state.admission = Admission::Draining;
+            }
+            is_idle
+        });
+        closed.then(|| Closed(self.clone()))
     }
 
     /// Admits nobody from now on, and tells whoever is inside to end at once.
@@ -118,7 +192,10 @@ impl Pass {
 
 impl Drop for Pass {
     fn drop(&mut self) {
-        self.gate.0.send_modify(|state| state.inside -= 1);
+        self.gate.0.send_modify(|state| {
+            state.inside -= 1;
+            state.touch();
+        });
     }
 }
 
@@ -149,7 +226,7 @@ mod tests {
         assert!(gate.enter().is_none(), "closed until the guest is there");
         gate.open();
         let slow = gate.enter().unwrap();
-        let begun = tokio::time::Instant::now();
+        let begun = Instant::now();
         let closing = {
             let gate = gate.clone();
             tokio::spawn(async move { gate.close(Duration::from_secs(5)).await })
@@ -170,11 +247,48 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn inv_35_who_is_inside_keeps_a_sandbox_from_being_idle() {
+        let gate = Gate::default();
+        gate.open();
+        let limit = Duration::from_secs(60);
+        let pass = gate.enter().unwrap();
+        let idle = tokio::spawn(gate.idle_for(limit));
+        tokio::time::sleep(limit * 3).await;
+        assert!(!idle.is_finished() && gate.close_if_idle(limit).is_none());
+        drop(pass);
+        let begun = Instant::now();
+        idle.await.unwrap();
+        assert_eq!(begun.elapsed(), limit);
+        // Between the end of the wait and the decision somebody comes.
+        let pass = gate.enter().unwrap();
+        assert!(gate.close_if_idle(limit).is_none());
+        drop(pass);
+        assert!(gate.close_if_idle(limit).is_none(), "and has just left");
+        tokio::time::sleep(limit).await;
+        let closed = gate.close_if_idle(limit).unwrap();
+        assert!(gate.enter().is_none(), "nobody comes any more");
+        drop(closed);
+        assert!(gate.enter().is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_a_sandbox_was_idle_before_counts_until_something_happens() {
+        let gate = Gate::default();
+        gate.open();
+        gate.was_idle(Duration::from_secs(50));
+        let begun = Instant::now();
+        gate.idle_for(Duration::from_secs(60)).await;
+        assert_eq!(begun.elapsed(), Duration::from_secs(10));
+        gate.touch();
+        assert_eq!(gate.idle(), Duration::ZERO);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_drain_ends_as_soon_as_the_last_connection_does() {
         let gate = Gate::default();
         gate.open();
         let pass = gate.enter().unwrap();
-        let begun = tokio::time::Instant::now();
+        let begun = Instant::now();
         let closing = {
             let gate = gate.clone();
             tokio::spawn(async move { gate.close(Duration::from_secs(5)).await })

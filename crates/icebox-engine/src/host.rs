@@ -1,4 +1,4 @@
-//! What the engine asks of the host: eight small traits and the error they share.
+//! What the engine asks of the host: nine small traits and the error they share.
 //!
 //! `icebox-host` implements them on Linux, `icebox-sim` in memory; the engine knows no third way
 //! to touch anything. Three rules hold for every method here:
@@ -14,6 +14,7 @@ mod boxes;
 mod clock;
 mod error;
 mod guest;
+mod journal;
 mod kernels;
 mod network;
 mod store;
@@ -26,12 +27,13 @@ pub use boxes::{Boxes, Limits, LimitsInForce};
 pub use clock::{Clock, SystemClock};
 pub use error::{ErrorKind, HostError};
 pub use guest::{Guest, GuestAddress, GuestOrigin, Secret, Welcome};
+pub use journal::{Journal, Kept};
 pub use kernels::{BootFiles, Kernels};
 pub use network::{Egress, Network, SlotNetwork};
 pub use store::{Space, Store, StoredDocument};
 pub use vmm::{
-    Capabilities, DiskSwitch, ExitReason, LaunchPlan, Machine, MemorySource, ProcessIdentity,
-    SavePlan, SavedMemory, SavedPages, Start, VcpuState, Vmm, VmmIdentity,
+    Capabilities, Counters, DiskSwitch, ExitReason, LaunchPlan, Machine, MemorySource, Meter,
+    ProcessIdentity, SavePlan, SavedMemory, SavedPages, Start, VcpuState, Vmm, VmmIdentity,
 };
 pub use volume::{
     BlockDevice, Chain, FreezeByHost, LiveFreeze, MergeLayers, Trouble, VolumeDriver, Watch,
@@ -65,6 +67,8 @@ pub struct Host {
     pub volumes: Vec<Arc<dyn VolumeDriver>>,
     /// VMMs, in order of preference.
     pub vmms: Vec<Arc<dyn Vmm>>,
+    /// What happened, and what was used.
+    pub journal: Arc<dyn Journal>,
     /// What time it is.
     pub clock: Arc<dyn Clock>,
     /// Network slots.

@@ -4,6 +4,7 @@
 //! <data>/format                      layout version, checked before anything else
 //!        lock                        flock of the daemon that owns the tree
 //!        zfs-owner                   the number that its volumes in a pool know it by
+//!        journal.sqlite              events and what sandboxes used; decides nothing
 //!        kernels/<digest>/           bases/<digest>/image     layers/<id>/disk     memories/<id>/{base,diff}
 //!        templates/<id>/             sandboxes/<id>/{manifest.json, heads/<n>.<format>, generations/<n>/, console.log}
 //!        staging/                    objects being made; nothing in it survives a start

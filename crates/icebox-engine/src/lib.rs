@@ -20,24 +20,29 @@ pub mod id;
 pub mod layout;
 mod ledger;
 mod lifecycle;
+mod lifetime;
 pub mod manifest;
 mod merge;
+mod metrics;
 mod panics;
 mod phase;
 mod sandbox;
 mod space;
 mod steps;
 pub mod unit;
+mod wake;
 mod watch;
 
 pub use collect::Plan;
 pub use engine::{
-    Config, CreateRequest, Engine, History, ImageRequest, Part, PastBranch, PastGeneration, Route,
-    SandboxView, Usage, Usages,
+    Config, CreateRequest, Drained, Engine, History, ImageRequest, Part, PastBranch,
+    PastGeneration, Route, SandboxView, Usage, Usages,
 };
 pub use error::Error;
 pub use event::{Batch, Event, Events};
 pub use gate::{Gate, Pass};
+pub use lifetime::{LifetimeChange, Limit};
+pub use metrics::{Resolution, Sample};
 pub use phase::{Phase, Refusal, Step, Verb};
 pub use sandbox::Outcome;
 pub use steps::LastVerb;

@@ -6,6 +6,7 @@
 //! (INV-19). Sandboxes never wait for each other.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -24,11 +25,14 @@ use crate::host::{
 use crate::id::{GenerationNo, HeadId, Name, SandboxId};
 use crate::layout::Object;
 use crate::ledger::Ledger;
+use crate::lifetime::{LifetimeChange, Timer};
 use crate::manifest::v1::{self, Capture, Exit, Hold, Intent, Point, Rest, Under};
+use crate::metrics::Metrics;
 use crate::panics::caught;
 use crate::phase::{Phase, Refusal, Step, Verb};
 use crate::space::Stall;
 use crate::steps::{Steps, Timed};
+use crate::wake::Wakes;
 
 /// How many verbs may wait for their turn at one sandbox. Equal ones coalesce, so a client with a purpose has few.
 pub(crate) const QUEUE: usize = 64;
@@ -40,12 +44,24 @@ pub(crate) struct Shared {
     pub(crate) host: Host,
     pub(crate) catalog: Catalog,
     pub(crate) events: Events,
+    pub(crate) metrics: Metrics,
+    pub(crate) wakes: Wakes,
+    /// Set when nothing new may begin any more.
+    pub(crate) draining: AtomicBool,
     pub(crate) config: Config,
     /// Serialises what could make a content-addressed object with what could remove it.
     pub(crate) collecting: tokio::sync::Mutex<()>,
 }
 
 impl Shared {
+    /// Refuses what would begin something new while everything that runs is being paused.
+    pub(crate) fn require_open(&self) -> Result<(), Error> {
+        if self.draining.load(Ordering::SeqCst) {
+            return Err(Error::Draining);
+        }
+        Ok(())
+    }
+
     /// What time it is, by the wall clock.
     pub(crate) fn now(&self) -> Timestamp {
         self.host.clock.now()
@@ -68,6 +84,9 @@ pub(crate) enum Request {
     Fork(oneshot::Sender<Result<Origin, Error>>),
     Freeze(oneshot::Sender<Result<Frozen, Error>>),
     Destroy(oneshot::Sender<Result<(), Error>>),
+    Lifetime(LifetimeChange, oneshot::Sender<Result<(), Error>>),
+    /// Resume, for somebody who wants to talk to the guest.
+    Wake(oneshot::Sender<Result<(), Error>>),
     /// Of the engine itself: the guest must not write to this head, for this reason. Answered when that is so.
     Hold(HeadId, String, oneshot::Sender<()>),
 }
@@ -112,6 +131,7 @@ pub(crate) struct Sandbox {
     pub(crate) chores: Chores,
     /// Set while the guest stands still for want of room, and after it did.
     stall: Option<Stall>,
+    pub(crate) timer: Timer,
     unnamed: Vec<Unnamed>,
     /// How often in a row what was left undone could not be finished.
     vain: u32,
@@ -144,6 +164,7 @@ impl Sandbox {
             steps: Steps::default(),
             chores: Chores::new(),
             stall: None,
+            timer: Timer::default(),
             unnamed: Vec::new(),
             vain: 0,
         }
@@ -178,6 +199,7 @@ impl Sandbox {
             };
             let undone = self.undone();
             let chores = self.chores.due();
+            let due = self.due();
             let fate = tokio::select! {
                 biased;
                 reason = ended => {
@@ -200,6 +222,10 @@ impl Sandbox {
                         Fate::Lives
                     })
                     .await
+                }
+                due = due => {
+                    self.alone("ending what has its time behind it", async |it| it.act_on(due).await)
+                        .await
                 }
                 () = undone => {
                     self.alone("finishing what was left undone", Self::finish_undone).await
@@ -235,6 +261,9 @@ impl Sandbox {
     }
 
     async fn serve(&mut self, request: Request) -> Fate {
+        if !matches!(request, Request::Hold(..)) {
+            self.gate.touch();
+        }
         match request {
             Request::Start(reply) => {
                 self.answer(Verb::Start, reply, async |it| it.start().await)
@@ -283,6 +312,20 @@ impl Sandbox {
             Request::Freeze(reply) => {
                 self.answer(Verb::Flatten, reply, async |it| it.freeze_disk().await)
                     .await
+            }
+            Request::Wake(reply) => {
+                self.answer(Verb::Resume, reply, async |it| it.wake().await)
+                    .await
+            }
+            Request::Lifetime(change, reply) => {
+                let mut changed = Ok(());
+                let fate = self.alone("changing the lifetime", async |it| {
+                    changed = it.change_lifetime(change).await;
+                    Fate::Lives
+                });
+                let fate = fate.await;
+                drop(reply.send(changed));
+                fate
             }
             Request::Hold(head, why, done) => {
                 let held = self.alone("holding the guest", async |it| {
@@ -403,6 +446,9 @@ impl Sandbox {
         let step = self.step(verb)?;
         if step == Step::AlreadyThere {
             return Ok(step);
+        }
+        if matches!(step, Step::To(Phase::Running)) || verb == Verb::Fork {
+            self.shared.require_open()?;
         }
         self.settle().await?;
         self.unwind().await?;
@@ -737,9 +783,23 @@ impl Sandbox {
         }
     }
 
+    /// The guest answers, and is the sandbox's from here on.
+    pub(crate) fn enter_guest(&mut self, machine: Arc<dyn Machine>) {
+        self.timer = Timer::begun();
+        match machine.meter() {
+            Ok(meter) => self.shared.metrics.begin(self.id(), meter),
+            Err(error) => {
+                tracing::warn!(sandbox = %self.id(), %error, "what it uses is not measured");
+            }
+        }
+        self.life = Life::Running(machine);
+        self.gate.open();
+    }
+
     /// The record says that the sandbox does not run any more: what its VMM does from here on is no news.
     pub(crate) fn leave_guest(&mut self) {
         self.gate.shut();
+        self.shared.metrics.end(self.id());
         self.life = Life::AtRest;
         self.cancel_checkpoint();
         if self.stall.take().is_some() {

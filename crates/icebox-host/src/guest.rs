@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use async_trait::async_trait;
 use icebox_agent_api::client::{AgentClient, AgentError, Connector, IoStream};
 use icebox_agent_api::control::{Clock, Identity, Init, Origin, Prepare};
-use icebox_agent_api::{AGENT_PORT, Token};
+use icebox_agent_api::{AGENT_PORT, START_TAG, Token};
 use icebox_engine::host::{
     ErrorKind, Guest, GuestAddress, GuestOrigin, HostError, Secret, Welcome,
 };
@@ -40,6 +40,8 @@ const READINGS: usize = 8;
 const CLOCK: Duration = Duration::from_secs(5);
 /// How long the guest may prepare for a capture. The engine gives up a moment later (INV-05).
 const PREPARE: Duration = Duration::from_millis(4500);
+/// How long a guest may take to say what runs in it.
+const WORKING: Duration = Duration::from_secs(3);
 /// Random bytes that a guest is given: the size of the kernel's own seed, twice.
 const ENTROPY: usize = 64;
 /// The status of a request with a token that is not in force.
@@ -215,6 +217,12 @@ impl Guest for AgentGuests {
 
     async fn prepare(&self, at: GuestAddress, token: &Secret) -> Result<(), HostError> {
         quiesce(at, token, Trim::Yes).await
+    }
+
+    async fn is_working(&self, at: GuestAddress, token: &Secret) -> Result<bool, HostError> {
+        let running = client(at, token).list(WORKING).await.map_err(failed)?;
+        let of_template = |tag: &Option<String>| tag.as_deref() == Some(START_TAG);
+        Ok(running.iter().any(|process| !of_template(&process.tag)))
     }
 
     async fn sync(&self, at: GuestAddress, token: &Secret) -> Result<(), HostError> {

@@ -8,6 +8,7 @@ pub mod fs;
 pub mod guest;
 pub mod guest_image;
 pub mod instance;
+pub mod journal;
 pub mod launcher;
 pub mod network;
 mod pace;

@@ -18,9 +18,9 @@ use async_trait::async_trait;
 use icebox_engine::host::{
     BlockDevice, BootFiles, Boxes, Capabilities, Chain, DiskSwitch, Egress, Ensured, ExitReason,
     FreezeByHost, Guest, GuestAddress, Host, HostError, Kernels, LaunchPlan, Limits, LimitsInForce,
-    LiveFreeze, Machine, MergeLayers, Network, ProcessIdentity, Removed, SavePlan, SavedMemory,
-    Secret, SlotNetwork, Space, Store, StoredDocument, VcpuState, Vmm, VmmIdentity, VolumeDriver,
-    WatchHeads, Welcome,
+    LiveFreeze, Machine, MergeLayers, Meter, Network, ProcessIdentity, Removed, SavePlan,
+    SavedMemory, Secret, SlotNetwork, Space, Store, StoredDocument, VcpuState, Vmm, VmmIdentity,
+    VolumeDriver, WatchHeads, Welcome,
 };
 use icebox_engine::id::{Digest, HeadId, LayerId, SandboxId, Slot};
 use icebox_engine::layout::Object;
@@ -59,8 +59,9 @@ pub fn inject(host: Host, injector: &Injector) -> Host {
         })
     };
     Host {
-        // Asking for the time is no step.
+        // Asking for the time is no step, and neither is what is written behind, when it comes to it.
         clock: host.clock,
+        journal: host.journal,
         store: Arc::new(Faulty {
             inner: host.store,
             injector: injector.clone(),
@@ -384,6 +385,10 @@ impl Machine for Faulty<dyn Machine> {
             .around("machine.probe", self.inner.probe())
             .await
     }
+    /// Not a step: it is read when it is, and changes nothing.
+    fn meter(&self) -> Result<Box<dyn Meter>, HostError> {
+        self.inner.meter()
+    }
     async fn pause_vcpus(&self) -> Result<(), HostError> {
         self.injector
             .around("machine.pause_vcpus", self.inner.pause_vcpus())
@@ -514,6 +519,11 @@ impl Guest for Faulty<dyn Guest> {
     async fn prepare(&self, at: GuestAddress, token: &Secret) -> Result<(), HostError> {
         self.injector
             .around("guest.prepare", self.inner.prepare(at, token))
+            .await
+    }
+    async fn is_working(&self, at: GuestAddress, token: &Secret) -> Result<bool, HostError> {
+        self.injector
+            .around("guest.is_working", self.inner.is_working(at, token))
             .await
     }
     async fn sync(&self, at: GuestAddress, token: &Secret) -> Result<(), HostError> {

@@ -84,6 +84,11 @@ impl Guest for SimGuest {
         self.answer(|state| authorised(state, token)).await
     }
 
+    async fn is_working(&self, _at: GuestAddress, token: &Secret) -> Result<bool, HostError> {
+        self.answer(|state| authorised(state, token).map(|known| known.map(|()| state.works)))
+            .await
+    }
+
     async fn sync(&self, _at: GuestAddress, token: &Secret) -> Result<(), HostError> {
         self.answer(|state| authorised(state, token)).await
     }

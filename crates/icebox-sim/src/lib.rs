@@ -14,6 +14,7 @@
 mod clock;
 pub mod fault;
 mod guest;
+mod journal;
 mod net;
 mod store;
 mod vmm;

@@ -1,12 +1,13 @@
 //! A VMM in memory.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use icebox_engine::host::{
-    BlockDevice, Capabilities, DiskSwitch, ErrorKind, ExitReason, HostError, LaunchPlan, Machine,
-    MemorySource, ProcessIdentity, Removed, SavePlan, SavedMemory, SavedPages, Start, VcpuState,
-    Vmm, VmmIdentity,
+    BlockDevice, Capabilities, Counters, DiskSwitch, ErrorKind, ExitReason, HostError, LaunchPlan,
+    Machine, MemorySource, Meter, ProcessIdentity, Removed, SavePlan, SavedMemory, SavedPages,
+    Start, VcpuState, Vmm, VmmIdentity,
 };
 use icebox_engine::id::SandboxId;
 use icebox_engine::layout::{MEMORY_BASE, MEMORY_DIFF};
@@ -153,6 +154,7 @@ impl Vmm for SimVmm {
             page,
             token,
             geometry: plan.geometry,
+            cpu: Duration::ZERO,
             exit,
             stalled: watch::Sender::new(false),
         };
@@ -210,10 +212,40 @@ impl SimMachine {
     }
 }
 
+/// Measures one VMM. Its guest does nothing for it.
+struct SimMeter {
+    world: World,
+    sandbox: SandboxId,
+    process: ProcessIdentity,
+}
+
+impl Meter for SimMeter {
+    fn read(&mut self) -> Result<Counters, HostError> {
+        let state = self.world.lock();
+        let vm = state.vms.get(&self.sandbox);
+        let vm = vm
+            .filter(|vm| vm.process == self.process)
+            .ok_or_else(gone)?;
+        Ok(Counters {
+            cpu: vm.cpu,
+            memory: vm.geometry.memory(),
+            ..Counters::default()
+        })
+    }
+}
+
 #[async_trait]
 impl Machine for SimMachine {
     fn process(&self) -> ProcessIdentity {
         self.process.clone()
+    }
+
+    fn meter(&self) -> Result<Box<dyn Meter>, HostError> {
+        Ok(Box::new(SimMeter {
+            world: self.world.clone(),
+            sandbox: self.sandbox.clone(),
+            process: self.process.clone(),
+        }))
     }
 
     async fn probe(&self) -> Result<VcpuState, HostError> {

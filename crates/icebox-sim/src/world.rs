@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use icebox_engine::host::{
     ErrorKind, ExitReason, Host, HostError, ProcessIdentity, Space, Welcome,
@@ -11,11 +12,13 @@ use icebox_engine::id::{Digest, HeadId, LayerId, SandboxId, Slot};
 use icebox_engine::layout::{LAYER_DISK, Object};
 use icebox_engine::manifest::{self, v1};
 use icebox_engine::unit::{Bytes, Geometry};
+use icebox_engine::{Event, Sample};
 use jiff::{SignedDuration, Timestamp};
 use tokio::sync::watch;
 
 use crate::clock::SimClock;
 use crate::guest::{SimGuest, SimKernels};
+use crate::journal::SimJournal;
 use crate::net::{SimBoxes, SimNetwork};
 use crate::store::SimStore;
 use crate::vmm::SimVmm;
@@ -81,6 +84,8 @@ pub(crate) struct Vm {
     pub(crate) page: u64,
     pub(crate) token: String,
     pub(crate) geometry: Geometry,
+    /// What it has used.
+    pub(crate) cpu: Duration,
     pub(crate) exit: watch::Sender<Option<ExitReason>>,
     pub(crate) stalled: watch::Sender<bool>,
 }
@@ -111,6 +116,9 @@ pub(crate) struct State {
     pub(crate) vcpus_stuck: bool,
     pub(crate) save_fails: bool,
     pub(crate) agent_wedged: bool,
+    pub(crate) works: bool,
+    pub(crate) events: Vec<Event>,
+    pub(crate) samples: BTreeMap<SandboxId, Vec<Sample>>,
     pub(crate) merges_corrupt: bool,
     /// What went though it was in use.
     pub(crate) taken_away: Vec<String>,
@@ -304,6 +312,7 @@ impl World {
             store: Arc::new(SimStore::new(self.clone())),
             volumes,
             vmms: vec![Arc::new(SimVmm::new(self.clone(), version))],
+            journal: Arc::new(SimJournal::new(self.clone())),
             clock: Arc::new(SimClock::new(self.clone())),
             network: Arc::new(SimNetwork::new(self.clone())),
             boxes: Arc::new(SimBoxes::new(self.clone())),
@@ -441,6 +450,18 @@ impl World {
     /// Makes guest agents answer nothing any more, or again.
     pub fn wedge_agents(&self, wedged: bool) {
         self.lock().agent_wedged = wedged;
+    }
+
+    /// Has commands run in all guests, or not any more.
+    pub fn put_to_work(&self, works: bool) {
+        self.lock().works = works;
+    }
+
+    /// Lets a running guest use so much of a CPU.
+    pub fn spend(&self, sandbox: &SandboxId, cpu: Duration) {
+        if let Some(vm) = self.lock().vms.get_mut(sandbox) {
+            vm.cpu += cpu;
+        }
     }
 
     /// Makes `resume_vcpus` fail from now on, or work again.

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand};
 
 use crate::commands::{
-    checkpoint, completions, copy, create, destroy, doctor, events, exec, flatten, fork, gc,
-    history, inspect, kernel, list, logs, pause, pool, resume, rollback, shell, snapshot, start,
-    stats, stop, template,
+    attach, checkpoint, completions, copy, create, destroy, doctor, drain, events, exec, flatten,
+    fork, gc, history, inspect, kernel, list, logs, pause, pool, ps, resume, rollback, shell,
+    snapshot, start, stats, stop, template, timeout,
 };
 use crate::serve;
 
@@ -65,6 +65,8 @@ pub(crate) enum Command {
 pub(crate) enum ClientCommand {
     Create(create::Args),
     Exec(exec::Args),
+    Attach(attach::Args),
+    Ps(ps::Args),
     Shell(shell::Args),
     #[command(visible_alias = "list")]
     Ls(list::Args),
@@ -76,6 +78,7 @@ pub(crate) enum ClientCommand {
     Checkpoint(checkpoint::Args),
     History(history::Args),
     Rollback(rollback::Args),
+    Timeout(timeout::Args),
     Snapshot(snapshot::Args),
     Fork(fork::Args),
     Flatten(flatten::Args),
@@ -91,4 +94,5 @@ pub(crate) enum ClientCommand {
     Kernel(kernel::Command),
     Doctor(doctor::Args),
     Gc(gc::Args),
+    Drain(drain::Args),
 }

@@ -1,11 +1,13 @@
 //! One file per command.
 
+pub(crate) mod attach;
 pub(crate) mod checkpoint;
 pub(crate) mod completions;
 pub(crate) mod copy;
 pub(crate) mod create;
 pub(crate) mod destroy;
 pub(crate) mod doctor;
+pub(crate) mod drain;
 pub(crate) mod events;
 pub(crate) mod exec;
 pub(crate) mod flatten;
@@ -18,6 +20,7 @@ pub(crate) mod list;
 pub(crate) mod logs;
 pub(crate) mod pause;
 pub(crate) mod pool;
+pub(crate) mod ps;
 pub(crate) mod resume;
 pub(crate) mod rollback;
 pub(crate) mod shell;
@@ -26,7 +29,9 @@ pub(crate) mod start;
 pub(crate) mod stats;
 pub(crate) mod stop;
 pub(crate) mod template;
+pub(crate) mod timeout;
 
+mod lifetime;
 mod process;
 mod size;
 mod verb;
@@ -76,12 +81,15 @@ async fn client(context: &Context, command: ClientCommand) -> Ended {
     match command {
         ClientCommand::Create(args) => create::run(context, args).await,
         ClientCommand::Exec(args) => exec::run(context, args).await,
+        ClientCommand::Attach(args) => attach::run(context, &args).await,
+        ClientCommand::Ps(args) => ps::run(context, &args).await,
         ClientCommand::Shell(args) => shell::run(context, &args).await,
         ClientCommand::Ls(args) => list::run(context, &args).await,
         ClientCommand::Inspect(args) => inspect::run(context, &args).await,
         ClientCommand::Pause(args) => pause::run(context, &args).await,
         ClientCommand::Resume(args) => resume::run(context, &args).await,
         ClientCommand::Stop(args) => stop::run(context, &args).await,
+        ClientCommand::Timeout(args) => timeout::run(context, &args).await,
         ClientCommand::Start(args) => start::run(context, &args).await,
         ClientCommand::Checkpoint(args) => checkpoint::run(context, &args).await,
         ClientCommand::History(args) => history::run(context, &args).await,
@@ -96,6 +104,7 @@ async fn client(context: &Context, command: ClientCommand) -> Ended {
         ClientCommand::Events(args) => events::run(context, &args).await,
         ClientCommand::Template(command) => template::run(context, command).await,
         ClientCommand::Kernel(command) => kernel::run(context, command).await,
+        ClientCommand::Drain(args) => drain::run(context, &args).await,
         ClientCommand::Doctor(args) => doctor::run(context, &args).await,
         ClientCommand::Gc(args) => gc::run(context, &args).await,
     }

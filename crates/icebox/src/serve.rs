@@ -2,7 +2,7 @@
 //!
 //! It is not in the data path of sandboxes' lives: they live in processes of their own, and a daemon that starts finds
 //! them again. So stopping is simple: stop listening, let the verbs and answers under way end, leave. What then serves no
-//! sandbox any more is taken off the host.
+//! sandbox any more is taken off the host. Who wants them paused before says so: `icebox drain`, or `drain_on_stop`.
 //!
 //! ```text
 //!   config -> log -> sockets -> host -> engine (recovers) -> READY -> serve … SIGTERM -> verbs end -> leave
@@ -14,8 +14,10 @@ mod config;
 mod daemon;
 mod doctor;
 mod key;
+mod lifetime;
 mod listen;
 mod log;
+mod metrics;
 mod real;
 mod sim;
 mod sys;
@@ -32,13 +34,14 @@ use icebox_api::types::Report;
 use icebox_engine::host::Host;
 use icebox_engine::layout::Layout;
 use icebox_engine::unit::Geometry;
-use icebox_engine::{Engine, Error};
+use icebox_engine::{Drained, Engine, Error};
 use icebox_host::boxes::HostBoxes;
 use icebox_host::network::NetworkSlots;
 use rustix::process::{Resource, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
 
 use crate::commands::Ended;
 use crate::failure::Failure;
@@ -175,7 +178,9 @@ async fn attend(
             mem_mib: config.memory_mib,
         },
         internet: config.internet,
+        leave: CancellationToken::new(),
     });
+    let (engine, leave) = (daemon.engine.clone(), daemon.leave.clone());
 
     let mut terminate = signals(SignalKind::terminate())?;
     let mut interrupt = signals(SignalKind::interrupt())?;
@@ -198,12 +203,26 @@ async fn attend(
     )?;
     notify(NotifyState::Ready);
 
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+    let told = async {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    let drained = tokio::select! {
+        () = told => false,
+        () = leave.cancelled() => true,
+    };
+    notify(NotifyState::Stopping);
+    if config.drain_on_stop && !drained {
+        // Whoever is in a hurry says so again.
+        tokio::select! {
+            drained = engine.drain() => report_drain(drained),
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
     }
     tracing::info!("leaving; running sandboxes go on");
-    notify(NotifyState::Stopping);
     drop(socket_file);
     let leaving = servers
         .iter()
@@ -214,6 +233,19 @@ async fn attend(
         return Ok(Left::VerbsUnderWay);
     }
     Ok(Left::Clean)
+}
+
+/// Says what a drain that nobody asked for by a command did.
+fn report_drain(drained: Result<Drained, Error>) {
+    match drained {
+        Ok(drained) => {
+            for (sandbox, error) in drained.failed {
+                let error = &error as &dyn std::error::Error;
+                tracing::error!(sandbox, error, "could not be paused, and runs on");
+            }
+        }
+        Err(error) => tracing::error!(error = &error as &dyn std::error::Error, "not drained"),
+    }
 }
 
 /// Serves on TCP, for who has the key.

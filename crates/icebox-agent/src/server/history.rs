@@ -135,9 +135,9 @@ mod tests {
         assert!(history.cost <= KEPT && history.pieces.len() <= KEPT / PIECE);
         let replay = history.since(0);
         let kept: usize = text(&replay).iter().map(|(_, text)| text.len()).sum();
-        assert_eq!(replay.missed as usize + kept, KEPT);
+        assert_eq!(replay.missed + kept as u64, KEPT as u64);
         assert_eq!(replay.at, replay.missed);
         history.add(Stream::Stdout, &vec![b'y'; KEPT * 2]);
-        assert_eq!(history.since(0).missed as usize, KEPT * 3);
+        assert_eq!(history.since(0).missed, 3 * KEPT as u64);
     }
 }

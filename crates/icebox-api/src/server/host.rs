@@ -6,7 +6,7 @@ use http::StatusCode;
 use super::Context;
 use super::extract::Json;
 use crate::ApiError;
-use crate::types::{GcReport, GcRequest, Report, Stats, Version};
+use crate::types::{DrainReport, GcReport, GcRequest, Report, Stats, Version};
 
 pub(super) async fn health() -> StatusCode {
     StatusCode::NO_CONTENT
@@ -25,6 +25,17 @@ pub(super) async fn doctor(State(context): State<Context>) -> Result<axum::Json<
 
 pub(super) async fn stats(State(context): State<Context>) -> Result<axum::Json<Stats>, ApiError> {
     context.daemon.stats().await.map(axum::Json)
+}
+
+/// The daemon leaves afterwards, so this is for the host's administrator.
+pub(super) async fn drain(
+    State(context): State<Context>,
+) -> Result<axum::Json<DrainReport>, ApiError> {
+    context.only_for_admin("draining the daemon")?;
+    context
+        .run_verb(|daemon| async move { daemon.drain().await })
+        .await
+        .map(axum::Json)
 }
 
 pub(super) async fn gc(

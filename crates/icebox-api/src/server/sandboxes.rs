@@ -9,8 +9,8 @@ use http::header::CONTENT_TYPE;
 use super::Context;
 use super::extract::{Json, Query, WantsSandbox};
 use crate::types::{
-    Forked, History, NewFork, NewSandbox, NewSnapshot, Outcome, ResumeRequest, RollbackRequest,
-    SandboxDetail, Snapshot, Template, VerbResult,
+    ChangeLifetime, Forked, History, MetricsRange, NewFork, NewSandbox, NewSnapshot, Outcome,
+    ResumeRequest, RollbackRequest, SandboxDetail, SandboxMetric, Snapshot, Template, VerbResult,
 };
 use crate::{ApiError, ErrorCode};
 
@@ -216,6 +216,30 @@ pub(super) async fn flatten(
         .run_verb(|daemon| async move { daemon.flatten(&id, new).await })
         .await?;
     Ok((StatusCode::CREATED, axum::Json(flat)))
+}
+
+pub(super) async fn set_lifetime(
+    State(context): State<Context>,
+    Path(id): Path<String>,
+    WantsSandbox(wants): WantsSandbox,
+    Json(change): Json<ChangeLifetime>,
+) -> Result<Response, ApiError> {
+    let sandbox = context
+        .run_verb(move |daemon| async move { daemon.set_lifetime(&id, change).await })
+        .await?;
+    if !wants {
+        return Ok(StatusCode::NO_CONTENT.into_response());
+    }
+    let applied = [("preference-applied", "return=representation")];
+    Ok((applied, axum::Json(context.shown(sandbox))).into_response())
+}
+
+pub(super) async fn metrics(
+    State(context): State<Context>,
+    Path(id): Path<String>,
+    Query(range): Query<MetricsRange>,
+) -> Result<axum::Json<Vec<SandboxMetric>>, ApiError> {
+    context.daemon.metrics(&id, range).await.map(axum::Json)
 }
 
 pub(super) async fn console(

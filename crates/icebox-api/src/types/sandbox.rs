@@ -51,6 +51,12 @@ pub struct NewSandbox {
         skip_serializing_if = "Option::is_none"
     )]
     pub allow_internet_access: Option<bool>,
+    /// When it ends by itself, and when it begins to.
+    #[serde(flatten)]
+    pub lifetime: super::ChangeLifetime,
+    /// E2B's other way to say that it is paused when its time is over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub auto_pause: Option<bool>,
 }
 
 fn base() -> String {
@@ -185,6 +191,9 @@ pub struct SandboxDetail {
     /// Host resources it holds, oldest first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub holds: Vec<String>,
+    /// When it ends by itself, and when it begins to, if that was ever said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lifecycle: Option<super::Lifecycle>,
     /// How its VMM last ended without being asked to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_exit: Option<String>,

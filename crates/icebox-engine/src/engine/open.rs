@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -11,7 +12,7 @@ use crate::catalog::Catalog;
 use crate::collect;
 use crate::deadline::{self, within};
 use crate::error::Error;
-use crate::event::Events;
+use crate::event::{self, Events};
 use crate::gate::Gate;
 use crate::host::Host;
 use crate::id::{GenerationNo, SandboxId};
@@ -20,8 +21,10 @@ use crate::ledger::Ledger;
 use crate::manifest::v1::{self, Generation};
 use crate::manifest::{self, Document, ManifestError};
 use crate::merge;
+use crate::metrics::{self, Metrics};
 use crate::sandbox::{Chained, Fate, QUEUE, Sandbox, Shared};
 use crate::steps::Steps;
+use crate::wake::Wakes;
 use crate::watch;
 
 impl Engine {
@@ -39,14 +42,24 @@ impl Engine {
         )
         .await?;
         let catalog = Catalog::new(host.network.capacity());
-        let events = Events::new(Arc::clone(&host.clock));
+        let newest = host.journal.newest();
+        let newest = within(deadline::STORE, "reading the journal", newest).await?;
+        let (clock, journal) = (Arc::clone(&host.clock), Arc::clone(&host.journal));
+        let events = Events::new(clock, journal, newest);
         let shared = Arc::new(Shared {
             host,
             catalog,
             events,
+            metrics: Metrics::default(),
+            wakes: Wakes::default(),
+            draining: AtomicBool::new(false),
             config,
             collecting: tokio::sync::Mutex::new(()),
         });
+        tokio::spawn(event::keep_written(Arc::downgrade(&shared)));
+        if shared.config.measures {
+            tokio::spawn(metrics::measure(Arc::downgrade(&shared)));
+        }
         let engine = Self { shared };
         let mut records = Vec::new();
         let mut generations: BTreeMap<SandboxId, BTreeMap<GenerationNo, Generation>> =

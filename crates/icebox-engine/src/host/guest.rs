@@ -92,6 +92,9 @@ pub trait Guest: Send + Sync {
     /// Asks the guest to sync, drop caches and trim, so that a capture is small. Best effort.
     async fn prepare(&self, at: GuestAddress, token: &Secret) -> Result<(), HostError>;
 
+    /// Whether commands run in the guest that somebody started there: not what its template brought with it.
+    async fn is_working(&self, at: GuestAddress, token: &Secret) -> Result<bool, HostError>;
+
     /// Asks the guest to write out what it has cached, before its VMM is ended. Best effort.
     async fn sync(&self, at: GuestAddress, token: &Secret) -> Result<(), HostError>;
 }

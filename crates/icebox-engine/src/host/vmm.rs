@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
@@ -155,6 +156,32 @@ pub struct SavedMemory {
     pub allocated: Bytes,
 }
 
+/// What a VMM has used since it began, and what it uses now. All of it, the guest's and its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// CPU time.
+    pub cpu: Duration,
+    /// Memory of the host that it occupies now. What it shares with others counts whole.
+    pub memory: Bytes,
+    /// What it has read from disks.
+    pub disk_read: Bytes,
+    /// What it has written to disks.
+    pub disk_written: Bytes,
+    /// What has been sent to the guest over its network.
+    pub network_in: Bytes,
+    /// What the guest has sent.
+    pub network_out: Bytes,
+}
+
+/// Reads what one VMM uses.
+pub trait Meter: Send {
+    /// Does not wait for anything: some microseconds.
+    ///
+    /// # Errors
+    /// The VMM has ended, or the host does not say.
+    fn read(&mut self) -> Result<Counters, HostError>;
+}
+
 /// A kind of VMM.
 #[async_trait]
 pub trait Vmm: Send + Sync {
@@ -208,6 +235,9 @@ pub trait Machine: Send + Sync {
     /// Completes when the guest [stalls](VcpuState::Stalled), at once if it has. Never, if it does not. Dropping it
     /// loses nothing.
     async fn stalled(&self);
+
+    /// Begins to measure what it uses. The VMM itself is not asked, now or later.
+    fn meter(&self) -> Result<Box<dyn Meter>, HostError>;
 
     /// The ability behind [`Capabilities::disk_switch`].
     fn disk_switch(&self) -> Option<&dyn DiskSwitch>;

@@ -21,6 +21,7 @@ use crate::layout::{DEVICE_STATE, Object};
 use crate::lifecycle::freeze::Freeze;
 use crate::manifest;
 use crate::manifest::v1::{Capture, Memory, Sandbox as Record};
+use crate::metrics::Still;
 use crate::sandbox::{Chained, Sandbox, no_room};
 use crate::steps::Steps;
 
@@ -40,6 +41,8 @@ pub(super) struct Attempt {
     memory: MemoryId,
     freeze: Option<Freeze>,
     vcpus_may_stand: bool,
+    /// Held while the guest stands still.
+    still: Option<Still>,
 }
 
 impl Attempt {
@@ -60,6 +63,7 @@ impl Sandbox {
             memory,
             freeze: None,
             vcpus_may_stand: false,
+            still: None,
         }
     }
 
@@ -119,6 +123,7 @@ impl Sandbox {
         };
 
         attempt.vcpus_may_stand = true;
+        attempt.still = Some(self.shared.metrics.hold_still(self.id()));
         steps
             .time(
                 "pause-vcpus",
@@ -141,6 +146,7 @@ impl Sandbox {
             );
             steps.time("resume-vcpus", resumed).await?;
             attempt.vcpus_may_stand = false;
+            attempt.still = None;
         }
 
         let record = self.record();

@@ -24,6 +24,7 @@ impl Sandbox {
             &steps,
         );
         self.shared.catalog.forget_sandbox(self.id());
+        self.shared.forget_history(self.id());
         Ok(())
     }
 

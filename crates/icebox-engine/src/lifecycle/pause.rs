@@ -7,6 +7,7 @@
 
 use crate::deadline;
 use crate::error::Error;
+use crate::gate::Closed;
 use crate::layout::Object;
 use crate::lifecycle::capture::Then;
 use crate::manifest;
@@ -16,6 +17,11 @@ use crate::sandbox::{Outcome, Sandbox};
 
 impl Sandbox {
     pub(crate) async fn pause(&mut self) -> Result<Outcome, Error> {
+        self.pause_through(None).await
+    }
+
+    /// Pauses the sandbox. Its gate may be closed already.
+    pub(crate) async fn pause_through(&mut self, closed: Option<Closed>) -> Result<Outcome, Error> {
         if self.admit(Verb::Pause).await? == Step::AlreadyThere {
             return Ok(Outcome::AlreadyThere);
         }
@@ -24,7 +30,10 @@ impl Sandbox {
         let steps = self.steps.clone();
 
         let gate = self.gate.clone();
-        let closed = steps.time("drain", gate.close(deadline::DRAIN)).await;
+        let closed = match closed {
+            Some(closed) => closed,
+            None => steps.time("drain", gate.close(deadline::DRAIN)).await,
+        };
 
         let maker = self.generation_maker(MadeBy::Pause);
         let object = Object::Generation(self.id().clone(), number);

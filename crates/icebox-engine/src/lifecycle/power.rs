@@ -9,7 +9,7 @@ use crate::host::{GuestOrigin, LaunchPlan, Limits, Machine, Secret, Start, Welco
 use crate::id::{Digest, LayerId};
 use crate::layout::{BASE_IMAGE, Object};
 use crate::manifest::v1::{Hold, Rest};
-use crate::sandbox::{Life, Sandbox};
+use crate::sandbox::Sandbox;
 use crate::steps::Steps;
 
 /// Processes and threads in a box: vCPU threads, the VMM's I/O threads and some room.
@@ -131,16 +131,17 @@ impl Sandbox {
     /// The commit point of create, start and resume: the guest answers, and the manifest says so.
     pub(super) async fn running(&mut self, machine: Arc<dyn Machine>) -> Result<(), Error> {
         let process = machine.process();
+        let now = self.shared.now();
         self.update(|record| {
             record.rests = Rest::Running;
+            record.lifetime.begin_run(now);
             record.last_exit = None;
             if let Some(Hold::Vmm { process: recorded }) = record.holds.last_mut() {
                 *recorded = Some(process);
             }
         })
         .await?;
-        self.life = Life::Running(machine);
-        self.gate.open();
+        self.enter_guest(machine);
         self.schedule_checkpoint();
         Ok(())
     }

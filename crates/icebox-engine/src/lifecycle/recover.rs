@@ -127,9 +127,9 @@ impl Sandbox {
             )
             .await?;
         }
-        self.life = Life::Running(machine);
-        self.gate.open();
+        self.enter_guest(machine);
         self.schedule_checkpoint_of_adopted();
+        self.go_on_idling();
         if self.record().broken.is_some() {
             self.update(|record| record.broken = None).await?;
         }

@@ -346,6 +346,42 @@ pub struct Branch {
     pub created_at: Timestamp,
 }
 
+/// What becomes of a sandbox whose time is over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnTimeout {
+    /// It is paused.
+    #[default]
+    Pause,
+    /// It is destroyed.
+    Destroy,
+}
+
+/// When a running sandbox ends by itself, and when a paused one begins to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Lifetime {
+    /// It ends when nothing has happened in it for so many seconds.
+    pub idle_seconds: Option<u64>,
+    /// It ends so many seconds after it began to run, whatever happens in it.
+    pub run_seconds: Option<u64>,
+    /// When that is, of its present run.
+    pub end_at: Option<Timestamp>,
+    /// When something was known to happen in it. While it runs that is written down from time to time, so it may have
+    /// been later.
+    pub active_at: Option<Timestamp>,
+    /// What becomes of it then.
+    pub then: OnTimeout,
+    /// Whether a request for it resumes it.
+    pub auto_resume: bool,
+}
+
+impl Lifetime {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// How a sandbox's VMM last ended without being asked to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -399,6 +435,9 @@ pub struct Sandbox {
     pub next_head: u32,
     /// Disks that were set aside.
     pub branches: Vec<Branch>,
+    /// When it ends by itself, and when it begins to.
+    #[serde(default, skip_serializing_if = "Lifetime::is_default")]
+    pub lifetime: Lifetime,
     /// How its VMM last ended by itself.
     pub last_exit: Option<Exit>,
     /// Why only inspect and destroy work.

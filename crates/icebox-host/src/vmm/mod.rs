@@ -5,6 +5,7 @@
 //! `memory`.
 
 mod memory;
+mod meter;
 pub mod qemu;
 
 /// The file of a VMM's runtime directory that says which process it is: its [identity], as JSON, written before it starts.

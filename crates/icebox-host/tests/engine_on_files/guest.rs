@@ -12,9 +12,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use async_trait::async_trait;
 use icebox_engine::host::{
-    BlockDevice, Capabilities, DiskSwitch, ErrorKind, ExitReason, Guest, GuestAddress, HostError,
-    LaunchPlan, Machine, ProcessIdentity, Removed, SavePlan, SavedMemory, SavedPages, Secret,
-    Start, VcpuState, Vmm, VmmIdentity, Welcome,
+    BlockDevice, Capabilities, Counters, DiskSwitch, ErrorKind, ExitReason, Guest, GuestAddress,
+    HostError, LaunchPlan, Machine, Meter, ProcessIdentity, Removed, SavePlan, SavedMemory,
+    SavedPages, Secret, Start, VcpuState, Vmm, VmmIdentity, Welcome,
 };
 use icebox_engine::id::SandboxId;
 use icebox_engine::layout::{MEMORY_BASE, MEMORY_DIFF};
@@ -236,10 +236,23 @@ impl Number {
     }
 }
 
+/// What a number uses.
+struct Nothing;
+
+impl Meter for Nothing {
+    fn read(&mut self) -> Result<Counters, HostError> {
+        Ok(Counters::default())
+    }
+}
+
 #[async_trait]
 impl Machine for Number {
     fn process(&self) -> ProcessIdentity {
         self.process.clone()
+    }
+
+    fn meter(&self) -> Result<Box<dyn Meter>, HostError> {
+        Ok(Box::new(Nothing))
     }
 
     async fn probe(&self) -> Result<VcpuState, HostError> {
@@ -305,6 +318,10 @@ impl DiskSwitch for Number {
 
 #[async_trait]
 impl Guest for Guests {
+    async fn is_working(&self, _at: GuestAddress, _token: &Secret) -> Result<bool, HostError> {
+        Ok(false)
+    }
+
     async fn welcome(&self, _at: GuestAddress, welcome: &Welcome) -> Result<(), HostError> {
         let mut state = self.lock();
         let vm = state.vms.get_mut(&welcome.sandbox).ok_or_else(gone)?;

@@ -44,6 +44,10 @@ pub(crate) struct Args {
     /// default user.
     #[arg(short, long)]
     user: Option<String>,
+
+    /// Resume the sandbox first if it is paused.
+    #[arg(long)]
+    resume: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,11 +90,11 @@ pub(crate) async fn run(context: &Context, args: Args) -> Ended {
                 .hint("copy to a local file first, or through a pipe: `icebox cp A:x - | icebox cp - B:x`"));
         }
         (from, Place::There { sandbox, path }) => {
-            let client = client(context, &sandbox, args.user.as_deref()).await?;
+            let client = client(context, &sandbox, args.user.as_deref(), args.resume).await?;
             (sandbox, into(&client, from, &path, &progress).await?)
         }
         (Place::There { sandbox, path }, to) => {
-            let client = client(context, &sandbox, args.user.as_deref()).await?;
+            let client = client(context, &sandbox, args.user.as_deref(), args.resume).await?;
             (sandbox, out_of(&client, &path, to, &progress).await?)
         }
         _ => {
@@ -110,8 +114,9 @@ async fn client(
     context: &Context,
     sandbox: &str,
     user: Option<&str>,
+    resume: bool,
 ) -> Result<AgentClient, Failure> {
-    let (client, _) = process::agent(context, sandbox).await?;
+    let (client, _) = process::agent(context, sandbox, resume).await?;
     Ok(match user {
         Some(user) => client.with_user(user),
         None => client,

@@ -2,8 +2,9 @@
 
 use std::process::ExitCode;
 
-use icebox_api::types::{HistoryPolicy, NewSandbox};
+use icebox_api::types::{HistoryPolicy, Limit, NewSandbox};
 
+use super::lifetime::{self, Then};
 use super::size::mib;
 use super::{Context, Ended, key_value, reference, verb};
 use crate::duration::seconds;
@@ -59,6 +60,23 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TIME", value_parser = seconds)]
     checkpoint_every: Option<i64>,
 
+    /// End it when it has been idle for so long: no connection to it is open, nothing is asked of it, and no command runs
+    /// in it. As 90s, 10m, 1h30m or `never`, which is the default.
+    #[arg(long, value_name = "TIME", value_parser = lifetime::limit)]
+    timeout: Option<Limit>,
+
+    /// End it so long after it began to run, whatever happens in it.
+    #[arg(long, value_name = "TIME", value_parser = lifetime::limit)]
+    ends_after: Option<Limit>,
+
+    /// What to do with it then.
+    #[arg(long, value_name = "WHAT", default_value = "pause")]
+    on_timeout: Then,
+
+    /// Resume it by itself when somebody wants something of it while it is paused.
+    #[arg(long)]
+    auto_resume: bool,
+
     /// Let the sandbox reach public addresses; otherwise it reaches nothing.
     #[arg(long)]
     internet: bool,
@@ -70,6 +88,13 @@ pub(crate) async fn run(context: &Context, args: Args) -> Ended {
         keep_seconds: args.keep_for,
         checkpoint_every_seconds: args.checkpoint_every,
     };
+    let ends = args.timeout.is_some() || args.ends_after.is_some();
+    let lifetime = lifetime::change(
+        args.timeout,
+        args.ends_after,
+        ends.then_some(args.on_timeout),
+        args.auto_resume.then_some(true),
+    );
     let new = NewSandbox {
         template_id: args.template,
         name: args.name,
@@ -82,6 +107,8 @@ pub(crate) async fn run(context: &Context, args: Args) -> Ended {
         metadata: args.metadata.into_iter().collect(),
         history: (history != HistoryPolicy::default()).then_some(history),
         allow_internet_access: Some(args.internet),
+        lifetime,
+        auto_pause: None,
     };
     let made = context.client.create(&new).await?;
     if context.output.is_json() {

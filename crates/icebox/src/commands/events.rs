@@ -14,13 +14,17 @@ pub(crate) struct Args {
     #[arg(long, value_name = "NUMBER")]
     since: Option<u64>,
 
+    /// Wait for more after the newest event: the default.
+    #[arg(short, long, conflicts_with = "no_follow")]
+    follow: bool,
+
     /// Stop with the newest event instead of waiting for more.
     #[arg(long)]
     no_follow: bool,
 }
 
 pub(crate) async fn run(context: &Context, args: &Args) -> Ended {
-    let follow = !args.no_follow;
+    let follow = args.follow || !args.no_follow;
     let since = args.since.or((!follow).then_some(0));
     let mut events = std::pin::pin!(context.client.events(since, follow).await?);
     while let Some(event) = events.try_next().await? {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use icebox_agent_api::client::Command;
 
-use super::process::{self, Wiring};
+use super::process::{self, Following, Wiring};
 use super::{Context, Ended, key_value, reference};
 use crate::failure::OURS;
 
@@ -42,6 +42,18 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     timeout: Option<Duration>,
 
+    /// Resume the sandbox first if it is paused.
+    #[arg(long)]
+    resume: bool,
+
+    /// Print the command's process id and leave it to itself. `icebox attach` follows it.
+    #[arg(short, long)]
+    detach: bool,
+
+    /// A name to find the command by.
+    #[arg(long, value_name = "NAME")]
+    tag: Option<String>,
+
     /// The program and its arguments.
     #[arg(
         required = true,
@@ -61,7 +73,7 @@ fn seconds(text: &str) -> Result<Duration, String> {
 }
 
 pub(crate) async fn run(context: &Context, args: Args) -> Ended {
-    let (client, _) = process::agent(context, &args.sandbox)
+    let (client, sandbox) = process::agent(context, &args.sandbox, args.resume)
         .await
         .map_err(|failure| failure.exit(OURS))?;
     let client = match &args.user {
@@ -73,7 +85,14 @@ pub(crate) async fn run(context: &Context, args: Args) -> Ended {
     command.env.extend(args.env);
     command.cwd = args.workdir;
     command.timeout = args.timeout;
-    command.stdin = !args.no_stdin;
+    command.tag = args.tag;
+    command.stdin = !args.no_stdin && !args.detach;
+    if args.detach {
+        if args.tty {
+            process::name_terminal(&mut command);
+        }
+        return process::detach(context, &client, command, args.tty).await;
+    }
     let wiring = match (context.output.is_json(), args.tty) {
         (true, _) => Wiring::Document,
         (false, true) => Wiring::Terminal,
@@ -82,5 +101,10 @@ pub(crate) async fn run(context: &Context, args: Args) -> Ended {
     if wiring == Wiring::Terminal {
         process::name_terminal(&mut command);
     }
-    process::run(&client, command, wiring, context).await
+    let following = Following {
+        context,
+        client,
+        sandbox,
+    };
+    process::run(following, command, wiring).await
 }

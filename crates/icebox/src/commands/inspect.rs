@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use icebox_api::types::SandboxDetail;
 
 use super::size::space;
-use super::{Context, Ended, reference};
+use super::{Context, Ended, reference, timeout};
 use crate::duration::length;
 use crate::output::{NONE, Table, bytes, instant, mib, millis};
 
@@ -108,6 +108,9 @@ fn page(sandbox: &SandboxDetail) -> Table {
         "nothing"
     };
     row("reaches", egress.to_owned());
+    if sandbox.lifecycle.is_some() {
+        row("lifetime", timeout::sentence(sandbox));
+    }
     for (key, value) in &listed.metadata {
         row("metadata", format!("{key}={value}"));
     }

@@ -6,13 +6,17 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::HeaderValue;
-use icebox_agent_api::client::{AgentClient, AgentError, Command, Event, Process, TerminalSize};
+use icebox_agent_api::client::{
+    AgentClient, AgentError, Command, Event, Input, Process, Selector, TerminalSize,
+};
 use icebox_agent_api::proto::process::Signal;
 use icebox_agent_api::{AGENT_PORT, SANDBOX_ID_HEADER, SANDBOX_PORT_HEADER};
-use icebox_api::types::{SandboxDetail, State};
+use icebox_api::client::ClientError;
+use icebox_api::types::{ResumeRequest, SandboxDetail, State};
 use tokio::io::{AsyncWriteExt as _, stderr, stdout};
 use tokio::signal::unix::{Signal as Signals, SignalKind, signal};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use super::{Context, Ended, verb};
 use crate::failure::{Failure, NOT_EXECUTABLE, NOT_FOUND, OURS, TIMED_OUT};
@@ -21,21 +25,41 @@ use crate::terminal::{self, RawMode};
 /// How long a guest may take to accept a signal. A wedged one must not keep who presses Ctrl-C from leaving.
 const SIGNAL_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// The size of a terminal that is shown on none.
+const TERMINAL: TerminalSize = TerminalSize {
+    columns: 80,
+    rows: 24,
+};
+
+/// How long a daemon may be away while a command is followed.
+const COME_BACK: Duration = Duration::from_secs(30);
+
+/// Between two attempts to find a command again.
+const AGAIN: Duration = Duration::from_millis(100);
+
 /// What one read of stdin takes at most.
 const CHUNK: usize = 32 << 10;
 
-/// Speaks to the agent of a running sandbox, through the daemon.
+/// Speaks to the agent of a running sandbox, through the daemon. One that is paused is resumed first if it is to be
+/// resumed for whoever asks for it, or if `resume` says so.
 ///
 /// # Errors
 /// There is no such sandbox, or it does not run.
 pub(super) async fn agent(
     context: &Context,
     sandbox: &str,
+    resume: bool,
 ) -> Result<(AgentClient, SandboxDetail), Failure> {
-    let sandbox = context.client.inspect(sandbox, false).await?;
+    let mut sandbox = context.client.inspect(sandbox, false).await?;
+    if resume && sandbox.listed.state == State::Paused {
+        let how = ResumeRequest::default();
+        let id = sandbox.listed.sandbox_id;
+        sandbox = context.client.resume(&id, &how).await?.sandbox;
+    }
     let label = verb::label(&sandbox);
     let state = sandbox.listed.state;
-    if state != State::Running {
+    let wakes = sandbox.lifecycle.is_some_and(|it| it.auto_resume);
+    if state != State::Running && !(state == State::Paused && wakes) {
         let failure = Failure::new(format!(
             "sandbox {label} is {state}, and nothing runs in it"
         ));
@@ -67,33 +91,95 @@ pub(super) enum Wiring {
     Document,
 }
 
+/// Where a command runs.
+pub(super) struct Following<'a> {
+    pub(super) context: &'a Context,
+    pub(super) client: AgentClient,
+    pub(super) sandbox: SandboxDetail,
+}
+
 /// Runs `command` to its end.
-pub(super) async fn run(
-    client: &AgentClient,
-    mut command: Command,
-    wiring: Wiring,
-    context: &Context,
-) -> Ended {
+pub(super) async fn run(following: Following<'_>, mut command: Command, wiring: Wiring) -> Ended {
     let forward_input = command.stdin || wiring == Wiring::Terminal;
     if wiring == Wiring::Terminal {
-        command.terminal = Some(terminal::size().unwrap_or(TerminalSize {
-            columns: 80,
-            rows: 24,
-        }));
+        command.terminal = Some(terminal::size().unwrap_or(TERMINAL));
     }
     let program = command.program.clone();
     // Before the command starts: none may be missed.
-    let mut interrupts = Interrupts::new()?;
-    let process = client
+    let interrupts = Interrupts::new()?;
+    let process = following
+        .client
         .start(command)
         .await
         .map_err(|error| not_started(&program, &error))?;
+    wire(following, process, wiring, forward_input, interrupts).await
+}
+
+/// Starts `command` and prints its process id.
+pub(super) async fn detach(
+    context: &Context,
+    client: &AgentClient,
+    mut command: Command,
+    tty: bool,
+) -> Ended {
+    if tty {
+        command.terminal = Some(terminal::size().unwrap_or(TERMINAL));
+    }
+    let (program, tag) = (command.program.clone(), command.tag.clone());
+    let process = client.start(command).await;
+    let process = process.map_err(|error| not_started(&program, &error))?;
+    if context.output.is_json() {
+        let started = serde_json::json!({ "pid": process.pid(), "tag": tag });
+        context.output.document(&started)?;
+    } else {
+        context.output.line(process.pid().to_string())?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Follows a command to its end that runs already.
+pub(super) async fn follow(
+    following: Following<'_>,
+    process: Process,
+    wiring: Wiring,
+    forward_input: bool,
+) -> Ended {
+    let interrupts = Interrupts::new()?;
+    tell_missed(&following, &process);
+    if let (Wiring::Terminal, Some(size)) = (wiring, terminal::size()) {
+        // One that has just ended needs no size.
+        process.resize(size).await.ok();
+    }
+    wire(following, process, wiring, forward_input, interrupts).await
+}
+
+/// Says how much of what it was to show is not kept any more.
+fn tell_missed(following: &Following<'_>, process: &Process) {
+    if process.missed() > 0 {
+        let output = &following.context.output;
+        output.say(format!(
+            "{} bytes of earlier output are no longer kept",
+            process.missed()
+        ));
+    }
+}
+
+async fn wire(
+    following: Following<'_>,
+    process: Process,
+    wiring: Wiring,
+    forward_input: bool,
+    interrupts: Interrupts,
+) -> Ended {
+    let context = following.context;
     // From here on the terminal passes everything through; the guard puts it back on every way out.
     let _raw = (wiring == Wiring::Terminal).then(RawMode::enter).flatten();
     let running = Running {
+        following,
         process,
         input: forward_input.then(read_stdin),
-        interrupts: &mut interrupts,
+        inputs: None,
+        interrupts,
     };
     match wiring {
         Wiring::Document => running.collect(context).await,
@@ -102,9 +188,12 @@ pub(super) async fn run(
 }
 
 struct Running<'a> {
+    following: Following<'a>,
     process: Process,
     input: Option<mpsc::Receiver<Bytes>>,
-    interrupts: &'a mut Interrupts,
+    /// Takes the next way for input, when one has broken.
+    inputs: Option<mpsc::UnboundedSender<Input>>,
+    interrupts: Interrupts,
 }
 
 impl Running<'_> {
@@ -161,14 +250,25 @@ impl Running<'_> {
             return;
         };
         let mut input = self.process.input();
+        let (inputs, mut next_input) = mpsc::unbounded_channel();
+        self.inputs = Some(inputs);
         tokio::spawn(async move {
             while let Some(chunk) = chunks.recv().await {
-                if input.send(chunk).await.is_err() {
-                    return;
+                // What was not taken is sent again; what was is on its way, or lost with it.
+                while input.send(chunk.clone()).await.is_err() {
+                    let Some(next) = next_input.recv().await else {
+                        return;
+                    };
+                    input = next;
                 }
             }
-            // Fails if the process has ended: then there is nothing to close.
-            input.finish().await.ok();
+            // Fails if the process has ended: then there is nothing to close, and no next one.
+            while input.finish().await.is_err() {
+                let Some(next) = next_input.recv().await else {
+                    return;
+                };
+                input = next;
+            }
         });
     }
 
@@ -177,7 +277,10 @@ impl Running<'_> {
         loop {
             // Cancel-safe: a message that has not been returned yet stays in the process's buffer.
             tokio::select! {
-                event = self.process.next() => return event.map_err(|error| broken(&error)),
+                event = self.process.next() => match event {
+                    Ok(event) => return Ok(event),
+                    Err(error) => self.follow_again(error).await?,
+                },
                 interrupt = self.interrupts.next() => {
                     let passing_on = async {
                         match interrupt {
@@ -200,6 +303,86 @@ impl Running<'_> {
                     }
                 }
             }
+        }
+    }
+}
+
+/// What came of an attempt to follow a command again.
+enum Again {
+    Follows(Box<Process>),
+    /// The daemon is not there, or not that far.
+    NotYet,
+    /// Its sandbox does not run, or the command does not.
+    Gone,
+}
+
+impl Running<'_> {
+    /// Finds the command again after the connection to it broke: the daemon may have been restarted, and the command does
+    /// not notice. What it wrote meanwhile comes next.
+    async fn follow_again(&mut self, error: AgentError) -> Result<(), Failure> {
+        use connectrpc::ErrorCode as Code;
+        // These say something about the command, not about the way to it.
+        let says = [
+            Code::DeadlineExceeded,
+            Code::ResourceExhausted,
+            Code::NotFound,
+        ];
+        if error.code().is_some_and(|code| says.contains(&code)) {
+            return Err(broken(&error));
+        }
+        let until = Instant::now() + COME_BACK;
+        let process = loop {
+            // Cancel-safe: following is all that is given up.
+            let again = tokio::select! {
+                again = Self::try_again(&self.following, &self.process) => again,
+                interrupt = self.interrupts.next() => match interrupt {
+                    Interrupt::Signal(_) => Again::Gone,
+                    Interrupt::Resized => Again::NotYet,
+                },
+            };
+            match again {
+                Again::Follows(process) => break *process,
+                Again::NotYet if Instant::now() < until => tokio::time::sleep(AGAIN).await,
+                Again::NotYet | Again::Gone => return Err(broken(&error)),
+            }
+        };
+        tell_missed(&self.following, &process);
+        if let Some(inputs) = &self.inputs {
+            let said = "the connection broke, and the command was found again; input that was on its way may be lost";
+            self.following.context.output.say(said);
+            // The task that takes it ends with its input.
+            inputs.send(process.input()).ok();
+        }
+        self.process = process;
+        Ok(())
+    }
+
+    async fn try_again(following: &Following<'_>, process: &Process) -> Again {
+        let Following {
+            context,
+            client,
+            sandbox,
+        } = following;
+        let sandbox = match context
+            .client
+            .inspect(&sandbox.listed.sandbox_id, false)
+            .await
+        {
+            Ok(sandbox) => sandbox,
+            Err(ClientError::Refused(_)) => return Again::Gone,
+            Err(_) => return Again::NotYet,
+        };
+        if sandbox.listed.state != State::Running {
+            return Again::Gone;
+        }
+        let position = process.position();
+        let which = Selector::Pid(process.pid());
+        match client.attach_from(which, position).await {
+            // Another process with its number has written less.
+            Ok(process) if process.position() < position => Again::Gone,
+            Ok(process) => Again::Follows(Box::new(process)),
+            Err(error) if error.code() == Some(connectrpc::ErrorCode::NotFound) => Again::Gone,
+            Err(_) => Again::NotYet,
         }
     }
 }

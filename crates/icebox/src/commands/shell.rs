@@ -2,7 +2,7 @@
 
 use icebox_agent_api::client::Command;
 
-use super::process::{self, Wiring};
+use super::process::{self, Following, Wiring};
 use super::{Context, Ended, reference};
 use crate::failure::{Failure, OURS};
 
@@ -19,13 +19,17 @@ pub(crate) struct Args {
     /// Be this user instead of the sandbox's default one.
     #[arg(short, long)]
     user: Option<String>,
+
+    /// Resume the sandbox first if it is paused.
+    #[arg(long)]
+    resume: bool,
 }
 
 pub(crate) async fn run(context: &Context, args: &Args) -> Ended {
     if context.output.is_json() {
         return Err(Failure::new("a shell has no JSON form").hint("use `icebox exec --json`"));
     }
-    let (client, _) = process::agent(context, &args.sandbox)
+    let (client, sandbox) = process::agent(context, &args.sandbox, args.resume)
         .await
         .map_err(|failure| failure.exit(OURS))?;
     let client = match &args.user {
@@ -34,5 +38,10 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Ended {
     };
     let mut command = Command::new("/bin/sh").args(["-c", START]);
     process::name_terminal(&mut command);
-    process::run(&client, command, Wiring::Terminal, context).await
+    let following = Following {
+        context,
+        client,
+        sandbox,
+    };
+    process::run(following, command, Wiring::Terminal).await
 }

@@ -4,11 +4,12 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use icebox_agent_api::control::Metrics;
-use icebox_api::types::{SandboxDetail, State};
+use icebox_api::types::{Limit, MetricsRange, SandboxDetail, State};
+use jiff::Timestamp;
 
-use super::{Context, Ended, process, reference, verb};
+use super::{Context, Ended, lifetime, process, reference, verb};
 use crate::failure::Failure;
-use crate::output::{NONE, Table, bytes};
+use crate::output::{NONE, Table, bytes, instant};
 
 /// How long a guest may take to answer: a busy one is still worth waiting for.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -22,9 +23,21 @@ pub(crate) struct Args {
     /// Which sandboxes [default: all].
     #[arg(value_name = "SANDBOX", value_parser = reference)]
     sandboxes: Vec<String>,
+
+    /// Show what they used in the past instead, as their host measured it: seconds, then tens of seconds, then minutes,
+    /// back to two days ago.
+    #[arg(long)]
+    history: bool,
+
+    /// With --history: no further back than so long: 90s, 10m, 1h30m.
+    #[arg(long, value_name = "TIME", requires = "history", value_parser = lifetime::limit, default_value = "10m")]
+    since: Limit,
 }
 
 pub(crate) async fn run(context: &Context, args: &Args) -> Ended {
+    if args.history {
+        return history(context, args).await;
+    }
     let all = args.sandboxes.is_empty();
     let mut ended = ExitCode::SUCCESS;
     let mut wanted = Vec::new();
@@ -81,6 +94,62 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Ended {
         installation(context).await?;
     }
     Ok(ended)
+}
+
+/// What sandboxes used, one after the other.
+async fn history(context: &Context, args: &Args) -> Ended {
+    let mut wanted = args.sandboxes.clone();
+    if wanted.is_empty() {
+        let all = context.client.list(false).await?;
+        wanted.extend(all.into_iter().map(|it| it.listed.sandbox_id));
+    }
+    let start = match args.since {
+        Limit::Seconds(seconds) => Some(Timestamp::now().as_second().saturating_sub(seconds)),
+        Limit::Word(_) => None,
+    };
+    let range = MetricsRange {
+        start,
+        ..MetricsRange::default()
+    };
+    let mut table = Table::new(&[
+        "NAME",
+        "TIME",
+        "OF",
+        "CPU",
+        "MEMORY",
+        "READ/s",
+        "WRITTEN/s",
+        "IN/s",
+        "OUT/s",
+    ]);
+    for sandbox in wanted {
+        let found = context.client.inspect(&sandbox, false).await?;
+        let id = &found.listed.sandbox_id;
+        let metrics = context.client.metrics(id, &range).await?;
+        if context.output.is_json() {
+            let document =
+                serde_json::json!({ "sandbox": verb::label(&found), "metrics": metrics });
+            context.output.document(&document)?;
+            continue;
+        }
+        for it in metrics {
+            table.row([
+                verb::label(&found).to_owned(),
+                instant(it.timestamp),
+                format!("{}s", it.seconds),
+                format!("{:.1} %", it.cpu_used_pct),
+                bytes(it.mem_used),
+                bytes(it.disk_read_rate.into()),
+                bytes(it.disk_write_rate.into()),
+                bytes(it.network_in_rate.into()),
+                bytes(it.network_out_rate.into()),
+            ]);
+        }
+    }
+    if !context.output.is_json() {
+        table.print(true)?;
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn cells(sandbox: &SandboxDetail, metrics: Option<&Metrics>) -> [String; 8] {
@@ -146,7 +215,7 @@ async fn installation(context: &Context) -> Result<(), Failure> {
 }
 
 async fn measure(context: &Context, sandbox: &str) -> Result<Metrics, Failure> {
-    let (client, _) = process::agent(context, sandbox).await?;
+    let (client, _) = process::agent(context, sandbox, false).await?;
     client
         .metrics(TIMEOUT)
         .await

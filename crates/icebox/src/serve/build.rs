@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use icebox_agent_api::client::{AgentClient, Command, Event};
-use icebox_agent_api::{AGENT_PORT, Token};
+use icebox_agent_api::{AGENT_PORT, START_TAG, Token};
 use icebox_api::types::{BuildEvent, BuildSource, NewBuild};
 use icebox_api::{ApiError, ErrorCode};
 use icebox_engine::id::{Digest, Name, SandboxId};
@@ -205,10 +205,9 @@ impl Start {
             let answer = ApiError::from_error(ErrorCode::Invalid, error);
             answer.hint("the start command runs with /bin/sh -c as the sandbox's default user")
         };
-        let mut process = agent
-            .start(Command::new("/bin/sh").args(["-c", &self.command]))
-            .await
-            .map_err(|error| failed(&error))?;
+        let mut command = Command::new("/bin/sh").args(["-c", &self.command]);
+        command.tag = Some(START_TAG.to_owned());
+        let mut process = agent.start(command).await.map_err(|error| failed(&error))?;
         let begun = Instant::now();
         let mut tail = Vec::new();
         let mut ended = false;

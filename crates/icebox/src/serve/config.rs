@@ -140,6 +140,7 @@ struct File {
     qemu: Option<PathBuf>,
     accelerator: Option<Accelerator>,
     volume_driver: Option<String>,
+    drain_on_stop: Option<bool>,
     #[serde(default)]
     zfs: ZfsSection,
     #[serde(default)]
@@ -152,6 +153,14 @@ struct File {
     space: SpaceSection,
     #[serde(default)]
     history: HistorySection,
+    #[serde(default)]
+    metrics: MetricsSection,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MetricsSection {
+    enabled: Option<bool>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -222,6 +231,7 @@ pub(crate) struct Config {
     pub(crate) qemu: Option<PathBuf>,
     pub(crate) accelerator: Accelerator,
     pub(crate) volume_driver: Option<String>,
+    pub(crate) drain_on_stop: bool,
     pub(crate) zfs_dataset: Option<String>,
     pub(crate) log_filter: String,
     pub(crate) log_format: Format,
@@ -233,6 +243,7 @@ pub(crate) struct Config {
     pub(crate) keep_free: Option<Bytes>,
     pub(crate) keep: usize,
     pub(crate) keep_for: Option<Duration>,
+    pub(crate) metrics: bool,
 }
 
 impl Config {
@@ -257,6 +268,7 @@ impl Config {
             keep_free: self.keep_free,
             keep: self.keep,
             keep_for: self.keep_for,
+            measures: self.metrics,
             ..icebox_engine::Config::default()
         }
     }
@@ -300,6 +312,7 @@ impl Config {
             qemu: file.qemu,
             accelerator: file.accelerator.unwrap_or_default(),
             volume_driver: file.volume_driver,
+            drain_on_stop: file.drain_on_stop.unwrap_or(false),
             zfs_dataset: file.zfs.dataset,
             log_filter: file.log.filter.unwrap_or_else(|| "info".to_owned()),
             log_format: file.log.format.unwrap_or_default(),
@@ -317,6 +330,7 @@ impl Config {
                 |keep| keep.get() as usize,
             ),
             keep_for: file.history.keep_for.map(|length| length.0),
+            metrics: file.metrics.enabled.unwrap_or(true),
         })
     }
 }

@@ -8,9 +8,10 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
 use icebox_api::types::{
-    BuildEvent, Event, Forked, GcReport, GcRequest, History, Kernel, KernelEvent, NewBuild,
-    NewFork, NewKernel, NewSandbox, NewSnapshot, Outcome, Report, ResumeRequest, RollbackRequest,
-    SandboxDetail, Snapshot, Stats, Template, VerbResult,
+    BuildEvent, ChangeLifetime, DrainReport, Event, Forked, GcReport, GcRequest, History, Kernel,
+    KernelEvent, MetricsRange, NewBuild, NewFork, NewKernel, NewSandbox, NewSnapshot, Outcome,
+    Report, ResumeRequest, RollbackRequest, SandboxDetail, SandboxMetric, Snapshot, Stats,
+    Template, VerbResult,
 };
 use icebox_api::{ApiError, BoxStream, Daemon, ErrorCode, Pass, Route};
 use icebox_engine::id::GenerationNo;
@@ -19,10 +20,11 @@ use icebox_engine::manifest::v1;
 use icebox_engine::unit::Geometry;
 use icebox_engine::{Engine, Error, SandboxView, Usage};
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
 
 use super::build::Build;
 use super::workshop::Workshop;
-use super::{doctor, translate};
+use super::{doctor, lifetime, metrics, translate};
 
 /// E2B's bound on one call's forks.
 const FORKS_MAX: i64 = 100;
@@ -37,6 +39,8 @@ pub(super) struct Icebox {
     pub(super) geometry: Geometry,
     /// Whether sandboxes that say nothing reach public addresses.
     pub(super) internet: bool,
+    /// Has the daemon leave.
+    pub(super) leave: CancellationToken,
 }
 
 impl Icebox {
@@ -226,6 +230,42 @@ impl Daemon for Icebox {
         Ok(id)
     }
 
+    async fn set_lifetime(
+        &self,
+        sandbox: &str,
+        change: ChangeLifetime,
+    ) -> Result<SandboxDetail, ApiError> {
+        let change = lifetime::change(&change)?;
+        let changed = self.engine.set_lifetime(sandbox, change).await;
+        changed
+            .map(|view| self.detail(&view, None))
+            .map_err(|error| translate::error(&error))
+    }
+
+    async fn metrics(
+        &self,
+        sandbox: &str,
+        range: MetricsRange,
+    ) -> Result<Vec<SandboxMetric>, ApiError> {
+        let view = self
+            .engine
+            .inspect(sandbox)
+            .map_err(|error| translate::error(&error))?;
+        let id = view.record.id.as_str();
+        let since = metrics::start(range)?;
+        let resolution = range.resolution.map(metrics::resolution);
+        let samples = self.engine.samples(id, since, resolution).await;
+        let samples = samples.map_err(|error| translate::error(&error))?;
+        let object = Object::Sandbox(view.record.id.clone());
+        let usage = self.engine.usage(&object).await.ok();
+        let end = range.end.unwrap_or(i64::MAX);
+        Ok(samples
+            .iter()
+            .filter(|sample| i64::from(sample.at) <= end)
+            .map(|sample| metrics::sample(sample, &view.record.spec, usage.as_ref()))
+            .collect())
+    }
+
     async fn console(&self, sandbox: &str) -> Result<BoxStream<io::Result<Bytes>>, ApiError> {
         let found = self
             .engine
@@ -251,7 +291,8 @@ impl Daemon for Icebox {
         }
         let route = self
             .engine
-            .route(&id)
+            .route_awake(&id)
+            .await
             .map_err(|error| translate::error(&error))?
             .ok_or_else(|| {
                 ApiError::new(
@@ -341,8 +382,19 @@ impl Daemon for Icebox {
         let events = self.engine.events();
         let from = since.map_or_else(|| events.next_seq(), |since| since.saturating_add(1));
         if !follow {
-            let batch = events.kept(from);
-            return Ok(stream::iter(in_order(batch)).boxed());
+            let end = events.next_seq();
+            let engine = self.engine.clone();
+            let batches = stream::unfold((engine, from), move |(engine, from)| async move {
+                if from >= end {
+                    return None;
+                }
+                let mut batch = engine.events().past(from).await;
+                batch.events.retain(|event| event.seq < end);
+                // What is asked for and not there any more ends it, too.
+                let next = batch.events.last().map_or(end, |event| event.seq + 1);
+                Some((stream::iter(in_order(batch)), (engine, next)))
+            });
+            return Ok(batches.flatten().boxed());
         }
         let engine = self.engine.clone();
         let batches = stream::unfold((engine, from), |(engine, from)| async move {
@@ -351,6 +403,13 @@ impl Daemon for Icebox {
             Some((stream::iter(in_order(batch)), (engine, next)))
         });
         Ok(batches.flatten().boxed())
+    }
+
+    async fn drain(&self) -> Result<DrainReport, ApiError> {
+        let drained = self.engine.drain().await;
+        let drained = drained.map_err(|error| translate::error(&error))?;
+        self.leave.cancel();
+        Ok(lifetime::drained(drained))
     }
 
     async fn stats(&self) -> Result<Stats, ApiError> {

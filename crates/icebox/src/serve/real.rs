@@ -22,6 +22,7 @@ use icebox_host::cgroup::Cgroups;
 use icebox_host::guest::AgentGuests;
 use icebox_host::guest_image::{self, KernelStore, Places};
 use icebox_host::instance::Instance;
+use icebox_host::journal::SqliteJournal;
 use icebox_host::launcher::Launcher;
 use icebox_host::network::{NetworkConfig, NetworkSlots};
 use icebox_host::store::FileStore;
@@ -53,6 +54,12 @@ pub(super) async fn ground(config: &Config, layout: &Layout) -> Result<Ground, F
     })
     .await
     .map_err(|error| failed(&error))?;
+    let journal = blocking({
+        let data = layout.data().to_owned();
+        move || SqliteJournal::open(&data)
+    })
+    .await
+    .map_err(|error| failed(&error))?;
     let places = Places::under(layout.data());
     let swept = places.clone();
     let swept = blocking(move || guest_image::sweep(&swept).map_err(HostError::from))
@@ -76,6 +83,7 @@ pub(super) async fn ground(config: &Config, layout: &Layout) -> Result<Ground, F
         store: Arc::new(store),
         volumes,
         vmms: vec![Arc::new(qemu)],
+        journal: Arc::new(journal),
         clock: Arc::new(SystemClock),
         network: network.clone(),
         boxes: boxes.clone(),

@@ -22,7 +22,16 @@ const CLIENT_ID: &str = "icebox";
 
 /// What the engine says, as an answer.
 pub(super) fn error(error: &Error) -> ApiError {
-    let code = match error {
+    let answer = ApiError::from_error(code(error), error);
+    match error.hint() {
+        Some(hint) => answer.hint(hint),
+        None => answer,
+    }
+}
+
+fn code(error: &Error) -> ErrorCode {
+    match error {
+        Error::NotWoken { source } => code(source),
         Error::Unknown { .. } | Error::NoGeneration { .. } | Error::Destroyed => {
             ErrorCode::NotFound
         }
@@ -33,16 +42,12 @@ pub(super) fn error(error: &Error) -> ApiError {
         Error::Invalid { .. } => ErrorCode::Invalid,
         Error::InUse { .. } | Error::Busy { .. } => ErrorCode::InUse,
         Error::Exhausted { .. } => ErrorCode::Exhausted,
+        Error::Draining => ErrorCode::Draining,
         Error::Incompatible { .. } => ErrorCode::Unsupported,
         Error::Step { source, .. } => kind(source.kind()),
         Error::Deadline { .. } => ErrorCode::Timeout,
         Error::Stuck { .. } | Error::Unusable { .. } | Error::DiskLost { .. } => ErrorCode::Broken,
         _ => ErrorCode::Internal,
-    };
-    let answer = ApiError::from_error(code, error);
-    match error.hint() {
-        Some(hint) => answer.hint(hint),
-        None => answer,
     }
 }
 
@@ -138,6 +143,7 @@ pub(super) fn create_request(new: NewSandbox, internet: bool) -> Result<CreateRe
             format!("{key:?} cannot be the name of a variable"),
         ));
     }
+    let lifetime = super::lifetime::of_new(&new)?;
     let egress = if new.allow_internet_access.unwrap_or(internet) {
         Egress::Internet
     } else {
@@ -154,6 +160,7 @@ pub(super) fn create_request(new: NewSandbox, internet: bool) -> Result<CreateRe
         egress,
         env: new.env_vars,
         metadata: new.metadata,
+        lifetime,
         history: history_policy(&new.history.unwrap_or_default())?,
     })
 }
@@ -311,6 +318,7 @@ pub(super) fn sandbox(view: &SandboxView, beside: Beside<'_>) -> SandboxDetail {
             .collect(),
         history: said_of_history(&record.spec.history),
         holds: record.holds.iter().map(hold).collect(),
+        lifecycle: super::lifetime::shown(&record.lifetime),
         last_exit: record.last_exit.as_ref().map(|exit| exit.detail.clone()),
         last_verb: view.last_verb.as_deref().map(last_verb),
         disk_lost: view.disk_lost.clone(),
@@ -387,7 +395,7 @@ fn listed(view: &SandboxView) -> ListedSandbox {
         alias: Some(record.spec.template_name.clone()),
         name: record.name.as_ref().map(ToString::to_string),
         started_at: record.created_at,
-        end_at: None,
+        end_at: record.lifetime.end_at,
         cpu_count: record.spec.geometry.vcpus,
         memory_mb: record.spec.geometry.mem_mib,
         disk_size_mb: record.spec.disk_size.0 >> 20,

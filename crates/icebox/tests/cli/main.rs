@@ -15,3 +15,4 @@ mod pipes;
 mod refusals;
 mod secrets;
 mod support;
+mod time;

@@ -41,6 +41,7 @@ mod power_cut;
 mod site;
 mod space;
 mod steps;
+mod time;
 
 use std::num::NonZero;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -72,6 +73,7 @@ fn main() -> ExitCode {
         ("chains", chains::TESTS),
         ("space", space::TESTS),
         (steps::NAME, steps::TESTS),
+        ("time", time::TESTS),
     ];
     let tests = suites
         .iter()

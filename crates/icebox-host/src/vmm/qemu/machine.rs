@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use icebox_engine::host::{
-    BlockDevice, DiskSwitch, ErrorKind, ExitReason, HostError, Machine, MemorySource,
+    BlockDevice, DiskSwitch, ErrorKind, ExitReason, HostError, Machine, MemorySource, Meter,
     ProcessIdentity, SavePlan, SavedMemory, VcpuState,
 };
 use icebox_engine::id::SandboxId;
@@ -31,6 +31,7 @@ use crate::launcher::{Ended, Process};
 use crate::vmm::memory::{
     self, Diff, DiffError, GuestRam, ProcessMemory, ProcessMemoryError, SaveError, SaveOutcome,
 };
+use crate::vmm::meter::ProcessMeter;
 
 /// Device state is kilobytes; loading or saving it takes milliseconds, but the disk it is on may be slow.
 const STATE_DEADLINE: Duration = Duration::from_secs(30);
@@ -431,6 +432,10 @@ impl Machine for QemuMachine {
             RunState::io_error => Ok(VcpuState::Stalled),
             other => Err(self.error(ErrorKind::Other, format!("vCPUs are {other:?}"))),
         }
+    }
+
+    fn meter(&self) -> Result<Box<dyn Meter>, HostError> {
+        Ok(Box::new(ProcessMeter::open(self.process.identity())?))
     }
 
     async fn pause_vcpus(&self) -> Result<(), HostError> {
