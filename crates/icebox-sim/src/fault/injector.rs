@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use icebox_engine::host::{ErrorKind, HostError};
 use tokio::sync::Notify;
@@ -26,6 +27,8 @@ pub enum Kind {
     Fail,
     /// The step returns the error of a file system that is full.
     Full,
+    /// From this step on there is no room: whatever writes returns that error.
+    StaysFull,
     /// The step never returns: the engine is about to be killed.
     Crash,
     /// The step panics: a bug.
@@ -48,6 +51,25 @@ pub struct Fault {
     pub kind: Kind,
 }
 
+/// Steps that need room on the file system.
+const WRITES: [&str; 12] = [
+    "machine.save",
+    "machine.switch",
+    "store.commit",
+    "store.copy_into_staging",
+    "store.move_into_staging",
+    "store.publish",
+    "store.stage",
+    "volume.ensure_head",
+    "volume.flatten",
+    "volume.freeze",
+    "volume.merge",
+    "volume.seal",
+];
+
+/// How long a step takes at most when steps take time.
+const SLOWEST: Duration = Duration::from_millis(20);
+
 /// What becomes of the calls of one step, in order: done, or failed on one side of the effect. Calls after the last
 /// are done.
 type Script = Box<dyn Iterator<Item = Option<When>> + Send>;
@@ -59,6 +81,8 @@ pub struct Injector(Arc<Inner>);
 #[derive(Default)]
 struct Inner {
     armed: Mutex<Option<Fault>>,
+    /// What the next step's time follows from, if steps take any.
+    pace: Mutex<Option<u64>>,
     scripts: Mutex<BTreeMap<&'static str, Script>>,
     steps: AtomicUsize,
     trace: Mutex<Vec<&'static str>>,
@@ -104,6 +128,29 @@ impl Injector {
             .unwrap_or_else(PoisonError::into_inner)
             .clear();
         self.0.steps.store(0, Ordering::SeqCst);
+    }
+
+    /// Makes steps take time, on both sides of their effects: each another, which follows from `seed`. Without this they take
+    /// none in memory, and nothing ever happens between two of them.
+    pub fn take_time(&self, seed: u64) {
+        *self.0.pace.lock().unwrap_or_else(PoisonError::into_inner) = Some(seed);
+    }
+
+    /// Waits for as long as a step takes.
+    async fn wait(&self) {
+        let time = {
+            let mut pace = self.0.pace.lock().unwrap_or_else(PoisonError::into_inner);
+            pace.as_mut().map(|pace| {
+                // A linear congruential generator, by Knuth: its upper half is random enough for this.
+                *pace = pace
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1_442_695_040_888_963_407);
+                SLOWEST.mul_f64((*pace >> 32) as f64 / f64::from(u32::MAX))
+            })
+        };
+        if let Some(time) = time {
+            tokio::time::sleep(time).await;
+        }
     }
 
     /// Makes every step of this name fail before its effect, until it is called with `None`.
@@ -166,13 +213,18 @@ impl Injector {
             .unwrap_or_else(PoisonError::into_inner)
             .push(step);
         let armed = *self.0.armed.lock().unwrap_or_else(PoisonError::into_inner);
-        let here = armed.filter(|fault| fault.at == number);
+        let here = armed.filter(|fault| match fault.kind {
+            Kind::StaysFull => fault.at <= number && WRITES.contains(&step),
+            _ => fault.at == number,
+        });
         let scripted = self.scripts().get_mut(step).and_then(Iterator::next);
         if scripted == Some(Some(When::Before)) {
             return Err(broken(step));
         }
+        self.wait().await;
         self.spring(here, When::Before, step).await?;
         let result = effect.await;
+        self.wait().await;
         if result.is_ok() {
             self.spring(here, When::After, step).await?;
         }
@@ -194,7 +246,7 @@ impl Injector {
         {
             None => Ok(()),
             Some(Kind::Fail) => Err(broken(step)),
-            Some(Kind::Full) => Err(full(step)),
+            Some(Kind::Full | Kind::StaysFull) => Err(full(step)),
             Some(Kind::Panic) => panic!("injected at {step}"),
             Some(Kind::Crash) => {
                 self.0.reached.notify_one();
