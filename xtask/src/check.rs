@@ -5,6 +5,7 @@
 
 use std::fs;
 
+use crate::documents;
 use crate::run::{Failure, build_agent, cargo, root, run};
 
 pub(crate) fn check() -> Result<(), Failure> {
@@ -40,5 +41,6 @@ pub(crate) fn check() -> Result<(), Failure> {
             println!("  {line}");
         }
     }
-    tested
+    tested?;
+    documents::check()
 }
