@@ -65,6 +65,40 @@ fn going_back_to_a_generation_keeps_the_newest_disk_as_a_branch() {
 }
 
 #[test]
+fn a_sandbox_goes_back_and_forth_in_its_history() {
+    let daemon = Daemon::start().with_template();
+    let mut transcript = Transcript::new(&daemon);
+    transcript
+        .run("create base --name web --keep 5 --keep-for 30d --checkpoint-every 1h30m")
+        .run("pause web")
+        .run("resume web")
+        .run("checkpoint web")
+        .run("history web")
+        .run("rollback web --to 1")
+        .run("rollback web --to 1")
+        .run("history web")
+        .run("rollback web --to disk-4 --resume")
+        .run("rollback web --to 9")
+        .run("rollback web --to disk-9")
+        .run("rollback web --to ../1")
+        .run("history rm web 2 disk-4 disk-4")
+        .run("history web")
+        .run("--json history web")
+        .run("pause web")
+        .run("history rm web 3")
+        .run("history web")
+        .run("stop web")
+        .run("resume web")
+        .run("checkpoint web")
+        .run("inspect web")
+        .run("create base --keep 0")
+        .run("create base --keep=-1")
+        .run("create base --checkpoint-every 1s")
+        .run("create base --keep-for soon");
+    insta::assert_snapshot!(transcript.text());
+}
+
+#[test]
 fn json_is_one_document_per_line() {
     let daemon = Daemon::start().with_template();
     let mut transcript = Transcript::new(&daemon);
