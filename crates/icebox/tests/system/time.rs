@@ -53,8 +53,7 @@ fn inv_35_an_idle_sandbox_is_paused_and_woken_by_who_asks_for_it(site: &mut Site
         working.wait().unwrap().success(),
         "it was not paused under a command"
     );
-    let detached = ["exec", "--detach", "sleepy", "--", "sleep", "6"];
-    site.get(&detached);
+    detach(site, &["sleepy", "--", "sleep", "6"]);
     let begun = Instant::now();
     events.wait_for("sandbox.timed-out");
     let lasted = begun.elapsed();
@@ -115,6 +114,13 @@ fn inv_45_what_a_guest_uses_is_measured_from_outside(site: &mut Site) {
     site.get(&["rm", "busy"]);
 }
 
+/// Starts a command that nobody follows. Whatever comes after its `--` is its own.
+fn detach(site: &Site, arguments: &[&str]) -> Value {
+    let output = site.run(&[&["exec", "--detach", "--json"], arguments].concat());
+    assert!(output.status.success(), "{output:?}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
 /// Says a number every 20 ms, and every tenth on its other stream.
 const NUMBERS: &str = "i=0; while [ $i -lt 300 ]; do \
     if [ $((i % 10)) = 0 ]; then echo $i >&2; else echo $i; fi; i=$((i+1)); sleep 0.02; done; exit 7";
@@ -135,9 +141,8 @@ fn inv_46_a_command_goes_on_without_its_daemon_and_nothing_it_says_is_lost(site:
     let mut said = BufReader::new(following.stdout.take().unwrap());
     let mut first = String::new();
     said.read_line(&mut first).unwrap();
-    let started = site.get(&[
-        "exec", "--detach", "--tag", "alone", "talker", "--", "sh", "-c", NUMBERS,
-    ]);
+    let alone = ["--tag", "alone", "talker", "--", "sh", "-c", NUMBERS];
+    let started = detach(site, &alone);
     let pid = started["pid"].as_u64().unwrap();
     site.end_daemon(Signal::KILL);
     site.start_daemon();
