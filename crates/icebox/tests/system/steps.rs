@@ -233,6 +233,7 @@ fn walk(site: &mut Site, verb: &Verb) {
                     break;
                 }
                 // It took fewer steps than the last time, and the one that makes it happen was not reached: back to it.
+                conductor.plan(None);
                 missed += 1;
                 steps -= missed.min(steps);
                 check_made(site, &subject, "not killed");
