@@ -28,11 +28,14 @@ pub struct Plan {
 /// Collects in the background. What does not go is left for the next collection.
 pub(crate) fn soon(shared: &Arc<Shared>) {
     let shared = Arc::clone(shared);
-    tokio::spawn(async move {
-        if let Err(error) = caught("collecting", collect(&shared, false)).await {
-            tracing::warn!(error = %Chained(&error), "left for the next collection");
-        }
-    });
+    tokio::spawn(async move { what_goes(&shared).await });
+}
+
+/// Collects. What does not go is left for the next collection.
+pub(crate) async fn what_goes(shared: &Arc<Shared>) {
+    if let Err(error) = caught("collecting", collect(shared, false)).await {
+        tracing::warn!(error = %Chained(&error), "left for the next collection");
+    }
 }
 
 /// Removes what nothing reaches, or says what that would be: the same plan (INV-52).

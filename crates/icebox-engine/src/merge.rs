@@ -131,10 +131,7 @@ async fn shorten(shared: &Arc<Shared>, failed: &mut BTreeMap<LayerId, Instant>) 
         }
     }
     if !shared.catalog.unreachable().is_empty() {
-        let collected = caught("collecting", collect::collect(shared, false));
-        if let Err(error) = collected.await {
-            tracing::warn!(error = %Chained(&error), "left for the next collection");
-        }
+        collect::what_goes(shared).await;
     }
 }
 

@@ -7,7 +7,6 @@
 //! The sandbox's task looks back between verbs: soon after every commit that adds to the past, and when something has
 //! grown too old. The one commit takes all that goes off the list; what only that referred to is collected then.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
@@ -18,7 +17,6 @@ use crate::error::Error;
 use crate::id::{GenerationNo, Name};
 use crate::layout::Object;
 use crate::manifest::v1::{Rest, Sandbox as Record};
-use crate::panics::caught;
 use crate::sandbox::{Chained, Sandbox};
 use crate::steps::Steps;
 
@@ -167,13 +165,7 @@ impl Sandbox {
             self.making(vec![Object::Generation(self.id().clone(), *number)]);
         }
         self.discard_unnamed().await;
-        let shared = Arc::clone(&self.shared);
-        tokio::spawn(async move {
-            let collected = caught("collecting", collect::collect(&shared, false));
-            if let Err(error) = collected.await {
-                tracing::warn!(error = %Chained(&error), "left for the next collection");
-            }
-        });
+        collect::soon(&self.shared);
         Ok(())
     }
 }

@@ -60,7 +60,6 @@ use super::flatten::{self, Change, Content, Layer};
 use super::heads::{self, Heads};
 use crate::fs::{self, failed};
 use crate::instance::Instance;
-use crate::pace::Pace;
 
 const SECTOR: u64 = 512;
 /// Between two looks at heads that are in use, at most.
@@ -1050,14 +1049,5 @@ fn flatten(layout: &Layout, chain: &Chain, out: &Path) -> Result<(), HostError> 
             Ok(Store { path, file })
         })
         .collect::<Result<_, HostError>>()?;
-    let mut pace = Pace::beside_guests(layout);
-    fs::create_whole(out, |file| {
-        flatten::flatten(
-            (&base, &image),
-            &layers,
-            chain.size.0,
-            (file, out),
-            &mut pace,
-        )
-    })
+    flatten::to_file(layout, (&base, &image), &layers, chain.size.0, out)
 }

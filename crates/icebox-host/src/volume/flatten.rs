@@ -11,6 +11,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use icebox_engine::host::HostError;
+use icebox_engine::layout::Layout;
 
 use crate::fs::{self, clamp_usize, failed};
 use crate::pace::Pace;
@@ -51,6 +52,21 @@ pub(super) trait Layer {
         size: u64,
         each: &mut dyn FnMut(Change) -> io::Result<()>,
     ) -> Result<(), HostError>;
+}
+
+/// Makes `out`, which does not exist yet, of what [`flatten`] makes of `layers` and `base`, at a pace that leaves the guests
+/// of `layout` their share of the disk. Durable on return; if it fails, the file does not exist.
+pub(super) fn to_file<L: Layer>(
+    layout: &Layout,
+    base: (&File, &Path),
+    layers: &[L],
+    size: u64,
+    out: &Path,
+) -> Result<(), HostError> {
+    let mut pace = Pace::beside_guests(layout);
+    fs::create_whole(out, |file| {
+        flatten(base, layers, size, (file, out), &mut pace)
+    })
 }
 
 /// Writes the disk of `size` bytes that `layers`, newest first, make of `base` to `out`, an empty file. Not durable until

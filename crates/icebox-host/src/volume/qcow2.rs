@@ -35,7 +35,6 @@ use self::format::Overlay;
 use super::flatten::{self, BLOCK, Change, Content, Layer};
 use super::heads::{self, Heads};
 use crate::fs::{self, failed};
-use crate::pace::Pace;
 
 /// The `qcow2` driver.
 #[derive(Clone, Debug)]
@@ -317,14 +316,5 @@ fn flatten(layout: &Layout, chain: &Chain, out: &Path) -> Result<(), HostError> 
             Ok(Changed { path, overlay })
         })
         .collect::<Result<_, HostError>>()?;
-    let mut pace = Pace::beside_guests(layout);
-    fs::create_whole(out, |file| {
-        flatten::flatten(
-            (&base, &image),
-            &layers,
-            chain.size.0,
-            (file, out),
-            &mut pace,
-        )
-    })
+    flatten::to_file(layout, (&base, &image), &layers, chain.size.0, out)
 }
