@@ -2,8 +2,10 @@
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Instant;
+
+use serde_json::Value;
 
 /// What the agent is built for: static, and without musl.
 const TRIPLE: &str = "x86_64-unknown-linux-gnu";
@@ -50,6 +52,44 @@ pub(crate) fn run(what: &str, command: &mut Command) -> Result<(), Failure> {
     } else {
         Err(Failure(format!("{what} failed: {status}")))
     }
+}
+
+/// A program that cargo built: with tests in it, or a benchmark, an example, or a program that one of them starts.
+pub(crate) struct Built {
+    /// As cargo names it: `lib`, `bin`, `test`, `bench`, `example`.
+    pub(crate) kind: String,
+    pub(crate) name: String,
+    pub(crate) executable: PathBuf,
+    /// Its package's.
+    pub(crate) directory: PathBuf,
+    /// Whether it runs tests.
+    pub(crate) is_test: bool,
+}
+
+/// Runs a cargo that builds programs, and says which.
+pub(crate) fn built_by(command: &mut Command) -> Result<Vec<Built>, Failure> {
+    let output = command
+        .arg("--message-format=json-render-diagnostics")
+        .stderr(Stdio::inherit())
+        .output()
+        .map_err(|error| Failure(format!("cargo: {error}")))?;
+    if !output.status.success() {
+        return Err(Failure(format!("building it failed: {}", output.status)));
+    }
+    let messages = output.stdout.split(|byte| *byte == b'\n');
+    let built = messages.filter_map(|line| {
+        let message: Value = serde_json::from_slice(line).ok()?;
+        let target = &message["target"];
+        let manifest = Path::new(message["manifest_path"].as_str()?);
+        Some(Built {
+            kind: target["kind"][0].as_str()?.to_owned(),
+            name: target["name"].as_str()?.to_owned(),
+            executable: message["executable"].as_str()?.into(),
+            directory: manifest.parent()?.to_owned(),
+            is_test: message["profile"]["test"].as_bool()?,
+        })
+    });
+    Ok(built.collect())
 }
 
 /// Builds the guest agent. With a target named, build scripts and procedural macros stay dynamic.

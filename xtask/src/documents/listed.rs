@@ -2,12 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::PathBuf;
+use std::process::Command;
 
-use serde_json::Value;
-
-use crate::run::{Failure, cargo, target};
+use crate::run::{Built, Failure, built_by, cargo, target};
 
 /// Where tests name those that they leave out, with the reason (`icebox_host::skip`).
 const SKIPPED: &str = "ICEBOX_SKIPPED";
@@ -67,26 +65,12 @@ impl Tier {
 impl Listed {
     /// Builds the test programs, unless they are built, and asks each of them.
     pub(super) fn ask() -> Result<Self, Failure> {
-        let built = cargo([
-            "test",
-            "--quiet",
-            "--workspace",
-            "--no-run",
-            "--message-format=json",
-        ])
-        .stderr(Stdio::inherit())
-        .output()
-        .map_err(|error| Failure(format!("cargo test --no-run: {error}")))?;
-        if !built.status.success() {
-            return Err(Failure("the tests do not build".into()));
-        }
+        let built = built_by(&mut cargo(["test", "--quiet", "--workspace", "--no-run"]))?;
         let mut listed = Self {
             tests: BTreeMap::new(),
         };
-        for line in String::from_utf8_lossy(&built.stdout).lines() {
-            if let Some(program) = Program::of(line) {
-                listed.add(&program)?;
-            }
+        for program in built.iter().filter_map(Program::of) {
+            listed.add(&program)?;
         }
         Ok(listed)
     }
@@ -180,21 +164,21 @@ struct Program {
 }
 
 impl Program {
-    /// The one that a message of cargo is about, if it is about one.
-    fn of(message: &str) -> Option<Self> {
-        let message: Value = serde_json::from_str(message).ok()?;
-        let target = message.get("target")?;
-        if !message["profile"]["test"].as_bool()? {
+    /// One that runs tests, of a tier.
+    fn of(built: &Built) -> Option<Self> {
+        if !built.is_test {
             return None;
         }
-        let directory = Path::new(message["manifest_path"].as_str()?).parent()?;
-        let package = directory.file_name()?.to_str()?;
-        let (kind, name) = (target["kind"][0].as_str()?, target["name"].as_str()?);
-        let tier = Tier::of(package, kind, name)?;
-        let name = if tier == Tier::Unit { package } else { name };
+        let package = built.directory.file_name()?.to_str()?;
+        let tier = Tier::of(package, &built.kind, &built.name)?;
+        let name = if tier == Tier::Unit {
+            package
+        } else {
+            &built.name
+        };
         Some(Self {
-            path: message["executable"].as_str()?.into(),
-            directory: directory.to_owned(),
+            path: built.executable.clone(),
+            directory: built.directory.clone(),
             tier,
             name: name.to_owned(),
         })

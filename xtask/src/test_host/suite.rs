@@ -21,7 +21,7 @@ use serde_json::Value;
 use super::image::{Image, remove_tree, scripts};
 use super::machine::Mode;
 use super::{Options, at};
-use crate::run::{Failure, cargo, run, target};
+use crate::run::{Failure, built_by, cargo, run, target};
 
 /// A run of a test executable: its name, and the tests in it.
 type Call = (&'static str, &'static [&'static str]);
@@ -352,35 +352,6 @@ impl Suite {
             println!("  {line}");
         }
     }
-}
-
-/// What cargo built: a test, a benchmark, an example, or a program that one of them starts.
-struct Built {
-    kind: String,
-    name: String,
-    executable: PathBuf,
-}
-
-fn built_by(command: &mut Command) -> Result<Vec<Built>, Failure> {
-    let output = command
-        .arg("--message-format=json-render-diagnostics")
-        .stderr(Stdio::inherit())
-        .output()
-        .map_err(|error| Failure(format!("cargo: {error}")))?;
-    if !output.status.success() {
-        return Err(Failure(format!("building it failed: {}", output.status)));
-    }
-    let messages = output.stdout.split(|byte| *byte == b'\n');
-    let built = messages.filter_map(|line| {
-        let message: Value = serde_json::from_slice(line).ok()?;
-        let target = &message["target"];
-        Some(Built {
-            kind: target["kind"][0].as_str()?.to_owned(),
-            name: target["name"].as_str()?.to_owned(),
-            executable: message["executable"].as_str()?.into(),
-        })
-    });
-    Ok(built.collect())
 }
 
 impl Fixtures {
