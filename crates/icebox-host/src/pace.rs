@@ -11,11 +11,10 @@ use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use icebox_engine::host::ProcessIdentity;
 use icebox_engine::layout::Layout;
 
 use crate::fs::write_out;
-use crate::vmm::PID_FILE;
+use crate::vmm::read_pid_file;
 
 /// How much is copied between two looks.
 const STRETCH: u64 = 8 << 20;
@@ -115,8 +114,7 @@ impl Guests {
             return Vec::new();
         };
         let counters = entries.filter_map(|entry| {
-            let recorded = fs::read(entry.ok()?.path().join(PID_FILE)).ok()?;
-            let identity: ProcessIdentity = serde_json::from_slice(&recorded).ok()?;
+            let identity = read_pid_file(&entry.ok()?.path()).ok()??;
             File::open(format!("/proc/{}/io", identity.pid)).ok()
         });
         counters.collect()
@@ -143,6 +141,7 @@ mod tests {
     use std::process::{Child, Command, Stdio};
 
     use super::*;
+    use crate::vmm::PID_FILE;
 
     /// A process that writes much when it is told to, and then an end.
     fn writer() -> Child {

@@ -47,7 +47,7 @@ use self::command::{BOOT_CONFIG, CONSOLE, Common, SOCKET, STDERR};
 use self::machine::{Outputs, QemuMachine};
 use crate::boxes::HostBoxes;
 use crate::launcher::{Launcher, Process, is_of_the_kernel};
-use crate::vmm::PID_FILE;
+use crate::vmm::{PID_FILE, read_pid_file};
 
 /// From exec to the monitor's greeting: 30 ms on an idle machine.
 const START_DEADLINE: Duration = Duration::from_secs(30);
@@ -134,8 +134,7 @@ impl Qemu {
     ) -> Result<Vec<Process>, HostError> {
         let failed = |error| HostError::io(format!("find the VMM of sandbox {sandbox}"), error);
         let mut identities: Vec<ProcessIdentity> = recorded.into_iter().cloned().collect();
-        let pid_file = self.layout.vm(sandbox).join(PID_FILE);
-        identities.extend(read_pid_file(&pid_file).map_err(failed)?);
+        identities.extend(read_pid_file(&self.layout.vm(sandbox)).map_err(failed)?);
         let mut found = self.members(sandbox)?;
         for identity in identities {
             if found.iter().all(|process| *process.identity() != identity) {
@@ -347,12 +346,4 @@ fn write_boot_config(path: &Path, text: &str) -> io::Result<()> {
     }
     std::fs::write(path, text)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o444))
-}
-
-fn read_pid_file(path: &Path) -> io::Result<Option<ProcessIdentity>> {
-    match std::fs::read(path) {
-        Ok(json) => Ok(Some(serde_json::from_slice(&json)?)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
-    }
 }
