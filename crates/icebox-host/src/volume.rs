@@ -16,6 +16,7 @@ mod dm_snapshot;
 mod exercise;
 mod flatten;
 mod heads;
+mod in_files;
 pub mod qcow2;
 mod reflink;
 mod zfs;

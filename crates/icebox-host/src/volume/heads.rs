@@ -4,7 +4,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use icebox_engine::host::{Ensured, ErrorKind, HostError, Removed};
-use icebox_engine::id::{Digest, HeadId, SandboxId};
+use icebox_engine::id::{HeadId, SandboxId};
 use icebox_engine::layout::{LAYER_DISK, Layout, Object, parse_number};
 use icebox_engine::unit::Bytes;
 
@@ -14,7 +14,7 @@ use crate::turns::Turns;
 
 /// The heads of one driver. Every method that is not `async` blocks.
 #[derive(Clone, Debug)]
-pub(super) struct Heads {
+pub struct Heads {
     layout: Layout,
     /// The extension of the driver's heads.
     format: &'static str,
@@ -48,13 +48,6 @@ impl Heads {
     ) -> Result<T, HostError> {
         let heads = self.clone();
         self.turns.run(sandbox, move || work(&heads)).await
-    }
-
-    /// A base needs nothing beside its image, which the engine imports before it asks for heads.
-    pub(super) async fn ensure_base(&self, base: &Digest) -> Result<Ensured, HostError> {
-        let image = self.layout.base_image(base);
-        blocking(move || require_image(&image)).await?;
-        Ok(Ensured::AlreadyPresent)
     }
 
     pub(super) fn layout(&self) -> &Layout {

@@ -22,200 +22,130 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use async_trait::async_trait;
 use icebox_engine::host::{
-    BlockDevice, Chain, Ensured, ErrorKind, HostError, LiveFreeze, MergeLayers, Removed, Space,
-    VolumeDriver, WatchHeads,
+    BlockDevice, Chain, Ensured, ErrorKind, HostError, LiveFreeze, MergeLayers,
 };
-use icebox_engine::id::{Digest, HeadId, LayerId};
-use icebox_engine::layout::{LAYER_DISK, Layout};
+use icebox_engine::id::{HeadId, LayerId};
+use icebox_engine::layout::Layout;
 use icebox_engine::unit::Bytes;
 
 use self::format::Overlay;
 use super::flatten::{self, BLOCK, Change, Content, Layer};
 use super::heads::{self, Heads};
+use super::in_files::{InFiles, Kind, Merge};
 use crate::fs::{self, failed};
 
 /// The `qcow2` driver.
+pub type Qcow2 = InFiles<Overlays>;
+
+/// What is particular to `qcow2`.
 #[derive(Clone, Debug)]
-pub struct Qcow2 {
-    heads: Heads,
-}
+pub struct Overlays;
 
 impl Qcow2 {
     /// The driver for the data directory of `layout`.
     #[must_use]
     pub fn new(layout: Layout) -> Self {
-        Self {
-            heads: Heads::new(layout, "qcow2"),
-        }
+        Self::over(layout, Overlays)
     }
 }
 
-#[async_trait]
-impl VolumeDriver for Qcow2 {
-    fn name(&self) -> &'static str {
-        "qcow2"
+impl Kind for Overlays {
+    const NAME: &'static str = "qcow2";
+    const FORMAT: &'static str = "qcow2";
+    const LAYERS_ARE_WHOLE: bool = false;
+
+    /// Writes, checks and reads a scratch overlay in a file that has no name.
+    fn probe(&self, data: &Path) -> Result<(), HostError> {
+        const SIZE: u64 = 1 << 20;
+        let file = tempfile::tempfile_in(data)
+            .map_err(|error| failed("make a scratch file in", data, error))?;
+        format::write_empty(&file, SIZE)
+            .and_then(|()| Overlay::open(file, SIZE))
+            .and_then(|overlay| overlay.for_each_run(|_, _, _| Ok(())))
+            .map_err(|error| error.at(data))
     }
 
-    async fn probe(&self) -> Result<(), HostError> {
-        self.heads.run(|heads| probe(heads.layout().data())).await
-    }
-
-    fn live_freeze(&self) -> LiveFreeze<'_> {
+    fn live_freeze(_driver: &Qcow2) -> LiveFreeze<'_> {
         LiveFreeze::ByVmm
     }
 
-    /// A write that fails leaves what was written before.
-    fn watch(&self) -> Option<&dyn WatchHeads> {
-        None
+    fn merges_layers(driver: &Qcow2) -> Option<&dyn MergeLayers> {
+        Some(driver)
     }
 
-    fn layers_are_whole(&self) -> bool {
-        false
+    fn ensure_head(
+        &self,
+        heads: &Heads,
+        head: &HeadId,
+        chain: &Chain,
+    ) -> Result<Ensured, HostError> {
+        require_chain(heads.layout(), chain)?;
+        heads.ensure(head, |file, path| {
+            format::write_empty(file, chain.size.0).map_err(|error| error.at(path))
+        })
     }
 
-    fn merges_layers(&self) -> Option<&dyn MergeLayers> {
-        Some(self)
+    fn attach(
+        &self,
+        heads: &Heads,
+        head: &HeadId,
+        chain: &Chain,
+    ) -> Result<BlockDevice, HostError> {
+        let layout = heads.layout();
+        let base = require_chain(layout, chain)?;
+        let path = heads.path(head);
+        let overlay = open(&path, chain.size)?;
+        heads::require_size(&path, overlay.size(), chain.size)?;
+        let layers = chain.layers.iter();
+        Ok(BlockDevice::Qcow2 {
+            head: path,
+            layers: layers.map(|layer| layout.layer_disk(layer)).collect(),
+            base,
+        })
     }
 
-    async fn ensure_base(&self, base: &Digest) -> Result<Ensured, HostError> {
-        self.heads.ensure_base(base).await
-    }
-
-    async fn remove_base(&self, _base: &Digest) -> Result<Removed, HostError> {
-        Ok(Removed::AlreadyAbsent)
-    }
-
-    async fn ensure_head(&self, head: &HeadId, chain: &Chain) -> Result<Ensured, HostError> {
-        let sandbox = head.sandbox.clone();
-        let (head, chain) = (head.clone(), chain.clone());
-        self.heads
-            .in_turn(&sandbox, move |heads| {
-                require_chain(heads.layout(), &chain)?;
-                heads.ensure(&head, |file, path| {
-                    format::write_empty(file, chain.size.0).map_err(|error| error.at(path))
-                })
-            })
-            .await
-    }
-
-    async fn remove_head(&self, head: &HeadId) -> Result<Removed, HostError> {
-        let sandbox = head.sandbox.clone();
-        let head = head.clone();
-        self.heads
-            .in_turn(&sandbox, move |heads| heads.remove(&head))
-            .await
-    }
-
-    async fn attach(&self, head: &HeadId, chain: &Chain) -> Result<BlockDevice, HostError> {
-        let sandbox = head.sandbox.clone();
-        let (head, chain) = (head.clone(), chain.clone());
-        self.heads
-            .in_turn(&sandbox, move |heads| {
-                let layout = heads.layout();
-                let base = require_chain(layout, &chain)?;
-                let path = heads.path(&head);
+    fn flatten(&self, layout: &Layout, chain: &Chain, out: &Path) -> Result<(), HostError> {
+        let image = require_chain(layout, chain)?;
+        let base = fs::open_file(&image)?;
+        let layers: Vec<Changed> = chain
+            .layers
+            .iter()
+            .map(|layer| {
+                let path = layout.layer_disk(layer);
                 let overlay = open(&path, chain.size)?;
-                heads::require_size(&path, overlay.size(), chain.size)?;
-                Ok(BlockDevice::Qcow2 {
-                    head: path,
-                    layers: chain
-                        .layers
-                        .iter()
-                        .map(|layer| layout.layer_disk(layer))
-                        .collect(),
-                    base,
-                })
+                Ok(Changed { path, overlay })
             })
-            .await
-    }
-
-    async fn detach(&self, _head: &HeadId) -> Result<Removed, HostError> {
-        Ok(Removed::AlreadyAbsent)
-    }
-
-    async fn flush(&self, head: &HeadId) -> Result<(), HostError> {
-        let sandbox = head.sandbox.clone();
-        let head = head.clone();
-        self.heads
-            .in_turn(&sandbox, move |heads| heads.flush(&head))
-            .await
-    }
-
-    async fn seal(&self, head: &HeadId, staging: &Path) -> Result<(), HostError> {
-        let sandbox = head.sandbox.clone();
-        let (head, staging) = (head.clone(), staging.to_owned());
-        self.heads
-            .in_turn(&sandbox, move |heads| heads.seal(&head, &staging))
-            .await
-    }
-
-    async fn flatten(&self, chain: &Chain, out: &Path) -> Result<(), HostError> {
-        let (chain, out) = (chain.clone(), out.to_owned());
-        self.heads
-            .run(move |heads| flatten(heads.layout(), &chain, &out))
-            .await
-    }
-
-    async fn head_usage(&self, head: &HeadId) -> Result<Bytes, HostError> {
-        let head = head.clone();
-        self.heads
-            .run(move |heads| fs::allocated(&heads.path(&head)))
-            .await
-    }
-
-    async fn space(&self) -> Result<Option<Space>, HostError> {
-        Ok(None)
-    }
-
-    async fn list_heads(&self) -> Result<Vec<HeadId>, HostError> {
-        self.heads.run(Heads::list).await
-    }
-
-    /// A layer is a file in its directory.
-    async fn remove_layer(&self, _layer: &LayerId) -> Result<Removed, HostError> {
-        Ok(Removed::AlreadyAbsent)
-    }
-
-    async fn layer_usage(&self, layer: &LayerId) -> Result<Bytes, HostError> {
-        let layer = layer.clone();
-        self.heads
-            .run(move |heads| fs::allocated(&heads.layout().layer_disk(&layer)))
-            .await
-    }
-
-    async fn list_layers(&self) -> Result<Vec<LayerId>, HostError> {
-        Ok(Vec::new())
+            .collect::<Result<_, HostError>>()?;
+        flatten::to_file(layout, (&base, &image), &layers, chain.size.0, out)
     }
 }
 
-#[async_trait]
-impl MergeLayers for Qcow2 {
-    async fn merge(&self, run: &[LayerId], size: Bytes, staging: &Path) -> Result<(), HostError> {
-        let (run, disk) = (run.to_owned(), staging.join(LAYER_DISK));
-        self.heads
-            .run(move |heads| {
-                let run = open_run(heads.layout(), &run, size)?;
-                fs::create_whole(&disk, |file| {
-                    merge::write(&run, size.0, file).map_err(|error| error.at(&disk))
-                })
-            })
-            .await
+impl Merge for Overlays {
+    fn merge(
+        &self,
+        layout: &Layout,
+        run: &[LayerId],
+        size: Bytes,
+        file: &File,
+        disk: &Path,
+    ) -> Result<(), HostError> {
+        let run = open_run(layout, run, size)?;
+        merge::write(&run, size.0, file).map_err(|error| error.at(disk))
     }
 
-    async fn verify(&self, run: &[LayerId], size: Bytes, staging: &Path) -> Result<(), HostError> {
-        let (run, disk) = (run.to_owned(), staging.join(LAYER_DISK));
-        self.heads
-            .run(move |heads| {
-                let run = open_run(heads.layout(), &run, size)?;
-                let file = fs::open_file(&disk)?;
-                fs::forget_cached(&file);
-                let merged = Overlay::open(file, size.0).map_err(|error| error.at(&disk))?;
-                heads::require_size(&disk, merged.size(), size)?;
-                merge::compare(&run, &merged).map_err(|error| error.at(&disk))
-            })
-            .await
+    fn verify(
+        &self,
+        layout: &Layout,
+        run: &[LayerId],
+        size: Bytes,
+        file: File,
+        disk: &Path,
+    ) -> Result<(), HostError> {
+        let run = open_run(layout, run, size)?;
+        let merged = Overlay::open(file, size.0).map_err(|error| error.at(disk))?;
+        heads::require_size(disk, merged.size(), size)?;
+        merge::compare(&run, &merged).map_err(|error| error.at(disk))
     }
 }
 
@@ -255,17 +185,6 @@ fn require_chain(layout: &Layout, chain: &Chain) -> Result<PathBuf, HostError> {
     Ok(image)
 }
 
-/// Writes, checks and reads a scratch overlay in a file that has no name.
-fn probe(data: &Path) -> Result<(), HostError> {
-    const SIZE: u64 = 1 << 20;
-    let file = tempfile::tempfile_in(data)
-        .map_err(|error| failed("make a scratch file in", data, error))?;
-    format::write_empty(&file, SIZE)
-        .and_then(|()| Overlay::open(file, SIZE))
-        .and_then(|overlay| overlay.for_each_run(|_, _, _| Ok(())))
-        .map_err(|error| error.at(data))
-}
-
 /// A layer's overlay, and its name for messages.
 struct Changed {
     path: PathBuf,
@@ -301,20 +220,4 @@ impl Layer for Changed {
             })
             .map_err(|error| error.at(&self.path))
     }
-}
-
-/// Writes the disk as of `chain` to `out`, which does not exist yet.
-fn flatten(layout: &Layout, chain: &Chain, out: &Path) -> Result<(), HostError> {
-    let image = require_chain(layout, chain)?;
-    let base = fs::open_file(&image)?;
-    let layers: Vec<Changed> = chain
-        .layers
-        .iter()
-        .map(|layer| {
-            let path = layout.layer_disk(layer);
-            let overlay = open(&path, chain.size)?;
-            Ok(Changed { path, overlay })
-        })
-        .collect::<Result<_, HostError>>()?;
-    flatten::to_file(layout, (&base, &image), &layers, chain.size.0, out)
 }

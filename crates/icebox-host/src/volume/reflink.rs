@@ -16,191 +16,85 @@ use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
-use async_trait::async_trait;
-use icebox_engine::host::{
-    BlockDevice, Chain, Ensured, ErrorKind, FreezeByHost, HostError, LiveFreeze, MergeLayers,
-    Removed, Space, VolumeDriver, WatchHeads,
-};
-use icebox_engine::id::{Digest, HeadId, LayerId};
+use icebox_engine::host::{BlockDevice, Chain, Ensured, ErrorKind, HostError, LiveFreeze};
+use icebox_engine::id::HeadId;
 use icebox_engine::layout::{LAYER_DISK, Layout};
 use icebox_engine::unit::Bytes;
 
 use super::heads::{self, Heads};
+use super::in_files::{Freeze, InFiles, Kind};
 use crate::fs::{self, failed};
 
 /// The `reflink` driver.
+pub type Reflink = InFiles<Clones>;
+
+/// What is particular to `reflink`.
 #[derive(Clone, Debug)]
-pub struct Reflink {
-    heads: Heads,
-}
+pub struct Clones;
 
 impl Reflink {
     /// The driver for the data directory of `layout`.
     #[must_use]
     pub fn new(layout: Layout) -> Self {
-        Self {
-            heads: Heads::new(layout, "raw"),
-        }
+        Self::over(layout, Clones)
     }
 }
 
-#[async_trait]
-impl VolumeDriver for Reflink {
-    fn name(&self) -> &'static str {
-        "reflink"
+impl Kind for Clones {
+    const NAME: &'static str = "reflink";
+    const FORMAT: &'static str = "raw";
+    const LAYERS_ARE_WHOLE: bool = true;
+
+    fn probe(&self, data: &Path) -> Result<(), HostError> {
+        probe(data)
     }
 
-    async fn probe(&self) -> Result<(), HostError> {
-        self.heads.run(|heads| probe(heads.layout().data())).await
+    fn live_freeze(driver: &Reflink) -> LiveFreeze<'_> {
+        LiveFreeze::ByHost(driver)
     }
 
-    fn live_freeze(&self) -> LiveFreeze<'_> {
-        LiveFreeze::ByHost(self)
+    fn ensure_head(
+        &self,
+        heads: &Heads,
+        head: &HeadId,
+        chain: &Chain,
+    ) -> Result<Ensured, HostError> {
+        let top = Top::open(heads.layout(), chain)?;
+        heads.ensure(head, |file, path| top.clone_to(file, path))
     }
 
-    /// A write that fails leaves what was written before.
-    fn watch(&self) -> Option<&dyn WatchHeads> {
-        None
+    fn attach(
+        &self,
+        heads: &Heads,
+        head: &HeadId,
+        chain: &Chain,
+    ) -> Result<BlockDevice, HostError> {
+        let path = heads.path(head);
+        let found = fs::length(&path)?;
+        heads::require_size(&path, found, chain.size)?;
+        Ok(BlockDevice::Raw { path })
     }
 
-    fn layers_are_whole(&self) -> bool {
-        true
+    fn flatten(&self, layout: &Layout, chain: &Chain, out: &Path) -> Result<(), HostError> {
+        let top = Top::open(layout, chain)?;
+        fs::create_whole(out, |file| top.clone_to(file, out))
     }
 
-    fn merges_layers(&self) -> Option<&dyn MergeLayers> {
-        None
-    }
-
-    async fn ensure_base(&self, base: &Digest) -> Result<Ensured, HostError> {
-        self.heads.ensure_base(base).await
-    }
-
-    async fn remove_base(&self, _base: &Digest) -> Result<Removed, HostError> {
-        Ok(Removed::AlreadyAbsent)
-    }
-
-    async fn ensure_head(&self, head: &HeadId, chain: &Chain) -> Result<Ensured, HostError> {
-        let sandbox = head.sandbox.clone();
-        let (head, chain) = (head.clone(), chain.clone());
-        self.heads
-            .in_turn(&sandbox, move |heads| {
-                let (source, source_path) = open_top(heads.layout(), &chain)?;
-                heads.ensure(&head, |file, path| {
-                    clone(&source, &source_path, file, path)?;
-                    file.set_len(chain.size.0)
-                        .map_err(|error| failed("set the size of", path, error))
-                })
-            })
-            .await
-    }
-
-    async fn remove_head(&self, head: &HeadId) -> Result<Removed, HostError> {
-        let sandbox = head.sandbox.clone();
-        let head = head.clone();
-        self.heads
-            .in_turn(&sandbox, move |heads| heads.remove(&head))
-            .await
-    }
-
-    async fn attach(&self, head: &HeadId, chain: &Chain) -> Result<BlockDevice, HostError> {
-        let sandbox = head.sandbox.clone();
-        let (head, size) = (head.clone(), chain.size);
-        self.heads
-            .in_turn(&sandbox, move |heads| {
-                let path = heads.path(&head);
-                let found = fs::length(&path)?;
-                heads::require_size(&path, found, size)?;
-                Ok(BlockDevice::Raw { path })
-            })
-            .await
-    }
-
-    async fn detach(&self, _head: &HeadId) -> Result<Removed, HostError> {
-        Ok(Removed::AlreadyAbsent)
-    }
-
-    async fn flush(&self, head: &HeadId) -> Result<(), HostError> {
-        let sandbox = head.sandbox.clone();
-        let head = head.clone();
-        self.heads
-            .in_turn(&sandbox, move |heads| heads.flush(&head))
-            .await
-    }
-
-    async fn seal(&self, head: &HeadId, staging: &Path) -> Result<(), HostError> {
-        let sandbox = head.sandbox.clone();
-        let (head, staging) = (head.clone(), staging.to_owned());
-        self.heads
-            .in_turn(&sandbox, move |heads| heads.seal(&head, &staging))
-            .await
-    }
-
-    async fn flatten(&self, chain: &Chain, out: &Path) -> Result<(), HostError> {
-        let (chain, out) = (chain.clone(), out.to_owned());
-        self.heads
-            .run(move |heads| {
-                let (source, source_path) = open_top(heads.layout(), &chain)?;
-                fs::create_whole(&out, |file| {
-                    clone(&source, &source_path, file, &out)?;
-                    file.set_len(chain.size.0)
-                        .map_err(|error| failed("set the size of", &out, error))
-                })
-            })
-            .await
-    }
-
-    /// Bytes that the head alone stores: what it shares with the base or a layer is theirs.
-    async fn head_usage(&self, head: &HeadId) -> Result<Bytes, HostError> {
-        let head = head.clone();
-        self.heads
-            .run(move |heads| fs::allocated_exclusively(&heads.path(&head)))
-            .await
-    }
-
-    async fn space(&self) -> Result<Option<Space>, HostError> {
-        Ok(None)
-    }
-
-    async fn list_heads(&self) -> Result<Vec<HeadId>, HostError> {
-        self.heads.run(Heads::list).await
-    }
-
-    /// A layer is a file in its directory.
-    async fn remove_layer(&self, _layer: &LayerId) -> Result<Removed, HostError> {
-        Ok(Removed::AlreadyAbsent)
-    }
-
-    /// Bytes that the layer alone stores, as of a head.
-    async fn layer_usage(&self, layer: &LayerId) -> Result<Bytes, HostError> {
-        let layer = layer.clone();
-        self.heads
-            .run(move |heads| fs::allocated_exclusively(&heads.layout().layer_disk(&layer)))
-            .await
-    }
-
-    async fn list_layers(&self) -> Result<Vec<LayerId>, HostError> {
-        Ok(Vec::new())
+    /// Bytes that the file alone stores: what it shares with others is theirs.
+    fn usage(&self, file: &Path) -> Result<Bytes, HostError> {
+        fs::allocated_exclusively(file)
     }
 }
 
-#[async_trait]
-impl FreezeByHost for Reflink {
-    async fn freeze(&self, from: &HeadId, to: &HeadId, staging: &Path) -> Result<(), HostError> {
-        let sandbox = from.sandbox.clone();
-        let (from, to, staging) = (from.clone(), to.clone(), staging.to_owned());
-        self.heads
-            .in_turn(&sandbox, move |heads| freeze(heads, &from, &to, &staging))
-            .await
-    }
-
-    async fn is_frozen(&self, from: &HeadId, to: &HeadId) -> Result<bool, HostError> {
-        let sandbox = from.sandbox.clone();
-        let (from, to) = (from.clone(), to.clone());
-        self.heads
-            .in_turn(&sandbox, move |heads| {
-                Ok(!fs::exists(&heads.path(&from))? && fs::exists(&heads.path(&to))?)
-            })
-            .await
+impl Freeze for Clones {
+    fn freeze(
+        &self,
+        heads: &Heads,
+        from: &HeadId,
+        to: &HeadId,
+        staging: &Path,
+    ) -> Result<(), HostError> {
+        freeze(heads, from, to, staging)
     }
 }
 
@@ -242,25 +136,41 @@ fn freeze(heads: &Heads, from: &HeadId, to: &HeadId, staging: &Path) -> Result<(
     fs::sync_directory(&heads.layout().heads(&from.sandbox))
 }
 
-/// Opens what a head on `chain` is cloned from.
-fn open_top(layout: &Layout, chain: &Chain) -> Result<(File, PathBuf), HostError> {
-    let path = match (chain.layers.first(), &chain.base) {
-        (Some(layer), _) => layout.layer_disk(layer),
-        (None, Some(base)) => {
-            let image = layout.base_image(base);
-            heads::require_image(&image)?;
-            image
-        }
-        (None, None) => {
-            return Err(HostError::new(
-                ErrorKind::Invalid,
-                "a disk on neither a layer nor a base",
-            ));
-        }
-    };
-    let file = fs::open_file(&path)?;
-    heads::require_room(&path, fs::length(&path)?, chain.size)?;
-    Ok((file, path))
+/// What a head on a chain is cloned from.
+struct Top {
+    path: PathBuf,
+    file: File,
+    /// Of the head.
+    size: Bytes,
+}
+
+impl Top {
+    fn open(layout: &Layout, chain: &Chain) -> Result<Self, HostError> {
+        let path = match (chain.layers.first(), &chain.base) {
+            (Some(layer), _) => layout.layer_disk(layer),
+            (None, Some(base)) => {
+                let image = layout.base_image(base);
+                heads::require_image(&image)?;
+                image
+            }
+            (None, None) => {
+                return Err(HostError::new(
+                    ErrorKind::Invalid,
+                    "a disk on neither a layer nor a base",
+                ));
+            }
+        };
+        let file = fs::open_file(&path)?;
+        let size = chain.size;
+        heads::require_room(&path, fs::length(&path)?, size)?;
+        Ok(Self { path, file, size })
+    }
+
+    fn clone_to(&self, file: &File, path: &Path) -> Result<(), HostError> {
+        clone(&self.file, &self.path, file, path)?;
+        file.set_len(self.size.0)
+            .map_err(|error| failed("set the size of", path, error))
+    }
 }
 
 fn clone(from: &File, from_path: &Path, to: &File, to_path: &Path) -> Result<(), HostError> {
