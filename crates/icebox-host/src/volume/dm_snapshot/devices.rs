@@ -63,9 +63,9 @@ const TARGET: usize = 40;
 const ANSWER: usize = 4096;
 const ANSWER_MAX: usize = 16 << 20;
 
-/// How long a device that is being closed may stay busy: somebody looks at a new block device, and goes away again.
-const BUSY_FIRST: Duration = Duration::from_millis(1);
-const BUSY_TRIES: u32 = 12;
+/// How long to be patient with the kernel: twelve times, each twice as long as the one before, are four seconds.
+const PATIENCE_FIRST: Duration = Duration::from_millis(1);
+const PATIENCE_TRIES: u32 = 12;
 
 /// A block device's number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -238,6 +238,10 @@ impl Control {
     }
 
     /// Gives a device a table, which takes effect when it is resumed. What the table names is kept from now on.
+    ///
+    /// Patient with a kernel that says it has no memory. Since Linux 6.0 (0495e337b703), a slab cache that goes leaves its
+    /// name in sysfs for a moment, and device-mapper makes one of the same name for each snapshot: next to another one's
+    /// end it fails with ENOMEM, and there is nothing wrong.
     pub(super) fn load(
         &self,
         name: &str,
@@ -249,7 +253,9 @@ impl Control {
         for target in table {
             message.add_target(target);
         }
-        self.send(TABLE_LOAD, &mut message).map_err(|error| {
+        // The kernel answers in the message only if it did it.
+        let load = || self.send(TABLE_LOAD, &mut message);
+        patiently(|error| *error == Errno::NOMEM, load).map_err(|error| {
             let error = about("load a table into", name, error);
             error.hint("`dmesg` says what the kernel did not like about it")
         })
@@ -382,22 +388,14 @@ impl Control {
         }
     }
 
-    /// [`remove`](Self::remove) of one that should not be in use, and may be for a moment (INV-13). Blocks for up to
-    /// four seconds.
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "the kernel has no event for a device that was closed"
-    )]
+    /// [`remove`](Self::remove) of one that should not be in use, and may be for a moment (INV-13): somebody looks at a new
+    /// block device, and goes away again. Blocks for up to four seconds.
     pub(super) fn remove_patiently(&self, name: &str) -> Result<Removed, HostError> {
-        let mut pause = BUSY_FIRST;
-        for _ in 0..BUSY_TRIES {
-            match self.remove(name) {
-                Err(error) if error.kind() == ErrorKind::Busy => thread::sleep(pause),
-                other => return other,
+        let is_busy = |error: &HostError| error.kind() == ErrorKind::Busy;
+        patiently(is_busy, || self.remove(name)).map_err(|error| {
+            if !is_busy(&error) {
+                return error;
             }
-            pause *= 2;
-        }
-        self.remove(name).map_err(|error| {
             let node = self.look(name).ok().flatten().map(|info| info.number.node());
             let node = node.unwrap_or_default();
             error.hint(format!(
@@ -406,6 +404,26 @@ impl Control {
             ))
         })
     }
+}
+
+/// Repeats what fails as `passes` says, for as long as that may take to pass.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the kernel has no event for any of it"
+)]
+fn patiently<T, E>(
+    passes: impl Fn(&E) -> bool,
+    mut work: impl FnMut() -> Result<T, E>,
+) -> Result<T, E> {
+    let mut pause = PATIENCE_FIRST;
+    for _ in 0..PATIENCE_TRIES {
+        match work() {
+            Err(error) if passes(&error) => thread::sleep(pause),
+            other => return other,
+        }
+        pause *= 2;
+    }
+    work()
 }
 
 /// The lines of a table or a status.
