@@ -134,6 +134,26 @@ pub(crate) async fn inv_14_dm_snapshot_stale_devices_are_replaced_and_no_others(
     ground.assert_content(&disk).await;
 }
 
+/// A kernel may say that it has no memory for a snapshot that comes while another one goes.
+pub(crate) async fn inv_21_dm_snapshot_heads_come_while_others_go(ground: &Ground) {
+    const ROUNDS: usize = 25;
+    let disk = ground.disk().await;
+    let other = ground.disk_on(disk.chain.clone(), &disk.content).await;
+    let drivers = (another_process(ground), another_process(ground));
+    let come_and_go = async |driver: &DmSnapshot, disk: &Disk| {
+        for _ in 0..ROUNDS {
+            driver.attach(&disk.head, &disk.chain).await.unwrap();
+            assert_eq!(driver.detach(&disk.head).await.unwrap(), Removed::Removed);
+        }
+    };
+    tokio::join!(
+        come_and_go(&drivers.0, &disk),
+        come_and_go(&drivers.1, &other)
+    );
+    ground.assert_content(&disk).await;
+    ground.assert_content(&other).await;
+}
+
 pub(crate) async fn inv_15_dm_snapshot_heads_share_one_origin(ground: &Ground) {
     let disk = ground.disk().await;
     let image = ground.layout.base_image(disk.chain.base.as_ref().unwrap());

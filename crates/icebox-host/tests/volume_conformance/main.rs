@@ -132,6 +132,7 @@ only! {
     inv_12_inv_13_dm_snapshot_a_device_in_use_is_an_error_and_all_below_it_stays: DmSnapshot on Ext4,
     inv_14_dm_snapshot_stale_devices_are_replaced_and_no_others: DmSnapshot on Ext4,
     inv_15_dm_snapshot_heads_share_one_origin: DmSnapshot on Ext4,
+    inv_21_dm_snapshot_heads_come_while_others_go: DmSnapshot on Ext4,
     inv_30_dm_snapshot_a_freeze_that_was_killed_ends_one_way_or_the_other: DmSnapshot on Ext4,
 }
 
