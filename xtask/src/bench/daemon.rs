@@ -19,10 +19,13 @@ const REQUEST: Duration = Duration::from_secs(900);
 /// Not the default, so that another daemon may run meanwhile.
 const PREFIX: &str = "10.238.0.0/16";
 const READY: Duration = Duration::from_secs(60);
+/// How often it is asked whether it serves.
+const POLL: Duration = Duration::from_millis(2);
 /// The agent's port in every guest.
 const AGENT_PORT: u16 = 49983;
 
 pub(super) struct Daemon {
+    icebox: PathBuf,
     process: Child,
     socket: PathBuf,
     pub(super) data: PathBuf,
@@ -32,43 +35,43 @@ pub(super) struct Daemon {
 impl Daemon {
     /// Starts `icebox serve` and waits until it answers.
     pub(super) fn start(icebox: &Path, data: PathBuf, run: PathBuf) -> Result<Self, Failure> {
-        let log = data.with_extension("log");
-        let io = |error| Failure(format!("start {}: {error}", icebox.display()));
-        std::fs::create_dir_all(&data).map_err(io)?;
-        let config = data.with_extension("toml");
-        std::fs::write(&config, format!("[network]\nprefix = \"{PREFIX}\"\n")).map_err(io)?;
-        let process = Command::new(icebox)
-            .arg("serve")
-            .arg("--config")
-            .arg(&config)
-            .arg("--data-dir")
-            .arg(&data)
-            .arg("--run-dir")
-            .arg(&run)
-            .env_remove("ICEBOX_SOCKET")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(File::create(&log).map_err(io)?)
-            .spawn()
-            .map_err(io)?;
         let mut this = Self {
-            process,
+            icebox: icebox.to_owned(),
+            process: spawn(icebox, &data, &run, "")?,
             socket: run.join("icebox.sock"),
             data,
             run,
         };
+        this.wait()?;
+        Ok(this)
+    }
+
+    /// Ends it and starts it again, with these settings beside its own. What runs in sandboxes does not notice.
+    pub(super) fn restart(&mut self, settings: &str) -> Result<(), Failure> {
+        self.end()?;
+        self.start_again(settings)
+    }
+
+    /// Starts it again after [`end`](Self::end).
+    pub(super) fn start_again(&mut self, settings: &str) -> Result<(), Failure> {
+        self.process = spawn(&self.icebox, &self.data, &self.run, settings)?;
+        self.wait()
+    }
+
+    fn wait(&mut self) -> Result<(), Failure> {
+        let io = |error: std::io::Error| Failure(format!("wait for the daemon: {error}"));
         let begun = Instant::now();
-        while this.request("GET", "/health", &Value::Null).is_err() {
-            let ended = this.process.try_wait().map_err(io)?;
+        while self.request("GET", "/health", &Value::Null).is_err() {
+            let ended = self.process.try_wait().map_err(io)?;
             if ended.is_some() || begun.elapsed() > READY {
                 return Err(Failure(format!(
                     "the daemon does not serve; see {}",
-                    log.display()
+                    log(&self.data).display()
                 )));
             }
-            super::idle(Duration::from_millis(10));
+            super::idle(POLL);
         }
-        Ok(this)
+        Ok(())
     }
 
     pub(super) fn pid(&self) -> u32 {
@@ -76,7 +79,7 @@ impl Daemon {
     }
 
     /// Asks it to end, and waits.
-    pub(super) fn stop(mut self) -> Result<(), Failure> {
+    pub(super) fn end(&mut self) -> Result<(), Failure> {
         let failed = |error: std::io::Error| Failure(format!("stop the daemon: {error}"));
         let pid = self.process.id().to_string();
         Command::new("kill").arg(pid).status().map_err(failed)?;
@@ -178,6 +181,34 @@ impl Daemon {
         stream.read_to_end(&mut answer).map_err(failed)?;
         parse(&answer).map_err(|why| Failure(format!("{method} {path}: {why}")))
     }
+}
+
+/// Where it logs. Each start adds to it.
+fn log(data: &Path) -> PathBuf {
+    data.with_extension("log")
+}
+
+fn spawn(icebox: &Path, data: &Path, run: &Path, settings: &str) -> Result<Child, Failure> {
+    let io = |error| Failure(format!("start {}: {error}", icebox.display()));
+    std::fs::create_dir_all(data).map_err(io)?;
+    let config = data.with_extension("toml");
+    let settings = format!("[network]\nprefix = \"{PREFIX}\"\n{settings}");
+    std::fs::write(&config, settings).map_err(io)?;
+    let log = File::options().create(true).append(true).open(log(data));
+    Command::new(icebox)
+        .arg("serve")
+        .arg("--config")
+        .arg(&config)
+        .arg("--data-dir")
+        .arg(data)
+        .arg("--run-dir")
+        .arg(run)
+        .env_remove("ICEBOX_SOCKET")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log.map_err(io)?)
+        .spawn()
+        .map_err(io)
 }
 
 /// The body of a successful answer.

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+use std::time::Duration;
 
 use super::daemon::Daemon;
 use crate::run::Failure;
@@ -77,6 +78,18 @@ pub(super) fn cpu_ticks(pid: u32) -> Result<u64, Failure> {
         .filter_map(|field| field.parse().ok())
         .collect();
     Ok(fields.iter().sum())
+}
+
+/// Time that all threads of a process have computed: the first field of each `/proc/<pid>/task/<tid>/schedstat`, in
+/// nanoseconds (the kernel's Documentation/scheduler/sched-stats.rst). Threads that have ended are not in it.
+pub(super) fn cpu_time(pid: u32) -> Result<Duration, Failure> {
+    let path = format!("/proc/{pid}/task");
+    let threads = fs::read_dir(&path).map_err(|error| Failure(format!("read {path}: {error}")))?;
+    let nanoseconds = threads.flatten().filter_map(|thread| {
+        let text = fs::read_to_string(thread.path().join("schedstat")).ok()?;
+        text.split_ascii_whitespace().next()?.parse::<u64>().ok()
+    });
+    Ok(Duration::from_nanos(nanoseconds.sum()))
 }
 
 /// Everything of this daemon that would be a leak if it outlived its sandboxes.
