@@ -16,7 +16,7 @@ use crate::error::Error;
 use crate::gate::Gate;
 use crate::host::{Chain, HostError};
 use crate::id::{
-    Digest, GenerationNo, HeadId, LayerId, MemoryId, Name, SandboxId, Slot, TemplateId,
+    Digest, GenerationNo, HeadId, LayerId, MemoryId, Name, SandboxId, Slot, Team, TemplateId,
 };
 use crate::layout::Object;
 use crate::manifest::v1::{
@@ -25,7 +25,11 @@ use crate::manifest::v1::{
 };
 use crate::sandbox::Mailbox;
 use crate::steps::LastVerb;
+use crate::team::Scope;
 use crate::unit::Bytes;
+
+/// What is said of the things of other teams.
+pub(crate) const OTHERS: &str = "another team";
 
 pub(crate) struct Catalog {
     slots: u16,
@@ -39,9 +43,9 @@ struct Inner {
     bases: BTreeMap<Digest, Base>,
     layers: BTreeMap<LayerId, StoredLayer>,
     memories: BTreeMap<MemoryId, Memory>,
-    templates: BTreeMap<TemplateId, Template>,
+    templates: BTreeMap<TemplateId, StoredTemplate>,
     sandboxes: BTreeMap<SandboxId, Entry>,
-    template_names_in_making: BTreeSet<Name>,
+    template_names_in_making: BTreeSet<(Team, Name)>,
     pins: BTreeMap<u64, BTreeSet<Object>>,
     /// What a start could not read, or did not find though something refers to it, and why. Nothing that needs one of
     /// these is used, and while something does, nothing is collected: what they need themselves is not known.
@@ -88,6 +92,20 @@ pub(crate) struct StoredLayer {
     pub(crate) revision: u64,
 }
 
+/// A template, and how often its manifest has been committed.
+struct StoredTemplate {
+    template: Template,
+    revision: u64,
+}
+
+impl Deref for StoredTemplate {
+    type Target = Template;
+
+    fn deref(&self) -> &Template {
+        &self.template
+    }
+}
+
 /// A chain all of whose layers are kept, also when somebody makes the chain of the same disk a shorter one meanwhile.
 pub(crate) struct PinnedChain {
     pub(crate) chain: Chain,
@@ -120,6 +138,7 @@ pub(crate) struct Owner {
     pub(crate) object: Object,
     /// What people call it: `sandbox a`.
     pub(crate) name: String,
+    pub(crate) team: Team,
     /// The head that it holds, and whose that is.
     pub(crate) head: Option<(String, HeadId)>,
     /// Bases, layers and memories, the newest first.
@@ -136,7 +155,7 @@ pub(crate) struct Pin {
 /// A template name that is taken by a template in the making.
 pub(crate) struct NameReservation {
     inner: Arc<Mutex<Inner>>,
-    name: Name,
+    taken: (Team, Name),
 }
 
 fn lock(inner: &Mutex<Inner>) -> MutexGuard<'_, Inner> {
@@ -155,7 +174,7 @@ impl Drop for NameReservation {
     fn drop(&mut self) {
         lock(&self.inner)
             .template_names_in_making
-            .remove(&self.name);
+            .remove(&self.taken);
     }
 }
 
@@ -237,10 +256,10 @@ impl Catalog {
         lock(&self.inner).memories.insert(memory.id.clone(), memory);
     }
 
-    pub(crate) fn add_template(&self, template: Template) {
-        lock(&self.inner)
-            .templates
-            .insert(template.id.clone(), template);
+    /// A template that is new, or whose manifest has been committed again.
+    pub(crate) fn add_template(&self, revision: u64, template: Template) {
+        let (id, stored) = (template.id.clone(), StoredTemplate { template, revision });
+        lock(&self.inner).templates.insert(id, stored);
     }
 
     pub(crate) fn has_base(&self, digest: &Digest) -> bool {
@@ -307,14 +326,19 @@ impl Catalog {
 
     // Templates.
 
-    /// Takes a template name for a template in the making.
-    pub(crate) fn reserve_template_name(&self, name: &Name) -> Result<NameReservation, Error> {
+    /// Takes a template name of a team for a template in the making.
+    pub(crate) fn reserve_template_name(
+        &self,
+        team: &Team,
+        name: &Name,
+    ) -> Result<NameReservation, Error> {
         let mut inner = lock(&self.inner);
+        let reserved = (team.clone(), name.clone());
         let taken = inner
             .templates
             .values()
-            .any(|template| template.name == *name);
-        if taken || !inner.template_names_in_making.insert(name.clone()) {
+            .any(|template| (&template.team, &template.name) == (team, name));
+        if taken || !inner.template_names_in_making.insert(reserved.clone()) {
             return Err(Error::NameTaken {
                 kind: "template",
                 name: name.clone(),
@@ -322,17 +346,53 @@ impl Catalog {
         }
         Ok(NameReservation {
             inner: Arc::clone(&self.inner),
-            name: name.clone(),
+            taken: reserved,
         })
     }
 
-    pub(crate) fn templates(&self) -> Vec<Template> {
-        lock(&self.inner).templates.values().cloned().collect()
+    /// The templates that are seen: in the scope, or public.
+    pub(crate) fn templates(&self, scope: &Scope) -> Vec<Template> {
+        let inner = lock(&self.inner);
+        let templates = inner.templates.values().map(|stored| &stored.template);
+        templates
+            .filter(|template| template.public || scope.owns(&template.team))
+            .cloned()
+            .collect()
+    }
+
+    /// A template as it is now, and how often its manifest has been committed.
+    pub(crate) fn stored_template(&self, id: &TemplateId) -> Result<(u64, Template), Error> {
+        let inner = lock(&self.inner);
+        let stored = inner.templates.get(id);
+        let found = stored.map(|it| (it.revision, it.template.clone()));
+        found.ok_or_else(|| missing("template", id.as_str()))
+    }
+
+    /// Refuses to make a template public while another public one has its name.
+    pub(crate) fn check_publishable(&self, template: &Template) -> Result<(), Error> {
+        let inner = lock(&self.inner);
+        let is_other = |it: &StoredTemplate| it.id != template.id && it.name == template.name;
+        if inner.templates.values().any(|it| it.public && is_other(it)) {
+            return Err(Error::NameTaken {
+                kind: "public template",
+                name: template.name.clone(),
+            });
+        }
+        Ok(())
+    }
+
+    /// The teams that have a sandbox or a template.
+    pub(crate) fn teams(&self) -> BTreeSet<Team> {
+        let inner = lock(&self.inner);
+        let templates = inner.templates.values().map(|it| it.team.clone());
+        let sandboxes = inner.sandboxes.values();
+        let sandboxes = sandboxes.map(|it| it.record.spec.team.clone());
+        templates.chain(sandboxes).collect()
     }
 
     /// Finds a template that can be used by name, id or unique prefix of an id, and pins what it holds.
-    pub(crate) fn template(&self, wanted: &str) -> Result<(Template, Pin), Error> {
-        let (template, pin) = self.any_template(wanted)?;
+    pub(crate) fn template(&self, scope: &Scope, wanted: &str) -> Result<(Template, Pin), Error> {
+        let (template, pin) = self.any_template(scope, wanted)?;
         match self.template_flaw(&template) {
             None => Ok((template, pin)),
             Some(why) => Err(unusable(format!("template {}", template.name), why)),
@@ -340,20 +400,40 @@ impl Catalog {
     }
 
     /// Finds a template, whether or not it can be used.
-    pub(crate) fn any_template(&self, wanted: &str) -> Result<(Template, Pin), Error> {
+    pub(crate) fn any_template(
+        &self,
+        scope: &Scope,
+        wanted: &str,
+    ) -> Result<(Template, Pin), Error> {
+        self.find_template(scope, wanted, |it| it.public || scope.owns(&it.team))
+    }
+
+    /// Finds a template that may be changed, whether or not it can be used.
+    pub(crate) fn own_template(
+        &self,
+        scope: &Scope,
+        wanted: &str,
+    ) -> Result<(Template, Pin), Error> {
+        self.find_template(scope, wanted, |it| scope.owns(&it.team))
+    }
+
+    fn find_template(
+        &self,
+        scope: &Scope,
+        wanted: &str,
+        is_seen: impl Fn(&Template) -> bool,
+    ) -> Result<(Template, Pin), Error> {
         let found = {
             let inner = lock(&self.inner);
-            let named = inner
-                .templates
-                .values()
-                .map(|t| (t.id.as_str(), Some(&t.name), t));
-            find(
-                "template",
-                wanted,
-                named,
-                "`icebox template ls` lists the templates there are",
-            )?
-            .clone()
+            let seen = inner.templates.values().filter(|it| is_seen(it));
+            let named = seen.map(|it| Named {
+                id: it.id.as_str(),
+                name: Some(&it.name),
+                team: &it.team,
+                value: &it.template,
+            });
+            let hint = "`icebox template ls` lists the templates there are";
+            find("template", scope, wanted, named, hint)?.clone()
         };
         let pin = self.pin(content_roots(&found));
         // It may have been removed between the two locks; then what was pinned may be gone too.
@@ -365,14 +445,19 @@ impl Catalog {
     }
 
     /// Forgets a template, unless a sandbox was created from it.
-    pub(crate) fn forget_template(&self, id: &TemplateId) -> Result<(), Error> {
+    pub(crate) fn forget_template(&self, scope: &Scope, id: &TemplateId) -> Result<(), Error> {
         let mut inner = lock(&self.inner);
-        let users: Vec<String> = inner
+        let mut users: Vec<String> = inner
             .sandboxes
             .values()
             .filter(|entry| entry.record.spec.template == *id)
-            .map(|entry| format!("sandbox {}", display_name(&entry.record)))
+            .map(|entry| match scope.owns(&entry.record.spec.team) {
+                true => format!("sandbox {}", display_name(&entry.record)),
+                false => OTHERS.to_owned(),
+            })
             .collect();
+        users.sort();
+        users.dedup();
         if !users.is_empty() {
             let what = inner
                 .templates
@@ -401,7 +486,8 @@ impl Catalog {
             && inner
                 .sandboxes
                 .values()
-                .any(|entry| entry.record.name.as_ref() == Some(name))
+                .map(|entry| &entry.record)
+                .any(|it| it.spec.team == record.spec.team && it.name.as_ref() == Some(name))
         {
             return Err(Error::NameTaken {
                 kind: "sandbox",
@@ -537,19 +623,26 @@ impl Catalog {
     }
 
     /// Finds a sandbox by name, id or unique prefix of an id.
-    pub(crate) fn sandbox(&self, wanted: &str) -> Result<Entry, Error> {
+    pub(crate) fn sandbox(&self, scope: &Scope, wanted: &str) -> Result<Entry, Error> {
         let inner = lock(&self.inner);
-        let named = inner
-            .sandboxes
-            .values()
-            .map(|e| (e.record.id.as_str(), e.record.name.as_ref(), e));
-        find(
-            "sandbox",
-            wanted,
-            named,
-            "`icebox ls` lists the sandboxes there are",
-        )
-        .cloned()
+        let entries = inner.sandboxes.values();
+        let named = entries
+            .filter(|entry| scope.owns(&entry.record.spec.team))
+            .map(|entry| Named {
+                id: entry.record.id.as_str(),
+                name: entry.record.name.as_ref(),
+                team: &entry.record.spec.team,
+                value: entry,
+            });
+        let hint = "`icebox ls` lists the sandboxes there are";
+        find("sandbox", scope, wanted, named, hint).cloned()
+    }
+
+    /// The sandbox that has this id, whosever it is.
+    pub(crate) fn sandbox_of_id(&self, id: &SandboxId) -> Result<Entry, Error> {
+        let inner = lock(&self.inner);
+        let found = inner.sandboxes.get(id).cloned();
+        found.ok_or_else(|| missing("sandbox", id.as_str()))
     }
 
     // Who needs what.
@@ -565,6 +658,7 @@ impl Catalog {
         let templates = templates.into_iter().map(|template| Owner {
             object: Object::Template(template.id.clone()),
             name: format!("template {}", template.name),
+            team: template.team.clone(),
             head: None,
             needs: inner.in_order(content_roots(template)),
         });
@@ -581,6 +675,7 @@ impl Catalog {
             Owner {
                 object: Object::Sandbox(record.id.clone()),
                 name: format!("sandbox {}", display_name(record)),
+                team: record.spec.team.clone(),
                 head: record
                     .head()
                     .map(|head| (record.spec.volume_driver.clone(), head)),
@@ -868,7 +963,10 @@ impl Inner {
 
     /// What manifests name themselves, other than layers that are only open.
     fn roots(&self) -> BTreeSet<Object> {
-        let mut roots: BTreeSet<Object> = self.templates.values().flat_map(content_roots).collect();
+        let mut roots: BTreeSet<Object> = {
+            let templates = self.templates.values();
+            templates.flat_map(|it| content_roots(it)).collect()
+        };
         for entry in self.sandboxes.values() {
             roots.extend(record_roots(&entry.record));
             roots.extend(
@@ -1022,25 +1120,55 @@ fn missing(kind: &'static str, wanted: &str) -> Error {
     }
 }
 
-/// An exact name or id wins; else a prefix of ids that only one has.
+/// Something that can be looked up.
+struct Named<'a, T> {
+    id: &'a str,
+    name: Option<&'a Name>,
+    team: &'a Team,
+    value: T,
+}
+
+/// An exact id wins; then an exact name, the scope's own team's before others'; else a prefix of ids that only one has.
+/// `<team>/<name>` means that team's.
 fn find<'a, T>(
     kind: &'static str,
+    scope: &Scope,
     wanted: &str,
-    all: impl Iterator<Item = (&'a str, Option<&'a Name>, T)>,
+    all: impl Iterator<Item = Named<'a, T>>,
     hint: &str,
 ) -> Result<T, Error> {
-    let mut candidates = Vec::new();
-    for (id, name, value) in all {
-        if id == wanted || name.is_some_and(|name| name.as_str() == wanted) {
+    let (of_team, plain) = match wanted.split_once('/') {
+        Some((team, name)) => (Some(team), name),
+        None => (None, wanted),
+    };
+    let own = scope.team();
+    let (mut named, mut begun) = (Vec::new(), Vec::new());
+    for Named {
+        id,
+        name,
+        team,
+        value,
+    } in all
+    {
+        if of_team.is_some_and(|wanted| wanted != team.as_str()) {
+            continue;
+        }
+        let is_named = name.is_some_and(|name| name.as_str() == plain);
+        if id == plain || (is_named && *team == own) {
             return Ok(value);
         }
-        if !wanted.is_empty() && id.starts_with(wanted) {
-            candidates.push((
-                name.map_or_else(|| id.to_owned(), |name| format!("{name} ({id})")),
-                value,
-            ));
+        let shown = || match name {
+            Some(name) if *team == own => format!("{name} ({id})"),
+            Some(name) => format!("{team}/{name} ({id})"),
+            None => id.to_owned(),
+        };
+        if is_named {
+            named.push((shown(), value));
+        } else if !plain.is_empty() && id.starts_with(plain) {
+            begun.push((shown(), value));
         }
     }
+    let mut candidates = if named.is_empty() { begun } else { named };
     match candidates.len() {
         1 => Ok(candidates.swap_remove(0).1),
         0 => {

@@ -258,11 +258,12 @@ async fn report(
     match within(deadline::RELEASE, "removing a stray", removal).await {
         Ok(()) => shared
             .events
-            .emit(None, "stray.removed", what, &Steps::default()),
+            .emit(None, None, "stray.removed", what, &Steps::default()),
         Err(error) => {
             let why = Chained(&error).to_string();
             tracing::error!(stray = what, why, "a stray would not go");
             shared.events.emit(
+                None,
                 None,
                 "stray.stuck",
                 format!("{what}: {why}"),
@@ -276,6 +277,7 @@ fn unseen(shared: &Arc<Shared>, what: &str, error: &HostError) {
     if error.kind() != ErrorKind::Unsupported {
         tracing::error!(%error, "could not look for stray {what}");
         shared.events.emit(
+            None,
             None,
             "stray.unseen",
             format!("{what}: {error}"),

@@ -8,7 +8,7 @@ mod open;
 mod templates;
 mod usage;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,7 +24,7 @@ use crate::error::Error;
 use crate::event::Events;
 use crate::gate::{Gate, Pass};
 use crate::host::{Egress, Host, Secret, Space};
-use crate::id::{GenerationNo, Name, SandboxId, Slot};
+use crate::id::{GenerationNo, Name, SandboxId, Slot, Team};
 use crate::layout::Object;
 use crate::ledger::Ledger;
 use crate::lifecycle::Beginning;
@@ -40,6 +40,7 @@ use crate::sandbox::{
     Fate, Origin, Outcome, QUEUE, Request, Sandbox, Shared, find_vmm, find_volume_driver,
 };
 use crate::steps::LastVerb;
+use crate::team::Scope;
 use crate::unit::{Bytes, Geometry};
 
 pub use drain::Drained;
@@ -163,9 +164,32 @@ pub struct Route {
 #[derive(Clone)]
 pub struct Engine {
     shared: Arc<Shared>,
+    scope: Scope,
 }
 
 impl Engine {
+    /// The same engine, as one team sees it: what another team has does not exist, except for its public templates, which
+    /// cannot be changed. What is made is the team's.
+    #[must_use]
+    pub fn of_team(&self, team: Team) -> Self {
+        Self {
+            shared: Arc::clone(&self.shared),
+            scope: Scope::Team(team),
+        }
+    }
+
+    /// Whose sandboxes and templates this handle finds.
+    #[must_use]
+    pub fn scope(&self) -> &Scope {
+        &self.scope
+    }
+
+    /// The teams that have a sandbox or a template.
+    #[must_use]
+    pub fn teams(&self) -> BTreeSet<Team> {
+        self.shared.catalog.teams()
+    }
+
     /// Creates a sandbox, running, its guest answering.
     ///
     /// # Errors
@@ -173,7 +197,10 @@ impl Engine {
     pub async fn create(&self, request: CreateRequest) -> Result<SandboxView, Error> {
         self.shared.require_open()?;
         request.lifetime.check()?;
-        let (template, pin) = self.shared.catalog.template(&request.template)?;
+        let (template, pin) = self
+            .shared
+            .catalog
+            .template(&self.scope, &request.template)?;
         let spec = self.spec(&template, &request)?;
         self.shared.require_room(Some(&spec.volume_driver)).await?;
         let beginning = match template.content {
@@ -377,6 +404,7 @@ impl Engine {
         let mut env = template.env.clone();
         env.extend(request.env.clone());
         Ok(Spec {
+            team: self.scope.team(),
             template: template.id.clone(),
             template_name: template.name.to_string(),
             geometry,
@@ -444,7 +472,7 @@ impl Engine {
     /// # Errors
     /// It is in use: users are named.
     pub async fn forget(&self, wanted: &str, point: Point) -> Result<(), Error> {
-        let entry = self.shared.catalog.sandbox(wanted)?;
+        let entry = self.shared.catalog.sandbox(&self.scope, wanted)?;
         ask(&entry, |reply| Request::Forget(point, reply)).await
     }
 
@@ -456,7 +484,7 @@ impl Engine {
 
     /// Removes a sandbox and everything it holds.
     pub async fn destroy(&self, wanted: &str) -> Result<(), Error> {
-        let entry = self.shared.catalog.sandbox(wanted)?;
+        let entry = self.shared.catalog.sandbox(&self.scope, wanted)?;
         let (reply, answer) = oneshot::channel();
         // A queue that is full keeps nobody from removing a sandbox: this waits for a place in it.
         let asked = entry.mailbox.send(Request::Destroy(reply)).await;
@@ -471,18 +499,19 @@ impl Engine {
         wanted: &str,
         request: impl FnOnce(oneshot::Sender<Result<Outcome, Error>>) -> Request,
     ) -> Result<(Outcome, SandboxView), Error> {
-        let entry = self.shared.catalog.sandbox(wanted)?;
+        let entry = self.shared.catalog.sandbox(&self.scope, wanted)?;
         let outcome = ask(&entry, request).await?;
         Ok((outcome, self.inspect(entry.record.id.as_str())?))
     }
 
-    /// All sandboxes.
+    /// All sandboxes that this handle finds.
     #[must_use]
     pub fn list(&self) -> Vec<SandboxView> {
         self.shared
             .catalog
             .sandboxes()
             .into_iter()
+            .filter(|entry| self.scope.owns(&entry.record.spec.team))
             .map(|entry| self.view(entry))
             .collect()
     }
@@ -491,7 +520,7 @@ impl Engine {
     pub fn inspect(&self, wanted: &str) -> Result<SandboxView, Error> {
         self.shared
             .catalog
-            .sandbox(wanted)
+            .sandbox(&self.scope, wanted)
             .map(|entry| self.view(entry))
     }
 
@@ -516,7 +545,7 @@ impl Engine {
 
     /// Admits a connection to a running guest. `None` while it does not run, or stands still for a capture.
     pub fn route(&self, wanted: &str) -> Result<Option<Route>, Error> {
-        let entry = self.shared.catalog.sandbox(wanted)?;
+        let entry = self.shared.catalog.sandbox(&self.scope, wanted)?;
         let ip = self.shared.host.network.host_address(entry.record.slot);
         let token = entry.record.token.clone();
         Ok(entry.gate.enter().map(|pass| Route { ip, token, pass }))
@@ -531,7 +560,7 @@ impl Engine {
         if let Some(route) = self.route(wanted)? {
             return Ok(Some(route));
         }
-        let entry = self.shared.catalog.sandbox(wanted)?;
+        let entry = self.shared.catalog.sandbox(&self.scope, wanted)?;
         let (record, id) = (&entry.record, entry.record.id.clone());
         let may_be_paused = match record.rests {
             Rest::Paused { .. } => true,
@@ -563,7 +592,7 @@ impl Engine {
         change: LifetimeChange,
     ) -> Result<SandboxView, Error> {
         change.check()?;
-        let entry = self.shared.catalog.sandbox(wanted)?;
+        let entry = self.shared.catalog.sandbox(&self.scope, wanted)?;
         ask(&entry, |reply| Request::Lifetime(change, reply)).await?;
         self.inspect(entry.record.id.as_str())
     }
@@ -578,7 +607,13 @@ impl Engine {
         since: Option<Timestamp>,
         resolution: Option<Resolution>,
     ) -> Result<Vec<Sample>, Error> {
-        let id = self.shared.catalog.sandbox(wanted)?.record.id.clone();
+        let id = self
+            .shared
+            .catalog
+            .sandbox(&self.scope, wanted)?
+            .record
+            .id
+            .clone();
         let since = since.map_or(0, Timestamp::as_second);
         let since = u32::try_from(since.max(0)).unwrap_or(u32::MAX);
         Ok(self.shared.history(&id, since, resolution).await)
@@ -636,7 +671,7 @@ impl Engine {
 
     /// Finds a sandbox for a verb that makes something new of it.
     async fn with_room(&self, wanted: &str) -> Result<Entry, Error> {
-        let entry = self.shared.catalog.sandbox(wanted)?;
+        let entry = self.shared.catalog.sandbox(&self.scope, wanted)?;
         let driver = &entry.record.spec.volume_driver;
         self.shared.require_room(Some(driver)).await?;
         Ok(entry)

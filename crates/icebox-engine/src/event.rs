@@ -18,7 +18,7 @@ use tokio::sync::watch;
 
 use crate::deadline::{self, within};
 use crate::host::{Clock, Journal, Kept};
-use crate::id::SandboxId;
+use crate::id::{SandboxId, Team};
 use crate::sandbox::{Chained, Shared};
 use crate::steps::Steps;
 
@@ -40,6 +40,9 @@ pub struct Event {
     pub at: Timestamp,
     /// To which sandbox, if to one.
     pub sandbox: Option<SandboxId>,
+    /// To whose sandbox or template. `None` of what concerns the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub team: Option<Team>,
     /// What kind of thing: `sandbox.paused`, `sandbox.exited`, `template.removed`, …
     pub kind: String,
     /// For people.
@@ -101,6 +104,7 @@ impl Events {
 
     pub(crate) fn emit(
         &self,
+        team: Option<&Team>,
         sandbox: Option<&SandboxId>,
         kind: &str,
         detail: impl Into<String>,
@@ -112,6 +116,7 @@ impl Events {
             seq,
             at: self.clock.now(),
             sandbox: sandbox.cloned(),
+            team: team.cloned(),
             kind: kind.to_owned(),
             detail: detail.into(),
             steps: steps.named(),
@@ -304,7 +309,7 @@ mod tests {
 
     async fn emit(events: &Events, count: usize) {
         for n in 0..count {
-            events.emit(None, "test", n.to_string(), &Steps::default());
+            events.emit(None, None, "test", n.to_string(), &Steps::default());
         }
         events.write().await;
     }
@@ -333,7 +338,7 @@ mod tests {
     async fn inv_49_what_is_shown_is_written_unless_nothing_can_be() {
         let paper = Arc::new(Paper::default());
         let events = log(&paper).await;
-        events.emit(None, "test", "unwritten", &Steps::default());
+        events.emit(None, None, "test", "unwritten", &Steps::default());
         assert_eq!(events.read(1).await, Batch::default());
         *paper.is_full.lock().unwrap() = true;
         assert!(!events.write().await);

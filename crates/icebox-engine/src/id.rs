@@ -208,6 +208,42 @@ impl FromStr for Name {
 }
 string_conversions!(Name);
 
+/// Whose a sandbox or a template is: a team's name, which is its identity and never changes. The form is a name's.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Team(String);
+
+impl Team {
+    /// The team of who names none. Whatever was made before there were teams is its own.
+    pub const DEFAULT: &str = "default";
+
+    /// The team's name: a single safe path component.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// Whether it is the team of who names none.
+    #[must_use]
+    pub fn is_default(&self) -> bool {
+        self.0 == Self::DEFAULT
+    }
+}
+
+impl Default for Team {
+    fn default() -> Self {
+        Self(Self::DEFAULT.to_owned())
+    }
+}
+
+impl FromStr for Team {
+    type Err = ParseIdError;
+    fn from_str(text: &str) -> Result<Self, ParseIdError> {
+        text.parse::<Name>().map(|Name(name)| Self(name))
+    }
+}
+string_conversions!(Team);
+
 /// A SHA-256 in lower-case hexadecimal: the name of content-addressed objects (bases, kernels).
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]

@@ -126,7 +126,7 @@ async fn shorten(shared: &Arc<Shared>, failed: &mut BTreeMap<LayerId, Instant>) 
             let none = Steps::default();
             shared
                 .events
-                .emit(None, "layers.merge-failed", detail, &none);
+                .emit(None, None, "layers.merge-failed", detail, &none);
             failed.insert(at, Instant::now());
         }
     }
@@ -216,7 +216,9 @@ async fn merge(shared: &Shared, plan: &Plan) -> Result<(), Error> {
     steps.time("commit", commit(shared, plan)).await;
     let (layers, above) = (plan.run.len(), &plan.above.layer.id);
     let detail = format!("{layers} layers under {above} are one: {}", plan.into.id);
-    shared.events.emit(None, "layers.merged", detail, &steps);
+    shared
+        .events
+        .emit(None, None, "layers.merged", detail, &steps);
     Ok(())
 }
 

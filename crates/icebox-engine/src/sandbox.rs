@@ -51,6 +51,8 @@ pub(crate) struct Shared {
     pub(crate) config: Config,
     /// Serialises what could make a content-addressed object with what could remove it.
     pub(crate) collecting: tokio::sync::Mutex<()>,
+    /// Serialises what changes a template's manifest with what removes the template.
+    pub(crate) publishing: tokio::sync::Mutex<()>,
 }
 
 impl Shared {
@@ -492,7 +494,7 @@ impl Sandbox {
             | Verb::Forget
             | Verb::Destroy => false,
         };
-        let entry = self.shared.catalog.sandbox(self.id().as_str())?;
+        let entry = self.shared.catalog.sandbox_of_id(self.id())?;
         match entry.disk_lost() {
             Some(why) if reads => Err(Error::DiskLost {
                 why: why.to_owned(),
@@ -522,9 +524,13 @@ impl Sandbox {
     }
 
     pub(crate) fn emit(&self, kind: &str, detail: impl Into<String>, steps: &Steps) {
-        self.shared
-            .events
-            .emit(Some(self.id()), kind, detail, steps);
+        self.shared.events.emit(
+            Some(&self.record().spec.team),
+            Some(self.id()),
+            kind,
+            detail,
+            steps,
+        );
     }
 
     pub(crate) fn machine(&self, verb: Verb) -> Result<Arc<dyn Machine>, Error> {

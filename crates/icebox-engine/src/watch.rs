@@ -73,8 +73,11 @@ async fn look(
         match trouble {
             Trouble::Lost { why } => {
                 if shared.catalog.set_lost(&head, &why) {
+                    let entry = shared.catalog.sandbox_of_id(&head.sandbox).ok();
+                    let team = entry.as_ref().map(|entry| &entry.record.spec.team);
                     let (sandbox, kind) = (Some(&head.sandbox), "sandbox.disk-lost");
-                    shared.events.emit(sandbox, kind, why, &Steps::default());
+                    let none = Steps::default();
+                    shared.events.emit(team, sandbox, kind, why, &none);
                 }
             }
             Trouble::Starved { why } => hold(shared, head, why, asked),
@@ -86,7 +89,7 @@ async fn look(
 /// Asks a sandbox to hold its guest, unless it does, or has been asked. One that cannot be asked now is asked after the next
 /// look.
 fn hold(shared: &Shared, head: HeadId, why: String, asked: &mut Asked) {
-    let Ok(entry) = shared.catalog.sandbox(head.sandbox.as_str()) else {
+    let Ok(entry) = shared.catalog.sandbox_of_id(&head.sandbox) else {
         return;
     };
     if entry.stalled || asked.contains_key(&head.sandbox) {

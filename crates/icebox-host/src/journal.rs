@@ -339,6 +339,7 @@ mod tests {
             seq,
             at: "2026-01-02T03:04:05.678901Z".parse().unwrap(),
             sandbox: seq.is_multiple_of(2).then(sandbox),
+            team: seq.is_multiple_of(3).then(Default::default),
             kind: "sandbox.paused".into(),
             detail: format!("'{seq}'"),
             steps: vec![("drain".into(), seq)],

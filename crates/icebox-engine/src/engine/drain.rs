@@ -59,7 +59,7 @@ impl Engine {
             if !announced {
                 announced = true;
                 let detail = format!("nothing new begins; sandboxes to pause: {}", running.len());
-                events.emit(None, "daemon.draining", detail, &none);
+                events.emit(None, None, "daemon.draining", detail, &none);
             }
             if running.is_empty() {
                 break;
@@ -79,8 +79,8 @@ impl Engine {
                     Err(Error::Destroyed | Error::Refused(Refusal::WrongPhase { .. })) => {}
                     Err(error) => {
                         let detail = format!("it runs on: {}", Chained(&error));
-                        let (of, kind) = (&entry.record.id, "sandbox.drain-failed");
-                        events.emit(Some(of), kind, detail, &none);
+                        let (of, kind) = (&entry.record, "sandbox.drain-failed");
+                        events.emit(Some(&of.spec.team), Some(&of.id), kind, detail, &none);
                         drained.failed.push((name, error));
                     }
                 }
@@ -93,7 +93,7 @@ impl Engine {
             drained.paused.len(),
             drained.failed.len()
         );
-        events.emit(None, "daemon.drained", detail, &none);
+        events.emit(None, None, "daemon.drained", detail, &none);
         drained
     }
 }

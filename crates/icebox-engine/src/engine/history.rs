@@ -56,7 +56,7 @@ impl Engine {
     /// There is no such sandbox.
     pub async fn history(&self, wanted: &str) -> Result<History, Error> {
         let catalog = &self.shared.catalog;
-        let entry = catalog.sandbox(wanted)?;
+        let entry = catalog.sandbox(&self.scope, wanted)?;
         let record = Arc::clone(&entry.record);
         let mut unusable = catalog.generation_flaws(&record);
         let numbers = record.generations.iter();

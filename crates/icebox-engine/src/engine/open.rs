@@ -24,6 +24,7 @@ use crate::merge;
 use crate::metrics::{self, Metrics};
 use crate::sandbox::{Chained, Fate, QUEUE, Sandbox, Shared};
 use crate::steps::Steps;
+use crate::team::Scope;
 use crate::wake::Wakes;
 use crate::watch;
 
@@ -55,12 +56,16 @@ impl Engine {
             draining: AtomicBool::new(false),
             config,
             collecting: tokio::sync::Mutex::new(()),
+            publishing: tokio::sync::Mutex::new(()),
         });
         tokio::spawn(event::keep_written(Arc::downgrade(&shared)));
         if shared.config.measures {
             tokio::spawn(metrics::measure(Arc::downgrade(&shared)));
         }
-        let engine = Self { shared };
+        let engine = Self {
+            shared,
+            scope: Scope::Everything,
+        };
         let mut records = Vec::new();
         let mut generations: BTreeMap<SandboxId, BTreeMap<GenerationNo, Generation>> =
             BTreeMap::new();
@@ -77,7 +82,10 @@ impl Engine {
                 Object::Memory(_) => or_flawed(catalog, object, bytes, |catalog, _, memory| {
                     catalog.add_memory(memory);
                 })?,
-                Object::Template(_) => catalog.add_template(manifest::decode(object, bytes)?.1),
+                Object::Template(_) => {
+                    let (revision, template) = manifest::decode(object, bytes)?;
+                    catalog.add_template(revision, template);
+                }
                 Object::Generation(sandbox, number) => {
                     let listed = generations.entry(sandbox.clone()).or_default();
                     or_flawed(catalog, object, bytes, |_, _, generation| {
@@ -154,13 +162,15 @@ impl Engine {
         } = &*self.shared;
         for (template, why) in self.unusable_templates() {
             let detail = format!("{}: {why}", template.name);
-            events.emit(None, "template.unusable", detail, &Steps::default());
+            let (team, kind) = (&template.team, "template.unusable");
+            events.emit(Some(team), None, kind, detail, &Steps::default());
         }
         for entry in catalog.sandboxes() {
             for (number, why) in catalog.generation_flaws(&entry.record) {
-                let (of, kind) = (&entry.record.id, "sandbox.generation-unusable");
+                let (of, kind) = (&entry.record, "sandbox.generation-unusable");
                 let detail = format!("generation {number}: {why}");
-                events.emit(Some(of), kind, detail, &Steps::default());
+                let team = Some(&of.spec.team);
+                events.emit(team, Some(&of.id), kind, detail, &Steps::default());
             }
         }
     }

@@ -8,12 +8,12 @@ use super::{Engine, ask, check_geometry};
 use crate::collect;
 use crate::deadline::{self, within};
 use crate::error::Error;
-use crate::id::{Digest, Name, TemplateId};
+use crate::id::{Digest, Name, Team, TemplateId};
 use crate::layout::{BASE_IMAGE, Object};
 use crate::manifest;
 use crate::manifest::v1::{self, Base, Template, TemplateContent};
 use crate::panics::caught;
-use crate::sandbox::{Frozen, Request, find_volume_driver};
+use crate::sandbox::{Frozen, Request, Shared, find_volume_driver};
 use crate::steps::Steps;
 use crate::unit::{Bytes, Geometry};
 
@@ -42,16 +42,32 @@ impl Engine {
         image: &Path,
         request: ImageRequest,
     ) -> Result<Template, Error> {
+        self.import_image_of(self.scope.team(), image, request)
+            .await
+    }
+
+    async fn import_image_of(
+        &self,
+        team: Team,
+        image: &Path,
+        request: ImageRequest,
+    ) -> Result<Template, Error> {
         self.require_room().await?;
         let image = image.to_owned();
         self.detached("importing an image", |engine| async move {
-            engine.publish_image(&image, request).await
+            engine.publish_image(team, &image, request).await
         })
         .await
     }
 
-    async fn publish_image(&self, image: &Path, request: ImageRequest) -> Result<Template, Error> {
-        let _reserved = self.shared.catalog.reserve_template_name(&request.name)?;
+    async fn publish_image(
+        &self,
+        team: Team,
+        image: &Path,
+        request: ImageRequest,
+    ) -> Result<Template, Error> {
+        let catalog = &self.shared.catalog;
+        let _reserved = catalog.reserve_template_name(&team, &request.name)?;
         check_geometry(request.geometry, u8::MAX, self.shared.config.max_mem_mib)?;
         let store = Arc::clone(&self.shared.host.store);
         let digest = within(deadline::SAVE, "hashing the image", store.digest(image)).await?;
@@ -73,6 +89,8 @@ impl Engine {
         let template = Template {
             id: TemplateId::random(),
             name: request.name,
+            team,
+            public: false,
             content: TemplateContent::Image { base: digest },
             geometry: request.geometry,
             disk_size: size,
@@ -92,12 +110,12 @@ impl Engine {
             self.discard(&object).await;
             return Err(error);
         }
-        self.shared.catalog.add_template(template.clone());
+        self.shared.catalog.add_template(1, template.clone());
         drop(pin);
         let detail = format!("{} from {}", template.name, template.source);
-        self.shared
-            .events
-            .emit(None, "template.created", detail, &Steps::default());
+        let (team, kind) = (Some(&template.team), "template.created");
+        let events = &self.shared.events;
+        events.emit(team, None, kind, detail, &Steps::default());
         Ok(template)
     }
 
@@ -147,7 +165,8 @@ impl Engine {
     /// Makes an image template of a sandbox's disk as it is now. The sandbox stands still for the freeze alone.
     pub async fn flatten(&self, wanted: &str, name: Name) -> Result<Template, Error> {
         let entry = self.with_room(wanted).await?;
-        drop(self.shared.catalog.reserve_template_name(&name)?);
+        let team = &entry.record.spec.team;
+        drop(self.shared.catalog.reserve_template_name(team, &name)?);
         self.detached("flattening", |engine| async move {
             let frozen = ask(&entry, Request::Freeze).await?;
             engine.write_flat(&entry.record, frozen, name).await
@@ -178,7 +197,8 @@ impl Engine {
             .await?;
             let spec = &record.spec;
             let (geometry, kernel, env) = (spec.geometry, spec.kernel.clone(), spec.env.clone());
-            self.import_image(
+            self.import_image_of(
+                spec.team.clone(),
                 &image,
                 ImageRequest {
                     name,
@@ -195,10 +215,10 @@ impl Engine {
         flat
     }
 
-    /// All templates that can be used.
+    /// All templates that this handle finds and that can be used.
     #[must_use]
     pub fn templates(&self) -> Vec<Template> {
-        let mut templates = self.shared.catalog.templates();
+        let mut templates = self.shared.catalog.templates(&self.scope);
         templates.retain(|template| self.shared.catalog.template_flaw(template).is_none());
         templates
     }
@@ -212,14 +232,15 @@ impl Engine {
             let why = catalog.template_flaw(&template)?;
             Some((template, why))
         };
-        catalog.templates().into_iter().filter_map(flawed).collect()
+        let templates = catalog.templates(&self.scope).into_iter();
+        templates.filter_map(flawed).collect()
     }
 
     /// One template, by name, id or unique prefix of an id.
     pub fn template(&self, wanted: &str) -> Result<Template, Error> {
         self.shared
             .catalog
-            .template(wanted)
+            .template(&self.scope, wanted)
             .map(|(template, _)| template)
     }
 
@@ -228,17 +249,70 @@ impl Engine {
     /// # Errors
     /// There is none of that name.
     pub fn inspect_template(&self, wanted: &str) -> Result<(Template, Option<String>), Error> {
-        let (template, _pin) = self.shared.catalog.any_template(wanted)?;
+        let catalog = &self.shared.catalog;
+        let (template, _pin) = catalog.any_template(&self.scope, wanted)?;
         let flaw = self.shared.catalog.template_flaw(&template);
         Ok((template, flaw))
+    }
+
+    /// Lets every team create sandboxes from a template, or its own alone. Sandboxes that exist are not affected.
+    ///
+    /// # Errors
+    /// It is another team's, or another public template has its name: among public ones a name means one thing.
+    pub async fn publish_template(&self, wanted: &str, public: bool) -> Result<Template, Error> {
+        let catalog = &self.shared.catalog;
+        let (template, pin) = catalog.own_template(&self.scope, wanted)?;
+        self.detached("publishing a template", |engine| async move {
+            let published = engine.write_publicity(template, public).await;
+            drop(pin);
+            published
+        })
+        .await
+    }
+
+    async fn write_publicity(&self, template: Template, public: bool) -> Result<Template, Error> {
+        let Shared {
+            catalog,
+            host,
+            events,
+            publishing,
+            ..
+        } = &*self.shared;
+        let _alone = publishing.lock().await;
+        if public {
+            catalog.check_publishable(&template)?;
+        }
+        let (revision, before) = catalog.stored_template(&template.id)?;
+        if before.public == public {
+            return Ok(before);
+        }
+        let after = Template { public, ..before };
+        let (object, revision) = (Object::Template(after.id.clone()), revision + 1);
+        let manifest = manifest::encode(revision, &after);
+        let committed = host.store.commit(&object, &manifest);
+        within(
+            deadline::STORE,
+            "writing the template's manifest",
+            committed,
+        )
+        .await?;
+        catalog.add_template(revision, after.clone());
+        let kind = match public {
+            true => "template.published",
+            false => "template.unpublished",
+        };
+        let name = after.name.to_string();
+        events.emit(Some(&after.team), None, kind, name, &Steps::default());
+        Ok(after)
     }
 
     /// Removes a template. What only it needed goes with it.
     ///
     /// # Errors
-    /// Sandboxes that were created from it exist: they are named.
+    /// It is another team's, or sandboxes that were created from it exist: they are named.
     pub async fn remove_template(&self, wanted: &str) -> Result<Template, Error> {
-        let (template, pin) = self.shared.catalog.any_template(wanted)?;
+        let catalog = &self.shared.catalog;
+        let (template, pin) = catalog.own_template(&self.scope, wanted)?;
         self.detached("removing a template", |engine| async move {
             let removed = engine.trash_template(template).await;
             drop(pin);
@@ -249,7 +323,10 @@ impl Engine {
     }
 
     async fn trash_template(&self, template: Template) -> Result<Template, Error> {
-        self.shared.catalog.forget_template(&template.id)?;
+        let catalog = &self.shared.catalog;
+        let _alone = self.shared.publishing.lock().await;
+        let (revision, template) = catalog.stored_template(&template.id)?;
+        catalog.forget_template(&self.scope, &template.id)?;
         let object = Object::Template(template.id.clone());
         let trashed = within(
             deadline::STORE,
@@ -257,10 +334,11 @@ impl Engine {
             self.shared.host.store.trash(&object),
         );
         if let Err(error) = caught("removing a template", trashed).await {
-            self.shared.catalog.add_template(template);
+            catalog.add_template(revision, template);
             return Err(error);
         }
         self.shared.events.emit(
+            Some(&template.team),
             None,
             "template.removed",
             template.name.to_string(),

@@ -16,11 +16,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use futures_util::StreamExt as _;
 
 use super::{AT_ONCE, Engine};
-use crate::catalog::Owner;
+use crate::catalog::{OTHERS, Owner};
 use crate::deadline::{self, within};
 use crate::error::Error;
 use crate::layout::Object;
 use crate::sandbox::{Chained, find_volume_driver};
+use crate::team::Scope;
 use crate::unit::Bytes;
 
 /// What a sandbox or a template occupies, in allocated bytes (INV-27).
@@ -76,17 +77,31 @@ fn kind(object: &Object) -> &'static str {
 struct Needs {
     owners: Vec<Owner>,
     users: BTreeMap<Object, Vec<usize>>,
+    scope: Scope,
 }
 
 impl Needs {
-    fn new(owners: Vec<Owner>) -> Self {
+    fn new(owners: Vec<Owner>, scope: Scope) -> Self {
         let mut users = BTreeMap::<_, Vec<_>>::new();
         for (number, owner) in owners.iter().enumerate() {
             for object in owner.needs.iter().chain([&owner.object]) {
                 users.entry(object.clone()).or_default().push(number);
             }
         }
-        Self { owners, users }
+        Self {
+            owners,
+            users,
+            scope,
+        }
+    }
+
+    /// What an owner is called to whoever asks.
+    fn name_of(&self, number: usize) -> String {
+        let owner = &self.owners[number];
+        match self.scope.owns(&owner.team) {
+            true => owner.name.clone(),
+            false => OTHERS.to_owned(),
+        }
     }
 
     fn usage(&self, number: usize, sizes: &BTreeMap<Object, Option<Bytes>>) -> Usage {
@@ -102,9 +117,8 @@ impl Needs {
             };
             let users = self.users.get(object).into_iter().flatten();
             let others = users.filter(|user| **user != number);
-            let shared_with: Vec<_> = others
-                .map(|other| self.owners[*other].name.clone())
-                .collect();
+            let mut shared_with: Vec<_> = others.map(|other| self.name_of(*other)).collect();
+            shared_with.dedup();
             let sum = if shared_with.is_empty() {
                 &mut usage.own
             } else {
@@ -127,7 +141,7 @@ impl Engine {
     /// # Errors
     /// There is no such thing.
     pub async fn usage(&self, of: &Object) -> Result<Usage, Error> {
-        let needs = Needs::new(self.shared.catalog.owners());
+        let needs = Needs::new(self.shared.catalog.owners(), self.scope.clone());
         let number = needs.owners.iter().position(|owner| owner.object == *of);
         let Some(number) = number else {
             return Err(Error::Unknown {
@@ -144,7 +158,7 @@ impl Engine {
 
     /// What everything occupies. Looks at every object's files.
     pub async fn usages(&self) -> Usages {
-        let needs = Needs::new(self.shared.catalog.owners());
+        let needs = Needs::new(self.shared.catalog.owners(), self.scope.clone());
         let mut wanted: BTreeSet<Object> = needs.users.keys().cloned().collect();
         let unneeded = self.shared.catalog.unreachable();
         wanted.extend(unneeded.iter().cloned());

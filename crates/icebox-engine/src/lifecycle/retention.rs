@@ -93,7 +93,7 @@ impl Sandbox {
         if record.rests == Rest::Nowhere {
             return;
         }
-        let Ok(entry) = self.shared.catalog.sandbox(record.id.as_str()) else {
+        let Ok(entry) = self.shared.catalog.sandbox_of_id(&record.id) else {
             return;
         };
         let captured_at = |number| {

@@ -22,7 +22,10 @@ use crate::steps::Steps;
 impl Sandbox {
     pub(crate) async fn snapshot(&mut self, name: Name) -> Result<Template, Error> {
         self.admit(Verb::Snapshot).await?;
-        let _reserved = self.shared.catalog.reserve_template_name(&name)?;
+        let _reserved = {
+            let team = &self.record().spec.team;
+            self.shared.catalog.reserve_template_name(team, &name)?
+        };
         let steps = self.steps.clone();
         let id = TemplateId::random();
         let template = match self.record().rests {
@@ -36,7 +39,7 @@ impl Sandbox {
                 let from = Object::Generation(self.id().clone(), generation);
                 let published = self.publish_copy(&from, &template);
                 steps.time("publish", published).await?;
-                self.shared.catalog.add_template(template.clone());
+                self.shared.catalog.add_template(1, template.clone());
                 template
             }
             _ => self.snapshot_running(id, name, &steps).await?,
@@ -74,7 +77,7 @@ impl Sandbox {
         match committed {
             Ok(capture) => {
                 let template = maker(&capture);
-                self.shared.catalog.add_template(template.clone());
+                self.shared.catalog.add_template(1, template.clone());
                 self.named(&object);
                 Ok(template)
             }
@@ -98,6 +101,8 @@ impl Sandbox {
         move |capture| Template {
             id: id.clone(),
             name: name.clone(),
+            team: spec.team.clone(),
+            public: false,
             content: TemplateContent::Snapshot {
                 capture: Box::new(capture.clone()),
             },

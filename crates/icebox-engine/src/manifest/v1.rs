@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::Document;
 use crate::host::{Egress, ProcessIdentity, SavedMemory, SavedPages, Secret, VmmIdentity};
 use crate::id::{
-    Digest, GenerationNo, HeadId, LayerId, MemoryId, Name, ParseIdError, SandboxId, Slot,
+    Digest, GenerationNo, HeadId, LayerId, MemoryId, Name, ParseIdError, SandboxId, Slot, Team,
     TemplateId,
 };
 use crate::unit::{Bytes, Geometry};
@@ -160,8 +160,14 @@ pub enum TemplateContent {
 pub struct Template {
     /// Its id.
     pub id: TemplateId,
-    /// Its name.
+    /// Its name within its team.
     pub name: Name,
+    /// Whose it is.
+    #[serde(default, skip_serializing_if = "Team::is_default")]
+    pub team: Team,
+    /// Whether every team may create sandboxes from it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub public: bool,
     /// What it holds.
     pub content: TemplateContent,
     /// Geometry of sandboxes that do not ask for another. A snapshot allows no other.
@@ -182,6 +188,9 @@ pub struct Template {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Spec {
+    /// Whose it is.
+    #[serde(default, skip_serializing_if = "Team::is_default")]
+    pub team: Team,
     /// The template that it was created from.
     pub template: TemplateId,
     /// That template's name when it was.
@@ -400,7 +409,7 @@ pub struct Exit {
 pub struct Sandbox {
     /// Its id.
     pub id: SandboxId,
-    /// Its name, if it has one.
+    /// Its name within its team, if it has one.
     pub name: Option<Name>,
     /// When it was created.
     pub created_at: Timestamp,

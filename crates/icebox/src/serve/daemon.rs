@@ -479,6 +479,7 @@ mod tests {
             seq,
             at: jiff::Timestamp::UNIX_EPOCH,
             sandbox: None,
+            team: None,
             kind: "sandbox.paused".to_owned(),
             detail: String::new(),
             steps: Vec::new(),
