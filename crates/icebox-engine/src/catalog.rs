@@ -25,7 +25,7 @@ use crate::manifest::v1::{
 };
 use crate::sandbox::Mailbox;
 use crate::steps::LastVerb;
-use crate::team::Scope;
+use crate::team::{Holdings, Quota, Scope};
 use crate::unit::Bytes;
 
 /// What is said of the things of other teams.
@@ -47,6 +47,9 @@ struct Inner {
     sandboxes: BTreeMap<SandboxId, Entry>,
     template_names_in_making: BTreeSet<(Team, Name)>,
     pins: BTreeMap<u64, BTreeSet<Object>>,
+    quotas: BTreeMap<Team, Quota>,
+    /// Sandboxes that do not run yet and count as if they did, and how often.
+    starting: BTreeMap<SandboxId, u32>,
     /// What a start could not read, or did not find though something refers to it, and why. Nothing that needs one of
     /// these is used, and while something does, nothing is collected: what they need themselves is not known.
     flawed: BTreeMap<Object, String>,
@@ -152,6 +155,12 @@ pub(crate) struct Pin {
     number: u64,
 }
 
+/// Has a sandbox count as running for its team, until its record says whether it does.
+pub(crate) struct PowerTurn {
+    inner: Arc<Mutex<Inner>>,
+    sandbox: SandboxId,
+}
+
 /// A template name that is taken by a template in the making.
 pub(crate) struct NameReservation {
     inner: Arc<Mutex<Inner>>,
@@ -167,6 +176,18 @@ impl Drop for Pin {
     fn drop(&mut self) {
         lock(&self.inner).pins.remove(&self.number);
         self.unpinned.notify_waiters();
+    }
+}
+
+impl Drop for PowerTurn {
+    fn drop(&mut self) {
+        let mut inner = lock(&self.inner);
+        if let Some(turns) = inner.starting.get_mut(&self.sandbox) {
+            *turns -= 1;
+            if *turns == 0 {
+                inner.starting.remove(&self.sandbox);
+            }
+        }
     }
 }
 
@@ -474,14 +495,50 @@ impl Catalog {
 
     // Sandboxes.
 
-    /// Adds a sandbox in the making: from here on its name and slot are taken. `record` gets the lowest free slot.
+    /// What a team may have, from here on. Nothing that it has is taken away.
+    pub(crate) fn set_quota(&self, team: Team, quota: Quota) {
+        lock(&self.inner).quotas.insert(team, quota);
+    }
+
+    /// What a team has.
+    pub(crate) fn holdings(&self, team: &Team) -> Holdings {
+        lock(&self.inner).holdings(team)
+    }
+
+    /// Has a sandbox that is about to run count as running, unless its team may have no more that do.
+    pub(crate) fn take_power(&self, sandbox: &SandboxId) -> Result<PowerTurn, Error> {
+        let mut inner = lock(&self.inner);
+        let entry = inner.sandboxes.get(sandbox);
+        let record = Arc::clone(&entry.ok_or(Error::Destroyed)?.record);
+        if !inner.counts_as_running(&record) {
+            let more = Holdings {
+                sandboxes: 0,
+                disk_mib: 0,
+                ..Holdings::of(&record.spec, true)
+            };
+            inner.check_quota(&record.spec.team, &more)?;
+        }
+        Ok(self.power_turn(&mut inner, sandbox))
+    }
+
+    fn power_turn(&self, inner: &mut MutexGuard<'_, Inner>, sandbox: &SandboxId) -> PowerTurn {
+        *inner.starting.entry(sandbox.clone()).or_default() += 1;
+        PowerTurn {
+            inner: Arc::clone(&self.inner),
+            sandbox: sandbox.clone(),
+        }
+    }
+
+    /// Adds a sandbox in the making: from here on its name and slot are taken, and it counts as running. `record` gets the
+    /// lowest free slot.
     pub(crate) fn admit(
         &self,
         mut record: Sandbox,
         gate: Gate,
         mailbox: Mailbox,
-    ) -> Result<Sandbox, Error> {
+    ) -> Result<(Sandbox, PowerTurn), Error> {
         let mut inner = lock(&self.inner);
+        inner.check_quota(&record.spec.team, &Holdings::of(&record.spec, true))?;
         if let Some(name) = &record.name
             && inner
                 .sandboxes
@@ -508,7 +565,8 @@ impl Catalog {
             })?;
         record.slot = Slot(free);
         inner.insert(record.clone(), BTreeMap::new(), gate, mailbox);
-        Ok(record)
+        let turn = self.power_turn(&mut inner, &record.id);
+        Ok((record, turn))
     }
 
     /// Slots that the next sandboxes will get.
@@ -795,6 +853,43 @@ impl Catalog {
 }
 
 impl Inner {
+    fn counts_as_running(&self, record: &Sandbox) -> bool {
+        record.rests == Rest::Running || self.starting.contains_key(&record.id)
+    }
+
+    fn of_team<'a>(&'a self, team: &'a Team) -> impl Iterator<Item = &'a Sandbox> {
+        let records = self.sandboxes.values().map(|entry| &*entry.record);
+        records.filter(move |record| record.spec.team == *team)
+    }
+
+    fn holdings(&self, team: &Team) -> Holdings {
+        self.of_team(team).fold(Holdings::default(), |sum, it| {
+            sum.plus(Holdings::of(&it.spec, self.counts_as_running(it)))
+        })
+    }
+
+    /// Refuses what would be more than a team may have, naming the limit and who has what it bounds.
+    fn check_quota(&self, team: &Team, more: &Holdings) -> Result<(), Error> {
+        let Some(quota) = self.quotas.get(team) else {
+            return Ok(());
+        };
+        let Some(over) = quota.over(&self.holdings(team), more) else {
+            return Ok(());
+        };
+        let users = self.of_team(team);
+        let users = users.filter(|it| !over.of_running || self.counts_as_running(it));
+        let mut users: Vec<_> = users.map(display_name).collect();
+        users.sort();
+        Err(Error::OverQuota {
+            team: team.clone(),
+            what: over.what,
+            bound: over.bound,
+            taken: over.taken,
+            more: over.more,
+            users,
+        })
+    }
+
     fn chain(&self, under: &Under, size: Bytes) -> Result<Chain, Error> {
         let mut layers = Vec::new();
         let mut next = under.clone();

@@ -40,7 +40,7 @@ use crate::sandbox::{
     Fate, Origin, Outcome, QUEUE, Request, Sandbox, Shared, find_vmm, find_volume_driver,
 };
 use crate::steps::LastVerb;
-use crate::team::Scope;
+use crate::team::{Holdings, Quota, Scope};
 use crate::unit::{Bytes, Geometry};
 
 pub use drain::Drained;
@@ -190,6 +190,17 @@ impl Engine {
         self.shared.catalog.teams()
     }
 
+    /// Bounds what a team may have at once, until the engine ends. What it has already is not affected.
+    pub fn set_quota(&self, team: Team, quota: Quota) {
+        self.shared.catalog.set_quota(team, quota);
+    }
+
+    /// What a team has.
+    #[must_use]
+    pub fn holdings(&self, team: &Team) -> Holdings {
+        self.shared.catalog.holdings(team)
+    }
+
     /// Creates a sandbox, running, its guest answering.
     ///
     /// # Errors
@@ -283,7 +294,7 @@ impl Engine {
     ) -> Result<SandboxView, Error> {
         self.shared.require_open()?;
         let (gate, (mailbox, requests)) = (Gate::default(), mpsc::channel(QUEUE));
-        let record = self.shared.catalog.admit(
+        let (record, turn) = self.shared.catalog.admit(
             new_record(spec, lifetime, name, self.shared.now()),
             gate.clone(),
             mailbox,
@@ -307,6 +318,7 @@ impl Engine {
                 Err(_) => sandbox.record().broken.is_some() || sandbox.ledger.in_doubt(),
             };
             sandbox.shared.catalog.set_busy(sandbox.id(), None);
+            drop(turn);
             if !lives {
                 sandbox.shared.catalog.forget_sandbox(sandbox.id());
             }

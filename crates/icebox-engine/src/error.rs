@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::host::{ErrorKind, HostError};
-use crate::id::{GenerationNo, Name};
+use crate::id::{GenerationNo, Name, Team};
 use crate::manifest::ManifestError;
 use crate::phase::Refusal;
 
@@ -74,6 +74,25 @@ pub enum Error {
         message: String,
         /// What would make room.
         hint: String,
+    },
+    /// The sandbox's team may not have more.
+    #[error(
+        "team {team} may have {bound} {what}: {taken} are taken by {}, and this needs {more} more",
+        first(users)
+    )]
+    OverQuota {
+        /// Whose limit it is.
+        team: Team,
+        /// What is bounded, in words.
+        what: &'static str,
+        /// How much the team may have.
+        bound: u64,
+        /// How much it has.
+        taken: u64,
+        /// How much more was asked for.
+        more: u64,
+        /// The sandboxes that have it.
+        users: Vec<String>,
     },
     /// A saved state was made by something else than what would have to restore it (INV-44).
     #[error(
@@ -173,6 +192,20 @@ pub enum Error {
     Stopping,
 }
 
+/// Names, as many as a message can hold.
+fn first(users: &[String]) -> String {
+    const SHOWN: usize = 8;
+    match users {
+        [] => "none".to_owned(),
+        few if few.len() <= SHOWN => few.join(", "),
+        many => format!(
+            "{} and {} more",
+            many[..SHOWN].join(", "),
+            many.len() - SHOWN
+        ),
+    }
+}
+
 fn list(have: &[GenerationNo]) -> String {
     if have.is_empty() {
         return "none".to_owned();
@@ -204,6 +237,9 @@ impl Error {
             Self::Incompatible { .. } => {
                 Some("restore it with what it was captured with, or boot its disk: `stop`, then `start`".into())
             }
+            Self::OverQuota { team, .. } => Some(format!(
+                "pause or remove what is not needed, or have the host's administrator raise the limit: `icebox team set {team}`"
+            )),
             Self::Step { source, .. } => source.hint_text().map(ToOwned::to_owned),
             Self::Stuck { source, .. } => Some(
                 source

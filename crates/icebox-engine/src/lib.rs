@@ -47,4 +47,4 @@ pub use metrics::{Resolution, Sample};
 pub use phase::{Phase, Refusal, Step, Verb};
 pub use sandbox::Outcome;
 pub use steps::LastVerb;
-pub use team::Scope;
+pub use team::{Holdings, Quota, Scope};

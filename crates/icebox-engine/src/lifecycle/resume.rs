@@ -54,6 +54,8 @@ impl Sandbox {
         self.admit(Verb::ResumeGeneration).await?;
         let to = Point::Generation(number);
         self.check_point(&to, true)?;
+        // Before anything is set aside for it.
+        let _counts = self.shared.catalog.take_power(self.id())?;
         self.go_to(&to).await?;
         self.resume().await
     }
@@ -64,6 +66,7 @@ impl Sandbox {
         number: GenerationNo,
         steps: &Steps,
     ) -> Result<(), Error> {
+        let _counts = self.shared.catalog.take_power(self.id())?;
         let capture = self.shared.catalog.generation(self.id(), number)?.capture;
         self.check_restorable(&format!("generation {number}"), &capture)?;
         let memory = self.memory_source(&capture.memory)?;

@@ -32,6 +32,7 @@ impl Sandbox {
 
     /// Boots the head that the sandbox holds. The caller gives back on failure.
     pub(super) async fn boot(&mut self, steps: &Steps) -> Result<(), Error> {
+        let _counts = self.shared.catalog.take_power(self.id())?;
         let spec = self.record().spec.clone();
         let kernels = Arc::clone(&self.shared.host.kernels);
         let files = within(
