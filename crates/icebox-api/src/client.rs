@@ -21,12 +21,13 @@ use tokio_stream::wrappers::LinesStream;
 use tokio_util::io::StreamReader;
 
 use crate::types::{
-    BuildEvent, ChangeLifetime, DrainReport, Event, Forked, GcReport, GcRequest, History, Kernel,
-    KernelEvent, MetricsRange, NewBuild, NewFork, NewKernel, NewSandbox, NewSnapshot, Report,
-    Resolution, ResumeRequest, RollbackRequest, SandboxDetail, SandboxMetric, Snapshot, Stats,
-    Template, VerbResult, Version,
+    AuditEntry, AuditRange, BuildEvent, ChangeLifetime, ChangeTeam, ChangeTemplate, DrainReport,
+    Event, Forked, GcReport, GcRequest, History, Kernel, KernelEvent, Key, MadeKey, MetricsRange,
+    NewBuild, NewFork, NewKernel, NewKey, NewSandbox, NewSnapshot, NewTeam, Report, Resolution,
+    ResumeRequest, RollbackRequest, SandboxDetail, SandboxMetric, Snapshot, Stats, Team, Template,
+    VerbResult, Version,
 };
-use crate::{ErrorBody, ErrorCode};
+use crate::{ErrorBody, ErrorCode, TEAM_HEADER};
 
 /// What a user typed stays one segment of a path, whatever it contains.
 const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'~');
@@ -73,6 +74,7 @@ impl ClientError {
 #[derive(Clone, Debug)]
 pub struct Client {
     socket: PathBuf,
+    team: Option<String>,
 }
 
 impl Client {
@@ -81,7 +83,20 @@ impl Client {
     pub fn new(socket: impl Into<PathBuf>) -> Self {
         Self {
             socket: socket.into(),
+            team: None,
         }
+    }
+
+    /// The same, acting for a team: it sees what the team sees, and what it makes is the team's.
+    #[must_use]
+    pub fn for_team(self, team: Option<String>) -> Self {
+        Self { team, ..self }
+    }
+
+    /// The team that it acts for, if for one.
+    #[must_use]
+    pub fn team(&self) -> Option<&str> {
+        self.team.as_deref()
     }
 
     /// The socket.
@@ -256,6 +271,66 @@ impl Client {
         self.read_out(answer).await
     }
 
+    /// Lets every team create sandboxes from a template, or its own alone.
+    pub async fn publish_template(
+        &self,
+        template: &str,
+        public: bool,
+    ) -> Result<Template, ClientError> {
+        let path = format!("/templates/{}", segment(template));
+        let change = ChangeTemplate { public };
+        self.call(Method::PATCH, &path, to_json(&change)).await
+    }
+
+    /// All teams.
+    pub async fn teams(&self) -> Result<Vec<Team>, ClientError> {
+        self.get("/teams").await
+    }
+
+    /// Makes a team.
+    pub async fn create_team(&self, new: &NewTeam) -> Result<Team, ClientError> {
+        self.post("/teams", new).await
+    }
+
+    /// Changes what a team may have.
+    pub async fn change_team(&self, team: &str, change: &ChangeTeam) -> Result<Team, ClientError> {
+        let path = format!("/teams/{}", segment(team));
+        self.call(Method::PATCH, &path, to_json(change)).await
+    }
+
+    /// Removes a team that has nothing any more.
+    pub async fn remove_team(&self, team: &str) -> Result<(), ClientError> {
+        let path = format!("/teams/{}", segment(team));
+        let answer = self.send(Method::DELETE, &path, Bytes::new()).await?;
+        self.read_out(answer).await
+    }
+
+    /// The keys of the team that this client acts for, or of all.
+    pub async fn keys(&self) -> Result<Vec<Key>, ClientError> {
+        self.get("/api-keys").await
+    }
+
+    /// Makes a key.
+    pub async fn create_key(&self, new: &NewKey) -> Result<MadeKey, ClientError> {
+        self.post("/api-keys", new).await
+    }
+
+    /// Removes a key.
+    pub async fn remove_key(&self, id: &str) -> Result<(), ClientError> {
+        let path = format!("/api-keys/{}", segment(id));
+        let answer = self.send(Method::DELETE, &path, Bytes::new()).await?;
+        self.read_out(answer).await
+    }
+
+    /// What was changed and who asked for it.
+    pub async fn audit(&self, range: AuditRange) -> Result<Vec<AuditEntry>, ClientError> {
+        let mut path = format!("/audit?since={}", range.since);
+        if let Some(limit) = range.limit {
+            path.push_str(&format!("&limit={limit}"));
+        }
+        self.get(&path).await
+    }
+
     /// Builds a template. Dropping the stream cancels the build.
     pub async fn build(
         &self,
@@ -315,9 +390,18 @@ impl Client {
         self.post(&path, body).await
     }
 
-    async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
-        let answer = self.send(Method::GET, path, Bytes::new()).await?;
+    async fn call<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<T, ClientError> {
+        let answer = self.send(method, path, body).await?;
         self.parse(answer).await
+    }
+
+    async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        self.call(Method::GET, path, Bytes::new()).await
     }
 
     async fn post<T: DeserializeOwned>(
@@ -325,8 +409,7 @@ impl Client {
         path: &str,
         body: &impl Serialize,
     ) -> Result<T, ClientError> {
-        let answer = self.send(Method::POST, path, to_json(body)).await?;
-        self.parse(answer).await
+        self.call(Method::POST, path, to_json(body)).await
     }
 
     async fn lines<T: DeserializeOwned>(
@@ -388,6 +471,12 @@ impl Client {
             HeaderName::from_static("prefer"),
             HeaderValue::from_static("return=representation"),
         );
+        if let Some(team) = &self.team {
+            let team = HeaderValue::from_str(team).map_err(
+                |error: http::header::InvalidHeaderValue| ClientError::Broken(error.into()),
+            )?;
+            headers.insert(TEAM_HEADER, team);
+        }
         let mut request = Request::new(Full::new(body));
         *request.method_mut() = method;
         *request.uri_mut() = path

@@ -10,16 +10,16 @@ use futures_util::Stream;
 
 use crate::ApiError;
 use crate::types::{
-    BuildEvent, ChangeLifetime, DrainReport, Event, Forked, GcReport, GcRequest, History, Kernel,
-    KernelEvent, MetricsRange, NewBuild, NewFork, NewKernel, NewSandbox, NewSnapshot, Report,
-    ResumeRequest, RollbackRequest, SandboxDetail, SandboxMetric, Snapshot, Stats, Template,
-    VerbResult,
+    AuditEntry, AuditRange, BuildEvent, ChangeLifetime, ChangeTeam, DrainReport, Event, Forked,
+    GcReport, GcRequest, History, Kernel, KernelEvent, Key, MadeKey, MetricsRange, NewBuild,
+    NewFork, NewKernel, NewKey, NewSandbox, NewSnapshot, NewTeam, Report, ResumeRequest,
+    RollbackRequest, SandboxDetail, SandboxMetric, Snapshot, Stats, Team, Template, VerbResult,
 };
 
 /// A stream that a response is made of.
 pub type BoxStream<T> = Pin<Box<dyn Stream<Item = T> + Send>>;
 
-/// Behind the routes. References are what a user typed: a name, an id or a unique prefix of an id.
+/// Behind the routes, as one caller sees it ([`crate::access`]): what is another team's is not there. References are what a user typed: a name, an id or a unique prefix of an id.
 ///
 /// The routes run every method to its end when the client goes away (INV-20), except that they drop the streams: a
 /// build or an import whose stream is dropped is cancelled.
@@ -83,6 +83,8 @@ pub trait Daemon: Send + Sync + 'static {
     async fn template(&self, template: &str) -> Result<Template, ApiError>;
     /// Removes a template that nothing depends on; answers its id.
     async fn remove_template(&self, template: &str) -> Result<String, ApiError>;
+    /// Lets every team create sandboxes from a template, or its own alone.
+    async fn publish_template(&self, template: &str, public: bool) -> Result<Template, ApiError>;
     /// Builds a template. The stream's last item says how it ended.
     async fn build(&self, new: NewBuild) -> Result<BoxStream<BuildEvent>, ApiError>;
 
@@ -102,6 +104,23 @@ pub trait Daemon: Send + Sync + 'static {
     async fn doctor(&self) -> Result<Report, ApiError>;
     /// Removes what nothing reaches, or tells what it would.
     async fn gc(&self, request: GcRequest) -> Result<GcReport, ApiError>;
+
+    /// All teams, by name.
+    async fn teams(&self) -> Result<Vec<Team>, ApiError>;
+    /// Makes a team.
+    async fn create_team(&self, new: NewTeam) -> Result<Team, ApiError>;
+    /// Changes what a team may have. What it has is not affected.
+    async fn change_team(&self, team: &str, change: ChangeTeam) -> Result<Team, ApiError>;
+    /// Removes a team that has no sandboxes and no templates, and its keys.
+    async fn remove_team(&self, team: &str) -> Result<(), ApiError>;
+    /// The keys of the team, or of all teams, oldest first.
+    async fn keys(&self) -> Result<Vec<Key>, ApiError>;
+    /// Makes a key of the team.
+    async fn create_key(&self, new: NewKey) -> Result<MadeKey, ApiError>;
+    /// Removes a key: whoever has it does not come in from here on.
+    async fn remove_key(&self, id: &str) -> Result<(), ApiError>;
+    /// What was changed and who asked for it, oldest first.
+    async fn audit(&self, range: AuditRange) -> Result<Vec<AuditEntry>, ApiError>;
 }
 
 /// Where a sandbox is reached, and the permission to.

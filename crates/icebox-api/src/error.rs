@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::fmt;
 
-use http::StatusCode;
+use http::{HeaderValue, StatusCode};
 use serde::{Deserialize, Serialize};
 
 /// What a client may branch on beyond the HTTP status.
@@ -28,6 +28,8 @@ pub enum ErrorCode {
     InUse,
     /// This host, VMM or driver cannot do it.
     Unsupported,
+    /// The team may not have more.
+    LimitReached,
     /// No space, slot or memory left.
     Exhausted,
     /// It did not answer in its time.
@@ -71,7 +73,8 @@ pub struct ApiError {
 impl ApiError {
     /// An error whose HTTP status follows from `code`.
     ///
-    /// No permanent failure is 429, 502, 503 or 504: SDKs retry those.
+    /// No permanent failure is 502, 503 or 504: SDKs retry those. They retry 429, too, where the answer does not tell them
+    /// not to, as ours does: a team's limit is not over in a second.
     #[must_use]
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         let status = match code {
@@ -84,6 +87,7 @@ impl ApiError {
             | ErrorCode::WrongPhase
             | ErrorCode::InUse
             | ErrorCode::Broken => StatusCode::CONFLICT,
+            ErrorCode::LimitReached => StatusCode::TOO_MANY_REQUESTS,
             ErrorCode::Exhausted | ErrorCode::Draining => StatusCode::SERVICE_UNAVAILABLE,
             ErrorCode::Timeout | ErrorCode::Internal | ErrorCode::Unknown => {
                 StatusCode::INTERNAL_SERVER_ERROR
@@ -164,7 +168,12 @@ impl Error for ApiError {}
 
 impl axum::response::IntoResponse for ApiError {
     fn into_response(self) -> axum::response::Response {
-        (self.status, axum::Json(self.body)).into_response()
+        let mut response = (self.status, axum::Json(self.body)).into_response();
+        if self.status == StatusCode::TOO_MANY_REQUESTS {
+            let headers = response.headers_mut();
+            headers.insert("should-retry", HeaderValue::from_static("false"));
+        }
+        response
     }
 }
 

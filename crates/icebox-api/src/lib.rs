@@ -6,11 +6,12 @@
 //!
 //! ```text
 //!   a request --+-- routing headers, or Host: <port>-<id>.… --> proxy --> a port inside the sandbox
-//!               +-- else ------------- key (TCP only) ------> one route per verb --> Daemon
+//!               +-- else -- key (TCP), or uid (socket) --> one route per verb --> Daemon, as the caller sees it
 //! ```
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod access;
 pub mod client;
 mod daemon;
 mod error;
@@ -35,6 +36,9 @@ pub const SANDBOX_PORT_HEADER: &str = "e2b-sandbox-port";
 
 /// Carries the API key.
 pub const API_KEY_HEADER: &str = "x-api-key";
+
+/// Names the team that an administrator acts for.
+pub const TEAM_HEADER: &str = "icebox-team";
 
 /// Carries a sandbox's own token to its agent.
 pub const ACCESS_TOKEN_HEADER: &str = "x-access-token";

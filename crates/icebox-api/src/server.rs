@@ -1,12 +1,14 @@
 //! The daemon's HTTP server: one file per resource, one for the way to sandboxes' own ports.
 //!
 //! Two edges serve the same routes. The *admin* edge is the Unix socket: who may open it may do everything, and the
-//! daemon adds a sandbox's token to requests for its agent. The *public* edge is TCP: REST needs the key, and a
-//! sandbox's ports need its full id.
+//! daemon adds a sandbox's token to requests for its agent. The *public* edge is TCP: REST needs a team's key, which shows
+//! what the team has, and a sandbox's ports need its full id.
 
+mod access;
 mod connections;
 mod events;
 mod extract;
+mod front;
 mod host;
 mod kernels;
 mod proxy;
@@ -17,40 +19,29 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::extract::{Request, State};
-use axum::middleware::{self, Next};
-use axum::response::{IntoResponse as _, Response};
-use axum::routing::{delete, get, post};
+use axum::extract::Request;
+use axum::middleware;
+use axum::routing::{delete, get, patch, post};
 use axum::serve::Listener;
 use http::StatusCode;
+use tokio::net::UnixListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::key::KeyHash;
-use crate::types::SandboxDetail;
-use crate::{API_KEY_HEADER, ApiError, Daemon, ErrorCode};
+use crate::access::Premises;
+use crate::{ApiError, ErrorCode};
+
+use front::{Context, Front, Peer};
 
 pub use connections::{CONNECTIONS_MAX, FIRST_REQUEST_TIMEOUT, IDLE_TIMEOUT, Limits};
 
 /// Who is on the other side of a listener.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Edge {
     /// Whoever may open the Unix socket: trusted with everything.
     Admin,
-    /// Anybody: REST only with the key.
-    Public {
-        /// The hash of that key.
-        key: KeyHash,
-    },
-}
-
-/// What every route has at hand.
-#[derive(Clone)]
-struct Context {
-    daemon: Arc<dyn Daemon>,
-    edge: Edge,
-    verbs: TaskTracker,
-    leaving: CancellationToken,
+    /// Anybody: REST only with a key.
+    Public,
 }
 
 /// A daemon, served at one edge. Needs a tokio runtime.
@@ -64,20 +55,16 @@ pub struct Server {
 }
 
 impl Server {
-    /// All routes of `daemon`, as seen from `edge`.
-    pub fn new(daemon: Arc<dyn Daemon>, edge: Edge) -> Self {
-        let context = Context {
-            daemon,
-            edge,
-            verbs: TaskTracker::new(),
-            leaving: CancellationToken::new(),
-        };
+    /// All routes of a daemon, as seen from `edge`.
+    pub fn new(premises: Arc<dyn Premises>, edge: Edge) -> Self {
+        let (verbs, leaving) = (TaskTracker::new(), CancellationToken::new());
+        let front = Front::new(premises, edge, verbs.clone(), leaving.clone());
         Self {
             limits: Limits::default(),
-            verbs: context.verbs.clone(),
+            verbs,
             connections: TaskTracker::new(),
-            leaving: context.leaving.clone(),
-            router: router(context),
+            leaving,
+            router: router(front),
         }
     }
 
@@ -90,8 +77,21 @@ impl Server {
 
     /// Serves whoever comes to `listener`, in the background, until [`leave`](Self::leave).
     pub fn listen<L: Listener>(&self, listener: L) {
+        self.accept(listener, |_| Peer::default());
+    }
+
+    /// As [`listen`](Self::listen), where the kernel says which user is on the other side.
+    pub fn listen_unix(&self, listener: UnixListener) {
+        self.accept(listener, |stream| {
+            let credentials = stream.peer_cred();
+            Peer(credentials.ok().map(|peer| peer.uid()))
+        });
+    }
+
+    fn accept<L: Listener>(&self, listener: L, peer: fn(&L::Io) -> Peer) {
         self.connections.spawn(connections::accept(
             listener,
+            peer,
             self.router.clone(),
             self.limits,
             self.leaving.clone(),
@@ -124,7 +124,7 @@ impl Server {
     }
 }
 
-fn router(context: Context) -> Router {
+fn router(front: Front) -> Router {
     Router::new()
         .route("/health", get(host::health))
         .route("/version", get(host::version))
@@ -158,36 +158,23 @@ fn router(context: Context) -> Router {
         .route("/sandboxes/{id}/console", get(sandboxes::console))
         .route("/templates", get(templates::list))
         .route("/templates/{id}", get(templates::inspect))
-        .route("/templates/{id}", delete(templates::remove))
+        .route(
+            "/templates/{id}",
+            delete(templates::remove).patch(templates::change),
+        )
+        .route("/teams", get(access::teams).post(access::create_team))
+        .route(
+            "/teams/{name}",
+            patch(access::change_team).delete(access::remove_team),
+        )
+        .route("/api-keys", get(access::keys).post(access::create_key))
+        .route("/api-keys/{id}", delete(access::remove_key))
+        .route("/audit", get(access::audit))
         .route("/builds", post(templates::build))
         .route("/kernels", get(kernels::list).post(kernels::import))
         .fallback(no_such_route)
         .method_not_allowed_fallback(no_such_method)
-        .with_state(context.clone())
-        .layer(middleware::from_fn_with_state(context, enter))
-}
-
-/// Decides what a request is for, and whether it may pass.
-async fn enter(State(context): State<Context>, request: Request, next: Next) -> Response {
-    match proxy::destination(request.uri(), request.headers()) {
-        Ok(Some(destination)) => return proxy::forward(&context, destination, request).await,
-        Ok(None) => {}
-        Err(error) => return error.into_response(),
-    }
-    if let Edge::Public { key } = &context.edge {
-        let presented = request.headers().get(API_KEY_HEADER);
-        if !presented.is_some_and(|presented| key.admits(presented.as_bytes())) {
-            let message = if presented.is_some() {
-                "the API key is not the one of this daemon"
-            } else {
-                "no API key was given"
-            };
-            return ApiError::new(ErrorCode::Unauthorized, message)
-                .hint("send the key that `icebox serve --listen` showed when it was made as the header X-API-KEY")
-                .into_response();
-        }
-    }
-    next.run(request).await
+        .layer(middleware::from_fn_with_state(front, front::enter))
 }
 
 async fn no_such_route(request: Request) -> ApiError {
@@ -207,44 +194,4 @@ async fn no_such_method(request: Request) -> ApiError {
         ),
     )
     .status(StatusCode::METHOD_NOT_ALLOWED)
-}
-
-impl Context {
-    /// A sandbox as this edge shows it. Who has the socket needs no token, since the proxy adds it there: so none
-    /// ends up in a terminal or a file (INV-43).
-    fn shown(&self, mut sandbox: SandboxDetail) -> SandboxDetail {
-        if matches!(self.edge, Edge::Admin) {
-            sandbox.envd_access_token = None;
-        }
-        sandbox
-    }
-
-    /// Refuses what only the host's own administrator may ask for: the daemon reads the host's files as root.
-    fn only_for_admin(&self, what: &str) -> Result<(), ApiError> {
-        match self.edge {
-            Edge::Admin => Ok(()),
-            Edge::Public { .. } => Err(ApiError::new(
-                ErrorCode::Unauthorized,
-                format!("{what} is not possible with a key"),
-            )
-            .status(StatusCode::FORBIDDEN)
-            .hint("ask for it on the host, through the daemon's socket")),
-        }
-    }
-
-    /// Runs a verb to its end, whether or not the client waits for it (INV-20): a handler is dropped with its
-    /// connection, a task is not.
-    async fn run_verb<T: Send + 'static, F>(
-        &self,
-        verb: impl FnOnce(Arc<dyn Daemon>) -> F,
-    ) -> Result<T, ApiError>
-    where
-        F: Future<Output = Result<T, ApiError>> + Send + 'static,
-    {
-        let verb = self.verbs.spawn(verb(Arc::clone(&self.daemon)));
-        verb.await.unwrap_or_else(|panic| {
-            Err(ApiError::from_error(ErrorCode::Internal, &panic)
-                .hint("this is a bug; the daemon's log has more"))
-        })
-    }
 }

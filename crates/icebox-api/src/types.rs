@@ -3,6 +3,7 @@
 //! Unknown fields of requests are ignored, as E2B's SDKs need; absent ones have the documented default. Sizes named
 //! `…Bytes` are allocated bytes (INV-27); `…MB` are mebibytes, as in E2B.
 
+mod access;
 mod build;
 mod doctor;
 mod event;
@@ -15,6 +16,10 @@ mod sandbox;
 mod space;
 mod template;
 
+pub use access::{
+    AuditEntry, AuditRange, ChangeTeam, ChangeTemplate, Key, MadeKey, NewKey, NewTeam, Team,
+    TeamLimits, TeamUse,
+};
 pub use build::{BuildEvent, BuildSource, NewBuild};
 pub use doctor::{Check, CheckResult, Report};
 pub use event::{Event, StepTime};

@@ -9,8 +9,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
+use icebox_api::access::{Caller, Premises};
 use icebox_api::client::{Client, ClientError};
-use icebox_api::key::KeyHash;
 use icebox_api::server::{Edge, Limits, Server};
 use icebox_api::types::*;
 use icebox_api::{ApiError, BoxStream, Daemon, ErrorCode, Pass, Route};
@@ -37,6 +37,8 @@ struct Script {
     address: Ipv4Addr,
     /// Passes that are held.
     held: watch::Sender<u32>,
+    /// Who it was shown to last.
+    caller: Mutex<String>,
 }
 
 /// Counts a pass for as long as it is held.
@@ -65,6 +67,7 @@ impl Script {
             running: watch::channel(true).0,
             address: Ipv4Addr::LOCALHOST,
             held: watch::channel(0).0,
+            caller: Mutex::default(),
         })
     }
 
@@ -93,6 +96,7 @@ impl Script {
                 client_id: "icebox".to_owned(),
                 alias: None,
                 name: Some("web".to_owned()),
+                team: "default".to_owned(),
                 started_at: "2026-01-01T00:00:00Z".parse().expect("a time"),
                 end_at: None,
                 cpu_count: 1,
@@ -309,6 +313,9 @@ impl Daemon for Script {
         let message = format!("template {template:?} does not exist");
         Err(ApiError::new(ErrorCode::NotFound, message))
     }
+    async fn publish_template(&self, _: &str, _: bool) -> Result<Template, ApiError> {
+        never()
+    }
     async fn remove_template(&self, _: &str) -> Result<String, ApiError> {
         never()
     }
@@ -351,6 +358,65 @@ impl Daemon for Script {
             garbage: Vec::new(),
         })
     }
+    async fn teams(&self) -> Result<Vec<Team>, ApiError> {
+        Ok(Vec::new())
+    }
+    async fn create_team(&self, _: NewTeam) -> Result<Team, ApiError> {
+        never()
+    }
+    async fn change_team(&self, _: &str, _: ChangeTeam) -> Result<Team, ApiError> {
+        let message = "team acme may have 2 sandboxes";
+        Err(ApiError::new(ErrorCode::LimitReached, message))
+    }
+    async fn remove_team(&self, _: &str) -> Result<(), ApiError> {
+        never()
+    }
+    async fn keys(&self) -> Result<Vec<Key>, ApiError> {
+        Ok(Vec::new())
+    }
+    async fn create_key(&self, _: NewKey) -> Result<MadeKey, ApiError> {
+        never()
+    }
+    async fn remove_key(&self, _: &str) -> Result<(), ApiError> {
+        never()
+    }
+    /// Who the script was shown to last.
+    async fn audit(&self, _: AuditRange) -> Result<Vec<AuditEntry>, ApiError> {
+        Ok(vec![AuditEntry {
+            sequence: 1,
+            time: "2026-01-01T00:00:00Z".parse().expect("a time"),
+            actor: self.caller.lock().expect("not poisoned").clone(),
+            team: None,
+            verb: "test".to_owned(),
+            target: String::new(),
+            outcome: None,
+        }])
+    }
+}
+
+/// Everybody sees the same script.
+struct House(Arc<Script>);
+
+impl Premises for House {
+    fn caller_of_key(&self, presented: &[u8]) -> Option<Caller> {
+        (presented == KEY.as_bytes()).then(|| Caller::Key {
+            id: "k1".to_owned(),
+            team: "acme".to_owned(),
+        })
+    }
+
+    fn require_team(&self, team: &str) -> Result<(), ApiError> {
+        match team {
+            "acme" => Ok(()),
+            _ => Err(ApiError::new(ErrorCode::NotFound, "no such team")),
+        }
+    }
+
+    fn seen_by(&self, caller: &Caller) -> Arc<dyn Daemon> {
+        let said = format!("{} for {}", caller.actor(), caller.team().unwrap_or("-"));
+        *self.0.caller.lock().expect("not poisoned") = said;
+        self.0.clone()
+    }
 }
 
 /// A daemon on a Unix socket and on TCP.
@@ -371,10 +437,10 @@ impl Served {
         let unix = UnixListener::bind(directory.path().join("socket")).expect("bind");
         let tcp = TcpListener::bind("127.0.0.1:0").await.expect("bind");
         let public = tcp.local_addr().expect("an address");
-        let inside = Server::new(script.clone(), Edge::Admin).with_limits(limits);
-        let key = KeyHash::of(KEY);
-        let outside = Server::new(script.clone(), Edge::Public { key }).with_limits(limits);
-        inside.listen(unix);
+        let house = Arc::new(House(script.clone()));
+        let inside = Server::new(house.clone(), Edge::Admin).with_limits(limits);
+        let outside = Server::new(house, Edge::Public).with_limits(limits);
+        inside.listen_unix(unix);
         outside.listen(tcp);
         Self {
             directory,
@@ -561,6 +627,81 @@ async fn the_key_does_not_read_files_of_the_host() {
         let answer = served.ask(&request).await;
         assert_eq!(status(&answer), "403", "{path} {body}: {answer}");
     }
+}
+
+#[tokio::test]
+async fn what_teams_share_is_the_administrators() {
+    let script = Script::new();
+    let served = Served::new(&script).await;
+    for request in [
+        "GET /teams",
+        "POST /teams",
+        "DELETE /teams/acme",
+        "GET /api-keys",
+        "POST /api-keys",
+        "DELETE /api-keys/k1",
+        "GET /audit",
+        "GET /stats",
+        "GET /doctor",
+        "POST /gc",
+        "POST /drain",
+        "POST /kernels",
+    ] {
+        let answer = served
+            .ask(&format!("{request} HTTP/1.1\nhost: h\nx-api-key: {KEY}"))
+            .await;
+        assert!(
+            matches!(status(&answer), "403" | "400"),
+            "{request}: {answer}"
+        );
+        assert_ne!(
+            status(
+                &served
+                    .ask_admin(&format!("{request} HTTP/1.1\nhost: h"))
+                    .await
+            ),
+            "403"
+        );
+    }
+}
+
+#[tokio::test]
+async fn the_kernel_says_who_has_the_socket_and_they_say_for_whom_they_act() {
+    let script = Script::new();
+    let served = Served::new(&script).await;
+    let uid = std::fs::metadata(served.socket()).expect("it is there");
+    let uid = std::os::unix::fs::MetadataExt::uid(&uid);
+    let seen_by = async |client: Client| {
+        let entries = client.audit(AuditRange::default()).await.expect("entries");
+        entries[0].actor.clone()
+    };
+    assert_eq!(seen_by(served.client()).await, format!("local:{uid} for -"));
+    let for_team = |team: &str| served.client().for_team(Some(team.to_owned()));
+    assert_eq!(
+        seen_by(for_team("acme")).await,
+        format!("local:{uid} for acme")
+    );
+    let refused = for_team("nobody").list(false).await.expect_err("no team");
+    assert_eq!(refused.code(), Some(ErrorCode::NotFound));
+    // From outside nobody chooses.
+    let request = format!("GET /sandboxes HTTP/1.1\nhost: h\nx-api-key: {KEY}\nicebox-team: other");
+    assert_eq!(status(&served.ask(&request).await), "200");
+    assert_eq!(
+        *script.caller.lock().expect("not poisoned"),
+        "key:k1 for acme"
+    );
+}
+
+#[tokio::test]
+async fn a_teams_limit_is_429_and_not_to_be_tried_again() {
+    let script = Script::new();
+    let served = Served::new(&script).await;
+    let answer = served
+        .ask_admin("PATCH /teams/acme HTTP/1.1\nhost: h")
+        .await;
+    assert_eq!(status(&answer), "429", "{answer}");
+    assert!(answer.contains("should-retry: false\r\n"), "{answer}");
+    assert!(!answer.contains("retry-after"), "{answer}");
 }
 
 #[tokio::test]

@@ -4,10 +4,11 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
+use crate::commands::reference;
 use crate::commands::{
-    attach, checkpoint, completions, copy, create, destroy, doctor, drain, events, exec, flatten,
-    fork, gc, history, inspect, kernel, list, logs, pause, pool, ps, resume, rollback, shell,
-    snapshot, start, stats, stop, template, timeout,
+    attach, audit, checkpoint, completions, copy, create, destroy, doctor, drain, events, exec,
+    flatten, fork, gc, history, inspect, kernel, key, list, logs, pause, pool, ps, resume,
+    rollback, shell, snapshot, start, stats, stop, team, template, timeout,
 };
 use crate::serve;
 
@@ -41,6 +42,18 @@ pub(crate) struct Cli {
         display_order = LAST
     )]
     pub(crate) socket: Option<PathBuf>,
+
+    /// Act for this team: see what it sees, and make what is its own.
+    #[arg(
+        long,
+        global = true,
+        env = "ICEBOX_TEAM",
+        value_name = "TEAM",
+        value_parser = reference,
+        hide_env_values = true,
+        display_order = LAST
+    )]
+    pub(crate) team: Option<String>,
 
     /// Print JSON: one document per line on stdout, and errors as JSON on stderr.
     #[arg(long, global = true, display_order = LAST)]
@@ -92,6 +105,11 @@ pub(crate) enum ClientCommand {
     Template(template::Command),
     #[command(subcommand)]
     Kernel(kernel::Command),
+    #[command(subcommand)]
+    Team(team::Command),
+    #[command(subcommand)]
+    Key(key::Command),
+    Audit(audit::Args),
     Doctor(doctor::Args),
     Gc(gc::Args),
     Drain(drain::Args),

@@ -1,6 +1,7 @@
 //! One file per command.
 
 pub(crate) mod attach;
+pub(crate) mod audit;
 pub(crate) mod checkpoint;
 pub(crate) mod completions;
 pub(crate) mod copy;
@@ -16,6 +17,7 @@ pub(crate) mod gc;
 pub(crate) mod history;
 pub(crate) mod inspect;
 pub(crate) mod kernel;
+pub(crate) mod key;
 pub(crate) mod list;
 pub(crate) mod logs;
 pub(crate) mod pause;
@@ -28,6 +30,7 @@ pub(crate) mod snapshot;
 pub(crate) mod start;
 pub(crate) mod stats;
 pub(crate) mod stop;
+pub(crate) mod team;
 pub(crate) mod template;
 pub(crate) mod timeout;
 
@@ -64,7 +67,7 @@ pub(crate) fn run(cli: Cli, output: Output) -> Ended {
         Command::Completions(args) => return completions::run(&args),
     };
     let context = Context {
-        client: Client::new(cli.socket.unwrap_or_else(|| DEFAULT_SOCKET.into())),
+        client: Client::new(cli.socket.unwrap_or_else(|| DEFAULT_SOCKET.into())).for_team(cli.team),
         output,
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -104,6 +107,9 @@ async fn client(context: &Context, command: ClientCommand) -> Ended {
         ClientCommand::Events(args) => events::run(context, &args).await,
         ClientCommand::Template(command) => template::run(context, command).await,
         ClientCommand::Kernel(command) => kernel::run(context, command).await,
+        ClientCommand::Team(command) => team::run(context, command).await,
+        ClientCommand::Key(command) => key::run(context, command).await,
+        ClientCommand::Audit(args) => audit::run(context, &args).await,
         ClientCommand::Drain(args) => drain::run(context, &args).await,
         ClientCommand::Doctor(args) => doctor::run(context, &args).await,
         ClientCommand::Gc(args) => gc::run(context, &args).await,
@@ -118,6 +124,15 @@ pub(crate) fn reference(text: &str) -> Result<String, String> {
     } else {
         Ok(text.to_owned())
     }
+}
+
+/// A name as whoever asks would give it: another team's is said with the team.
+pub(crate) fn of_team(context: &Context, team: &str, name: String) -> String {
+    const DEFAULT: &str = "default";
+    if team == context.client.team().unwrap_or(DEFAULT) {
+        return name;
+    }
+    format!("{team}/{name}")
 }
 
 /// `KEY=VALUE`.

@@ -13,8 +13,8 @@ use std::error::Error;
 use std::io;
 use std::process::ExitCode;
 
-use icebox_api::ErrorBody;
 use icebox_api::client::ClientError;
+use icebox_api::{ApiError, ErrorBody};
 
 /// `exec`: the command's time was over.
 pub(crate) const TIMED_OUT: u8 = 124;
@@ -102,6 +102,12 @@ fn chain(mut error: Option<&(dyn Error + 'static)>) -> Vec<String> {
         error = this.source();
     }
     said
+}
+
+impl From<ApiError> for Failure {
+    fn from(error: ApiError) -> Self {
+        error.into_body().into()
+    }
 }
 
 impl From<ErrorBody> for Failure {

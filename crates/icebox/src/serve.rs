@@ -9,11 +9,11 @@
 //! ```
 //! Sockets come before the engine, so that a second daemon is refused before it touches anything.
 
+mod access;
 mod build;
 mod config;
 mod daemon;
 mod doctor;
-mod key;
 mod lifetime;
 mod listen;
 mod log;
@@ -32,6 +32,7 @@ use std::time::Duration;
 use icebox_api::server::{Edge, Server};
 use icebox_api::types::Report;
 use icebox_engine::host::Host;
+use icebox_engine::id::Team;
 use icebox_engine::layout::Layout;
 use icebox_engine::unit::Geometry;
 use icebox_engine::{Drained, Engine, Error};
@@ -46,6 +47,7 @@ use tokio_util::sync::CancellationToken;
 use crate::commands::Ended;
 use crate::failure::Failure;
 use crate::output::Output;
+use access::{Access, House};
 use config::Config;
 use daemon::Icebox;
 use listen::SocketFile;
@@ -147,7 +149,8 @@ async fn serve(config: Config, args: &Args, output: Output) -> Ended {
     };
     ground.host = icebox_sim::fault::conducted(ground.host);
     let fixtures = ground.fixtures.clone();
-    let left = attend(ground, layout, &config, (unix, tcp), socket_file, output).await;
+    let sockets = (unix, tcp, socket_file);
+    let left = attend(ground, layout, &config, args.sim, sockets, output).await;
     match (&left, fixtures) {
         // What a verb under way sets up would be without its rules.
         (Ok(Left::VerbsUnderWay), _) | (_, None) => {}
@@ -161,15 +164,17 @@ async fn attend(
     ground: Ground,
     layout: Layout,
     config: &Config,
-    (unix, tcp): (UnixListener, Option<TcpListener>),
-    socket_file: SocketFile,
+    is_simulation: bool,
+    (unix, tcp, socket_file): (UnixListener, Option<TcpListener>, SocketFile),
     output: Output,
 ) -> Result<Left, Failure> {
     let engine = Engine::open(ground.host, config.engine())
         .await
         .map_err(|error| opening_failed(&error))?;
-    let daemon = Arc::new(Icebox {
+    let data = (!is_simulation).then(|| config.data_dir.clone());
+    let daemon = Icebox {
         engine,
+        access: Arc::new(open_access(data).await?),
         layout,
         workshop: ground.workshop,
         domain: config.domain.clone(),
@@ -179,13 +184,16 @@ async fn attend(
         },
         internet: config.internet,
         leave: CancellationToken::new(),
-    });
+    };
+    daemon.limit_teams().await?;
     let (engine, leave) = (daemon.engine.clone(), daemon.leave.clone());
+    let access = Arc::clone(&daemon.access);
+    let house = Arc::new(House { icebox: daemon });
 
     let mut terminate = signals(SignalKind::terminate())?;
     let mut interrupt = signals(SignalKind::interrupt())?;
-    let admin = Server::new(daemon.clone(), Edge::Admin);
-    admin.listen(unix);
+    let admin = Server::new(house.clone(), Edge::Admin);
+    admin.listen_unix(unix);
     let mut servers = vec![admin];
     let mut places = config.socket.display().to_string();
     let mut url = None;
@@ -195,7 +203,7 @@ async fn attend(
             places.push_str(&format!(" and {address}"));
             url = Some(address);
         }
-        servers.push(public(tcp, daemon, config, output)?);
+        servers.push(public(tcp, house, &access, output).await?);
     }
     output.announce(
         format!("icebox {} is ready on {places}", env!("CARGO_PKG_VERSION")),
@@ -248,27 +256,41 @@ fn report_drain(drained: Result<Drained, Error>) {
     }
 }
 
-/// Serves on TCP, for who has the key.
-fn public(
+/// Opens what is known of teams and keys.
+async fn open_access(data: Option<PathBuf>) -> Result<Access, Failure> {
+    let opened = tokio::task::spawn_blocking(move || Access::open(data.as_deref())).await;
+    let opened = opened.map_err(|error| Failure::because("cannot open teams and keys", &error))?;
+    opened.map_err(|error| {
+        Failure::because("cannot open teams and keys", &error).hint(
+            "nobody comes in while it is not known who may: restore the file, or move it away and make new keys",
+        )
+    })
+}
+
+/// Names a key of the default team; never an option, since everybody can read a process's arguments.
+const KEY_VARIABLE: &str = "ICEBOX_API_KEY";
+
+/// Too short to be a secret below this.
+const KEY_MIN: usize = 16;
+
+/// Serves on TCP, for who has a key.
+async fn public(
     listener: TcpListener,
-    daemon: Arc<Icebox>,
-    config: &Config,
+    house: Arc<House>,
+    access: &Access,
     output: Output,
 ) -> Result<Server, Failure> {
-    let given = std::env::var(key::VARIABLE).ok();
-    // Set by systemd.exec(5) where the output is connected to the journal.
-    let in_journal = std::env::var_os("JOURNAL_STREAM").is_some();
-    let key = key::load(&config.data_dir, given.as_deref(), in_journal)?;
-    if let Some(made) = &key.made {
-        output.announce(
-            format!(
-                "API key, shown this once: {made}\n(its hash is kept in {}; remove that file to have another made)",
-                config.data_dir.join("api-key").display()
-            ),
-            &serde_json::json!({ "apiKey": made }),
-        )?;
+    if let Ok(given) = std::env::var(KEY_VARIABLE) {
+        if given.len() < KEY_MIN || !given.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err(Failure::new(format!("the key in {KEY_VARIABLE} is not usable")).hint(format!(
+                "a key has at least {KEY_MIN} printable characters; leave {KEY_VARIABLE} unset and use `icebox key create`"
+            )));
+        }
+        access.give_key(&given).await?;
+    } else if access.has_no_keys() {
+        first_key(access, output).await?;
     }
-    let server = Server::new(daemon, Edge::Public { key: key.hash });
+    let server = Server::new(house, Edge::Public);
     server.listen(axum::serve::ListenerExt::tap_io(listener, |stream| {
         // Events are small and each of them matters when it happens.
         if let Err(error) = stream.set_nodelay(true) {
@@ -276,6 +298,26 @@ fn public(
         }
     }));
     Ok(server)
+}
+
+/// Makes a key for who tries it out.
+async fn first_key(access: &Access, output: Output) -> Result<(), Failure> {
+    // Set by systemd.exec(5) where the output is connected to the journal: what is shown there is kept, for many to read.
+    if std::env::var_os("JOURNAL_STREAM").is_some() {
+        tracing::warn!(
+            "there is no API key yet, so nobody comes in by TCP: `icebox key create` makes one"
+        );
+        return Ok(());
+    }
+    let made = access.create_key(Team::DEFAULT, "first").await?;
+    output.announce(
+        format!(
+            "API key, shown this once: {}\n(`icebox key rm {}` has it let nobody in any more, `icebox key create` makes another)",
+            made.key, made.kept.id
+        ),
+        &serde_json::json!({ "apiKey": made.key }),
+    )?;
+    Ok(())
 }
 
 /// Allows as many descriptors as this process may have at all. Services are started with 1024 for the sake of programs

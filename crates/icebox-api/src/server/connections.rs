@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::serve::Listener;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -24,6 +25,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+
+use super::front::Peer;
 
 /// The most connections of one listener. Above several clients' pools of 200 (E2B's SDKs), and far below what
 /// descriptors allow: a connection that is carried to a guest takes two. Who comes when it is reached waits in the
@@ -61,6 +64,7 @@ impl Default for Limits {
 /// Accepts connections until `leaving`. Each is a task of `tasks`.
 pub(super) async fn accept<L: Listener>(
     mut listener: L,
+    peer: fn(&L::Io) -> Peer,
     router: Router,
     limits: Limits,
     leaving: CancellationToken,
@@ -80,7 +84,8 @@ pub(super) async fn accept<L: Listener>(
             },
             () = leaving.cancelled() => return,
         };
-        let serving = serve(stream, router.clone(), limits, leaving.clone());
+        let peer = peer(&stream);
+        let serving = serve(stream, peer, router.clone(), limits, leaving.clone());
         tasks.spawn(async move {
             serving.await;
             drop(place);
@@ -99,6 +104,7 @@ async fn free_place(places: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
 /// Serves one connection to its end. When we leave, the request that is being answered is its last.
 async fn serve(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    peer: Peer,
     router: Router,
     limits: Limits,
     leaving: CancellationToken,
@@ -107,8 +113,9 @@ async fn serve(
     let service = {
         let asked = Arc::clone(&asked);
         let routes = TowerToHyperService::new(router);
-        service_fn(move |request| {
+        service_fn(move |mut request: http::Request<Incoming>| {
             asked.notify_one();
+            request.extensions_mut().insert(peer);
             routes.call(request)
         })
     };

@@ -1,6 +1,5 @@
 //! `/events`: one JSON line per event.
 
-use axum::extract::State;
 use axum::response::Response;
 use serde::Deserialize;
 
@@ -16,7 +15,7 @@ pub(super) struct Range {
 }
 
 pub(super) async fn events(
-    State(context): State<Context>,
+    context: Context,
     Query(range): Query<Range>,
 ) -> Result<Response, ApiError> {
     let events = context.daemon.events(range.since, range.follow).await?;

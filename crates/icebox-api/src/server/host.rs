@@ -1,6 +1,5 @@
 //! What concerns the daemon and its host, not one sandbox.
 
-use axum::extract::State;
 use http::StatusCode;
 
 use super::Context;
@@ -19,18 +18,18 @@ pub(super) async fn version() -> axum::Json<Version> {
     })
 }
 
-pub(super) async fn doctor(State(context): State<Context>) -> Result<axum::Json<Report>, ApiError> {
+pub(super) async fn doctor(context: Context) -> Result<axum::Json<Report>, ApiError> {
+    context.only_for_admin("looking at the host")?;
     context.daemon.doctor().await.map(axum::Json)
 }
 
-pub(super) async fn stats(State(context): State<Context>) -> Result<axum::Json<Stats>, ApiError> {
+pub(super) async fn stats(context: Context) -> Result<axum::Json<Stats>, ApiError> {
+    context.only_for_admin("looking at the host")?;
     context.daemon.stats().await.map(axum::Json)
 }
 
 /// The daemon leaves afterwards, so this is for the host's administrator.
-pub(super) async fn drain(
-    State(context): State<Context>,
-) -> Result<axum::Json<DrainReport>, ApiError> {
+pub(super) async fn drain(context: Context) -> Result<axum::Json<DrainReport>, ApiError> {
     context.only_for_admin("draining the daemon")?;
     context
         .run_verb(|daemon| async move { daemon.drain().await })
@@ -39,9 +38,10 @@ pub(super) async fn drain(
 }
 
 pub(super) async fn gc(
-    State(context): State<Context>,
+    context: Context,
     Json(request): Json<GcRequest>,
 ) -> Result<axum::Json<GcReport>, ApiError> {
+    context.only_for_admin("collecting what nothing needs")?;
     context
         .run_verb(|daemon| async move { daemon.gc(request).await })
         .await

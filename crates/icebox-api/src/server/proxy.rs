@@ -28,10 +28,10 @@ use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-use super::{Context, Edge};
+use super::Context;
 use crate::{
     ACCESS_TOKEN_HEADER, AGENT_PORT, API_KEY_HEADER, ApiError, ErrorCode, Pass, Route,
-    SANDBOX_ID_HEADER, SANDBOX_PORT_HEADER,
+    SANDBOX_ID_HEADER, SANDBOX_PORT_HEADER, TEAM_HEADER,
 };
 
 /// How long a guest may take to accept a connection: far longer than a loaded one needs, short enough for a client.
@@ -56,7 +56,7 @@ const HOST_ONLY: [&str; 8] = [
 ];
 
 /// Headers that concern one connection, not the message (RFC 9110, 7.6.1), and those that are for us alone.
-const NOT_FORWARDED: [&str; 10] = [
+const NOT_FORWARDED: [&str; 11] = [
     "connection",
     "expect",
     "keep-alive",
@@ -67,6 +67,7 @@ const NOT_FORWARDED: [&str; 10] = [
     "transfer-encoding",
     "upgrade",
     API_KEY_HEADER,
+    TEAM_HEADER,
 ];
 
 /// A port of a sandbox.
@@ -208,21 +209,21 @@ pub(super) async fn forward(
         )
         .into_response();
     }
-    let route = match &context.edge {
-        Edge::Admin => context.daemon.route(&sandbox, false).await,
+    let is_administrator = context.caller.is_administrator();
+    let route = if is_administrator {
+        context.daemon.route(&sandbox, false).await
+    } else {
         // Older clients append a node name to the id.
-        Edge::Public { .. } => {
-            let id = sandbox.split('-').next().unwrap_or_default();
-            context.daemon.route(id, true).await
-        }
+        let id = sandbox.split('-').next().unwrap_or_default();
+        context.daemon.route(id, true).await
     };
-    let route = match (route, &context.edge) {
-        (Ok(route), _) => route,
+    let route = match route {
+        Ok(route) => route,
         // An administrator is told why.
-        (Err(error), Edge::Admin) => return error.into_response(),
-        (Err(_), Edge::Public { .. }) => return not_found(&sandbox),
+        Err(error) if is_administrator => return error.into_response(),
+        Err(_) => return not_found(&sandbox),
     };
-    if port == AGENT_PORT && matches!(context.edge, Edge::Admin) {
+    if port == AGENT_PORT && is_administrator {
         match HeaderValue::from_str(&route.token) {
             Ok(mut token) => {
                 token.set_sensitive(true);

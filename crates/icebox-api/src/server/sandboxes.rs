@@ -1,7 +1,7 @@
 //! `/sandboxes`: create, list, inspect and the verbs.
 
 use axum::body::Body;
-use axum::extract::{Path, State};
+use axum::extract::Path;
 use axum::response::{IntoResponse as _, Response};
 use http::StatusCode;
 use http::header::CONTENT_TYPE;
@@ -15,7 +15,7 @@ use crate::types::{
 use crate::{ApiError, ErrorCode};
 
 pub(super) async fn create(
-    State(context): State<Context>,
+    context: Context,
     Json(new): Json<NewSandbox>,
 ) -> Result<(StatusCode, axum::Json<SandboxDetail>), ApiError> {
     let made = context
@@ -31,7 +31,7 @@ pub(super) struct Wanted {
 }
 
 pub(super) async fn list(
-    State(context): State<Context>,
+    context: Context,
     Query(wanted): Query<Wanted>,
 ) -> Result<axum::Json<Vec<SandboxDetail>>, ApiError> {
     let mut all = context.daemon.list(wanted.space).await?;
@@ -43,7 +43,7 @@ pub(super) async fn list(
 }
 
 pub(super) async fn inspect(
-    State(context): State<Context>,
+    context: Context,
     Path(id): Path<String>,
     Query(wanted): Query<Wanted>,
 ) -> Result<axum::Json<SandboxDetail>, ApiError> {
@@ -52,7 +52,7 @@ pub(super) async fn inspect(
 }
 
 pub(super) async fn destroy(
-    State(context): State<Context>,
+    context: Context,
     Path(id): Path<String>,
 ) -> Result<StatusCode, ApiError> {
     context
@@ -62,7 +62,7 @@ pub(super) async fn destroy(
 }
 
 pub(super) async fn pause(
-    State(context): State<Context>,
+    context: Context,
     Path(id): Path<String>,
     WantsSandbox(wants): WantsSandbox,
 ) -> Result<Response, ApiError> {
@@ -75,7 +75,7 @@ pub(super) async fn pause(
 }
 
 pub(super) async fn resume(
-    State(context): State<Context>,
+    context: Context,
     Path(id): Path<String>,
     WantsSandbox(wants): WantsSandbox,
     Json(how): Json<ResumeRequest>,
@@ -121,7 +121,7 @@ fn shown(context: &Context, result: VerbResult) -> VerbResult {
 }
 
 pub(super) async fn stop(
-    State(context): State<Context>,
+    context: Context,
     Path(id): Path<String>,
 ) -> Result<axum::Json<VerbResult>, ApiError> {
     context
@@ -131,7 +131,7 @@ pub(super) async fn stop(
 }
 
 pub(super) async fn start(
-    State(context): State<Context>,
+    context: Context,
     Path(id): Path<String>,
 ) -> Result<axum::Json<VerbResult>, ApiError> {
     context
@@ -141,7 +141,7 @@ pub(super) async fn start(
 }
 
 pub(super) async fn checkpoint(
-    State(context): State<Context>,
+    context: Context,
     Path(id): Path<String>,
 ) -> Result<axum::Json<VerbResult>, ApiError> {
     context
@@ -151,7 +151,7 @@ pub(super) async fn checkpoint(
 }
 
 pub(super) async fn rollback(
-    State(context): State<Context>,
+    context: Context,
     Path(id): Path<String>,
     Json(how): Json<RollbackRequest>,
 ) -> Result<axum::Json<VerbResult>, ApiError> {
@@ -162,14 +162,14 @@ pub(super) async fn rollback(
 }
 
 pub(super) async fn history(
-    State(context): State<Context>,
+    context: Context,
     Path(id): Path<String>,
 ) -> Result<axum::Json<History>, ApiError> {
     context.daemon.history(&id).await.map(axum::Json)
 }
 
 pub(super) async fn forget(
-    State(context): State<Context>,
+    context: Context,
     Path((id, point)): Path<(String, String)>,
 ) -> Result<StatusCode, ApiError> {
     context
@@ -179,7 +179,7 @@ pub(super) async fn forget(
 }
 
 pub(super) async fn snapshot(
-    State(context): State<Context>,
+    context: Context,
     Path(id): Path<String>,
     Json(new): Json<NewSnapshot>,
 ) -> Result<(StatusCode, axum::Json<Snapshot>), ApiError> {
@@ -190,7 +190,7 @@ pub(super) async fn snapshot(
 }
 
 pub(super) async fn fork(
-    State(context): State<Context>,
+    context: Context,
     Path(id): Path<String>,
     Json(new): Json<NewFork>,
 ) -> Result<(StatusCode, axum::Json<Vec<Forked>>), ApiError> {
@@ -208,7 +208,7 @@ pub(super) async fn fork(
 }
 
 pub(super) async fn flatten(
-    State(context): State<Context>,
+    context: Context,
     Path(id): Path<String>,
     Json(new): Json<NewSnapshot>,
 ) -> Result<(StatusCode, axum::Json<Template>), ApiError> {
@@ -219,7 +219,7 @@ pub(super) async fn flatten(
 }
 
 pub(super) async fn set_lifetime(
-    State(context): State<Context>,
+    context: Context,
     Path(id): Path<String>,
     WantsSandbox(wants): WantsSandbox,
     Json(change): Json<ChangeLifetime>,
@@ -235,7 +235,7 @@ pub(super) async fn set_lifetime(
 }
 
 pub(super) async fn metrics(
-    State(context): State<Context>,
+    context: Context,
     Path(id): Path<String>,
     Query(range): Query<MetricsRange>,
 ) -> Result<axum::Json<Vec<SandboxMetric>>, ApiError> {
@@ -243,7 +243,7 @@ pub(super) async fn metrics(
 }
 
 pub(super) async fn console(
-    State(context): State<Context>,
+    context: Context,
     Path(id): Path<String>,
 ) -> Result<Response, ApiError> {
     let log = context.daemon.console(&id).await?;

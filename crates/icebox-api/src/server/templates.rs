@@ -1,29 +1,27 @@
 //! `/templates` and `/builds`.
 
-use axum::extract::{Path, State};
+use axum::extract::Path;
 use axum::response::Response;
 use http::StatusCode;
 
 use super::Context;
 use super::extract::{self, Json};
 use crate::ApiError;
-use crate::types::{BuildSource, NewBuild, Template};
+use crate::types::{BuildSource, ChangeTemplate, NewBuild, Template};
 
-pub(super) async fn list(
-    State(context): State<Context>,
-) -> Result<axum::Json<Vec<Template>>, ApiError> {
+pub(super) async fn list(context: Context) -> Result<axum::Json<Vec<Template>>, ApiError> {
     context.daemon.templates().await.map(axum::Json)
 }
 
 pub(super) async fn inspect(
-    State(context): State<Context>,
+    context: Context,
     Path(id): Path<String>,
 ) -> Result<axum::Json<Template>, ApiError> {
     context.daemon.template(&id).await.map(axum::Json)
 }
 
 pub(super) async fn remove(
-    State(context): State<Context>,
+    context: Context,
     Path(id): Path<String>,
 ) -> Result<StatusCode, ApiError> {
     context
@@ -32,9 +30,22 @@ pub(super) async fn remove(
     Ok(StatusCode::NO_CONTENT)
 }
 
+/// A public template is what everybody's sandboxes are made from, so it is the administrator who says which are.
+pub(super) async fn change(
+    context: Context,
+    Path(id): Path<String>,
+    Json(change): Json<ChangeTemplate>,
+) -> Result<axum::Json<Template>, ApiError> {
+    context.only_for_admin("publishing a template")?;
+    context
+        .run_verb(|daemon| async move { daemon.publish_template(&id, change.public).await })
+        .await
+        .map(axum::Json)
+}
+
 /// Not run to the end: a client that goes away cancels its build.
 pub(super) async fn build(
-    State(context): State<Context>,
+    context: Context,
     Json(new): Json<NewBuild>,
 ) -> Result<Response, ApiError> {
     if !matches!(new.source, BuildSource::Debian { .. }) {

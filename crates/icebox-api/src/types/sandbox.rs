@@ -104,9 +104,11 @@ pub struct ListedSandbox {
     /// The name of the template it was created from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alias: Option<String>,
-    /// The sandbox's name.
+    /// The sandbox's name within its team.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
+    /// Whose it is.
+    pub team: String,
     /// When it was created.
     pub started_at: Timestamp,
     /// When it ends by itself.

@@ -29,8 +29,12 @@ pub struct Template {
     /// Its id.
     #[serde(rename = "templateID")]
     pub template_id: String,
-    /// Its names.
+    /// Its names within its team.
     pub names: Vec<String>,
+    /// Whose it is.
+    pub team: String,
+    /// Whether every team may create sandboxes from it.
+    pub public: bool,
     /// Image or snapshot.
     pub kind: TemplateKind,
     /// When it was made.

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use super::{Context, Ended};
+use super::{Context, Ended, of_team};
 use crate::output::{NONE, Table, age, bytes, mib};
 
 /// List sandboxes, newest first.
@@ -45,7 +45,10 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Ended {
                 None => listed.state.to_string(),
             };
             table.row([
-                listed.name.unwrap_or_else(|| NONE.to_owned()),
+                match listed.name {
+                    Some(name) => of_team(context, &listed.team, name),
+                    None => NONE.to_owned(),
+                },
                 listed.sandbox_id,
                 state,
                 listed.alias.unwrap_or(listed.template_id),

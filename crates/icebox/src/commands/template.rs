@@ -3,6 +3,7 @@
 mod build;
 mod inspect;
 mod list;
+mod publish;
 mod remove;
 
 use super::{Context, Ended};
@@ -14,6 +15,10 @@ pub(crate) enum Command {
     #[command(visible_alias = "list")]
     Ls(list::Args),
     Inspect(inspect::Args),
+    /// Let every team create sandboxes from a template.
+    Publish(publish::Args),
+    /// Let only its own team create sandboxes from a template.
+    Unpublish(publish::Args),
     Rm(remove::Args),
 }
 
@@ -22,6 +27,8 @@ pub(crate) async fn run(context: &Context, command: Command) -> Ended {
         Command::Build(args) => build::run(context, *args).await,
         Command::Ls(args) => list::run(context, &args).await,
         Command::Inspect(args) => inspect::run(context, &args).await,
+        Command::Publish(args) => publish::run(context, &args, true).await,
+        Command::Unpublish(args) => publish::run(context, &args, false).await,
         Command::Rm(args) => remove::run(context, &args).await,
     }
 }

@@ -90,8 +90,8 @@ pub(crate) struct Args {
     #[command(flatten)]
     settings: Settings,
 
-    /// Serve HTTP on this TCP address too. REST then needs the API key: the one in ICEBOX_API_KEY, or one that is made
-    /// and shown once.
+    /// Serve HTTP on this TCP address too. REST then needs an API key: the one in ICEBOX_API_KEY, one that
+    /// `icebox key create` made, or while there is none, one that is made and shown once.
     #[arg(
         long,
         env = "ICEBOX_LISTEN",

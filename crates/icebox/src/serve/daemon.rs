@@ -8,20 +8,22 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
 use icebox_api::types::{
-    BuildEvent, ChangeLifetime, DrainReport, Event, Forked, GcReport, GcRequest, History, Kernel,
-    KernelEvent, MetricsRange, NewBuild, NewFork, NewKernel, NewSandbox, NewSnapshot, Outcome,
-    Report, ResumeRequest, RollbackRequest, SandboxDetail, SandboxMetric, Snapshot, Stats,
-    Template, VerbResult,
+    AuditEntry, AuditRange, BuildEvent, ChangeLifetime, ChangeTeam, DrainReport, Event, Forked,
+    GcReport, GcRequest, History, Kernel, KernelEvent, Key, MadeKey, MetricsRange, NewBuild,
+    NewFork, NewKernel, NewKey, NewSandbox, NewSnapshot, NewTeam, Outcome, Report, ResumeRequest,
+    RollbackRequest, SandboxDetail, SandboxMetric, Snapshot, Stats, Team, TeamLimits, Template,
+    VerbResult,
 };
 use icebox_api::{ApiError, BoxStream, Daemon, ErrorCode, Pass, Route};
 use icebox_engine::id::GenerationNo;
 use icebox_engine::layout::{Layout, Object};
 use icebox_engine::manifest::v1;
 use icebox_engine::unit::Geometry;
-use icebox_engine::{Engine, Error, SandboxView, Usage};
+use icebox_engine::{Engine, Error, SandboxView, Scope, Usage};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
+use super::access::{Access, KeptTeam};
 use super::build::Build;
 use super::workshop::Workshop;
 use super::{doctor, lifetime, metrics, translate};
@@ -29,9 +31,11 @@ use super::{doctor, lifetime, metrics, translate};
 /// E2B's bound on one call's forks.
 const FORKS_MAX: i64 = 100;
 
-/// What `icebox serve` serves.
+/// What `icebox serve` serves. Its engine is a handle of whoever asks.
+#[derive(Clone)]
 pub(super) struct Icebox {
     pub(super) engine: Engine,
+    pub(super) access: Arc<Access>,
     pub(super) layout: Layout,
     pub(super) workshop: Arc<dyn Workshop>,
     pub(super) domain: Option<String>,
@@ -72,6 +76,43 @@ impl Icebox {
             sandbox: self.detail(&view, None),
             hint: None,
         })
+    }
+
+    /// The team that asks, if one does.
+    fn team(&self) -> Option<&str> {
+        match self.engine.scope() {
+            Scope::Everything => None,
+            Scope::Team(team) => Some(team.as_str()),
+        }
+    }
+
+    fn shown_team(&self, team: &KeptTeam, keys: u64) -> Team {
+        let used = self.engine.holdings(&team.name);
+        translate::team(team, used, keys)
+    }
+
+    /// Bounds a team by what was written down.
+    fn limit(&self, team: &KeptTeam) {
+        let quota = translate::quota(&team.limits);
+        self.engine.set_quota(team.name.clone(), quota);
+    }
+
+    /// Bounds every team by what was written down, and writes those down that only their sandboxes and templates know of.
+    ///
+    /// # Errors
+    /// A team could not be written down.
+    pub(super) async fn limit_teams(&self) -> Result<(), ApiError> {
+        for team in self.engine.teams() {
+            if self.access.team(team.as_str()).is_err() {
+                tracing::warn!(%team, "it has sandboxes or templates, and was not known");
+                let none = TeamLimits::default();
+                self.access.create_team(team.as_str(), none).await?;
+            }
+        }
+        for (team, _) in self.access.teams() {
+            self.limit(&team);
+        }
+        Ok(())
     }
 
     /// A template with what it occupies. A size that cannot be had is left out.
@@ -197,6 +238,12 @@ impl Daemon for Icebox {
             .fork(sandbox, count)
             .await
             .map_err(|error| translate::error(&error))?;
+        // A limit that leaves no room for any of them is the answer to the request.
+        if let Some(Err(over @ Error::OverQuota { .. })) = forks.first()
+            && forks.iter().all(Result::is_err)
+        {
+            return Err(translate::error(over));
+        }
         Ok(forks
             .into_iter()
             .map(|fork| match fork {
@@ -339,6 +386,12 @@ impl Daemon for Icebox {
             .map_err(|error| translate::error(&error))
     }
 
+    async fn publish_template(&self, template: &str, public: bool) -> Result<Template, ApiError> {
+        let published = self.engine.publish_template(template, public).await;
+        let template = published.map_err(|error| translate::error(&error))?;
+        Ok(self.measured(&template, None).await)
+    }
+
     async fn build(&self, new: NewBuild) -> Result<BoxStream<BuildEvent>, ApiError> {
         let build = Build::new(
             self.engine.clone(),
@@ -392,7 +445,8 @@ impl Daemon for Icebox {
                 batch.events.retain(|event| event.seq < end);
                 // What is asked for and not there any more ends it, too.
                 let next = batch.events.last().map_or(end, |event| event.seq + 1);
-                Some((stream::iter(in_order(batch)), (engine, next)))
+                let told = in_order(batch, engine.scope());
+                Some((stream::iter(told), (engine, next)))
             });
             return Ok(batches.flatten().boxed());
         }
@@ -400,7 +454,8 @@ impl Daemon for Icebox {
         let batches = stream::unfold((engine, from), |(engine, from)| async move {
             let batch = engine.events().since(from).await;
             let next = batch.events.last().map_or(from, |event| event.seq + 1);
-            Some((stream::iter(in_order(batch)), (engine, next)))
+            let told = in_order(batch, engine.scope());
+            Some((stream::iter(told), (engine, next)))
         });
         Ok(batches.flatten().boxed())
     }
@@ -438,6 +493,57 @@ impl Daemon for Icebox {
             .map_err(|error| translate::error(&error))?;
         Ok(translate::garbage(&plan, request.dry_run))
     }
+
+    async fn teams(&self) -> Result<Vec<Team>, ApiError> {
+        let teams = self.access.teams().into_iter();
+        let is_seen = |team: &KeptTeam| self.engine.scope().owns(&team.name);
+        Ok(teams
+            .filter(|(team, _)| is_seen(team))
+            .map(|(team, keys)| self.shown_team(&team, keys))
+            .collect())
+    }
+
+    async fn create_team(&self, new: NewTeam) -> Result<Team, ApiError> {
+        let team = self.access.create_team(&new.name, new.limits).await?;
+        self.limit(&team);
+        Ok(self.shown_team(&team, 0))
+    }
+
+    async fn change_team(&self, team: &str, change: ChangeTeam) -> Result<Team, ApiError> {
+        let team = self
+            .access
+            .change_team(team, |before| change.applied(before));
+        let team = team.await?;
+        self.limit(&team);
+        let keys = self.access.teams();
+        let keys = keys.iter().find(|(it, _)| it.name == team.name);
+        Ok(self.shown_team(&team, keys.map_or(0, |(_, keys)| *keys)))
+    }
+
+    async fn remove_team(&self, team: &str) -> Result<(), ApiError> {
+        let has = |team: &icebox_engine::id::Team| {
+            let still = self.engine.teams().contains(team);
+            still.then(|| "sandboxes or templates".to_owned())
+        };
+        self.access.remove_team(team, has).await
+    }
+
+    async fn keys(&self) -> Result<Vec<Key>, ApiError> {
+        self.access.keys(self.team()).await
+    }
+
+    async fn create_key(&self, new: NewKey) -> Result<MadeKey, ApiError> {
+        let team = self.engine.scope().team();
+        self.access.create_key(team.as_str(), &new.name).await
+    }
+
+    async fn remove_key(&self, id: &str) -> Result<(), ApiError> {
+        self.access.remove_key(self.team(), id).await
+    }
+
+    async fn audit(&self, range: AuditRange) -> Result<Vec<AuditEntry>, ApiError> {
+        self.access.audit(self.team(), range).await
+    }
 }
 
 /// What else there was for a sandbox that is started after its VMM had ended by itself.
@@ -449,8 +555,9 @@ fn after_crash(sandbox: &str, record: &v1::Sandbox) -> Option<String> {
     ))
 }
 
-/// A batch's events, after one that stands for those that are no longer kept (INV-49).
-fn in_order(batch: icebox_engine::Batch) -> Vec<Event> {
+/// A batch's events, as far as they are whoever's asks, after one that stands for those that are no longer kept (INV-49).
+/// Numbers count everybody's, so a team's have holes where others' are; what the host did is its administrator's.
+fn in_order(batch: icebox_engine::Batch, scope: &Scope) -> Vec<Event> {
     let missed = batch
         .events
         .first()
@@ -465,7 +572,16 @@ fn in_order(batch: icebox_engine::Batch) -> Vec<Event> {
         });
     missed
         .into_iter()
-        .chain(batch.events.into_iter().map(translate::event))
+        .chain(
+            batch
+                .events
+                .into_iter()
+                .filter(|event| match &event.team {
+                    Some(team) => scope.owns(team),
+                    None => *scope == Scope::Everything,
+                })
+                .map(translate::event),
+        )
         .collect()
 }
 
@@ -486,7 +602,7 @@ mod tests {
         };
         let told = |missed| {
             let events = vec![event(8), event(9)];
-            let told = in_order(icebox_engine::Batch { events, missed });
+            let told = in_order(icebox_engine::Batch { events, missed }, &Scope::Everything);
             told.into_iter()
                 .map(|event| (event.sequence, event.event))
                 .collect::<Vec<_>>()

@@ -7,7 +7,7 @@ use std::net::Ipv4Addr;
 use icebox_api::types::{
     Branch, Event, Garbage, GcReport, History, HistoryPolicy, Kind, LastVerb, ListedSandbox,
     NewSandbox, Now, Outcome, Owner, Part, PastBranch, PastGeneration, Place, SandboxDetail, State,
-    Stats, StepTime, Template, TemplateKind, Unusable, Vmm,
+    Stats, StepTime, Team, TeamLimits, TeamUse, Template, TemplateKind, Unusable, Vmm,
 };
 use icebox_api::{ApiError, ENVD_VERSION, ErrorCode};
 use icebox_engine::host::{Egress, ErrorKind, HostError, Space, VmmIdentity};
@@ -15,7 +15,11 @@ use icebox_engine::id::Name;
 use icebox_engine::layout::Object;
 use icebox_engine::manifest::v1;
 use icebox_engine::unit::{Bytes, Geometry};
-use icebox_engine::{CreateRequest, Error, Plan, Refusal, SandboxView, Usage, Usages};
+use icebox_engine::{
+    CreateRequest, Error, Holdings, Plan, Quota, Refusal, SandboxView, Usage, Usages,
+};
+
+use super::access::KeptTeam;
 
 /// E2B's clients need the name of a node; there is only this one.
 const CLIENT_ID: &str = "icebox";
@@ -42,6 +46,7 @@ fn code(error: &Error) -> ErrorCode {
         Error::Invalid { .. } => ErrorCode::Invalid,
         Error::InUse { .. } | Error::Busy { .. } => ErrorCode::InUse,
         Error::Exhausted { .. } => ErrorCode::Exhausted,
+        Error::OverQuota { .. } => ErrorCode::LimitReached,
         Error::Draining => ErrorCode::Draining,
         Error::Incompatible { .. } => ErrorCode::Unsupported,
         Error::Step { source, .. } => kind(source.kind()),
@@ -394,6 +399,7 @@ fn listed(view: &SandboxView) -> ListedSandbox {
         client_id: CLIENT_ID.to_owned(),
         alias: Some(record.spec.template_name.clone()),
         name: record.name.as_ref().map(ToString::to_string),
+        team: record.spec.team.to_string(),
         started_at: record.created_at,
         end_at: record.lifetime.end_at,
         cpu_count: record.spec.geometry.vcpus,
@@ -454,6 +460,8 @@ pub(super) fn template(
     Template {
         template_id: template.id.to_string(),
         names: vec![template.name.to_string()],
+        team: template.team.to_string(),
+        public: template.public,
         kind,
         created_at: template.created_at,
         cpu_count: template.geometry.vcpus,
@@ -467,6 +475,33 @@ pub(super) fn template(
         parts: parts(usage),
         unusable,
         origin: Some(template.source.clone()),
+    }
+}
+
+/// A team, with what it has and how many keys.
+pub(super) fn team(team: &KeptTeam, used: Holdings, keys: u64) -> Team {
+    Team {
+        name: team.name.to_string(),
+        created_at: team.created_at,
+        limits: team.limits,
+        used: TeamUse {
+            sandboxes: used.sandboxes,
+            running: used.running,
+            cpu_count: used.vcpus,
+            memory_mb: used.mem_mib,
+            disk_size_mb: used.disk_mib,
+        },
+        keys,
+    }
+}
+
+pub(super) fn quota(limits: &TeamLimits) -> Quota {
+    Quota {
+        sandboxes: limits.sandboxes,
+        running: limits.running,
+        vcpus: limits.cpu_count,
+        mem_mib: limits.memory_mb,
+        disk_mib: limits.disk_size_mb,
     }
 }
 

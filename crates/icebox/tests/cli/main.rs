@@ -15,4 +15,5 @@ mod pipes;
 mod refusals;
 mod secrets;
 mod support;
+mod teams;
 mod time;

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use super::{Context, Ended};
+use crate::commands::of_team;
 use crate::output::{NONE, Table, age, bytes, mib};
 
 /// List templates.
@@ -37,13 +38,16 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Ended {
             let names = if template.names.is_empty() {
                 NONE.to_owned()
             } else {
-                template.names.join(",")
+                let names = template.names.into_iter();
+                let names = names.map(|name| of_team(context, &template.team, name));
+                names.collect::<Vec<_>>().join(",")
             };
             table.row([
                 names,
                 template.template_id,
                 match template.unusable {
                     Some(_) => format!("{} (unusable)", template.kind),
+                    None if template.public => format!("{} (public)", template.kind),
                     None => template.kind.to_string(),
                 },
                 template.cpu_count.to_string(),

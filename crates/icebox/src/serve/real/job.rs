@@ -14,7 +14,7 @@ use tokio::io::{
 use tokio::process::Command;
 use tokio::sync::mpsc;
 
-use crate::serve::key;
+use crate::serve::KEY_VARIABLE;
 use crate::worker::{ARGUMENT, Job, Said, Step as Told, Work};
 
 /// How much of a worker's last words an error repeats.
@@ -80,7 +80,7 @@ pub(super) async fn run_in<E>(
     let mut worker = Command::new("/proc/self/exe")
         .arg(ARGUMENT)
         // Nor is it the business of the tools that a worker runs.
-        .env_remove(key::VARIABLE)
+        .env_remove(KEY_VARIABLE)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
