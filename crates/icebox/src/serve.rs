@@ -21,6 +21,7 @@ mod metrics;
 mod real;
 mod sim;
 mod sys;
+mod tls;
 mod translate;
 mod workshop;
 
@@ -40,7 +41,7 @@ use icebox_host::boxes::HostBoxes;
 use icebox_host::network::NetworkSlots;
 use rustix::process::{Resource, getrlimit, setrlimit};
 use sd_notify::NotifyState;
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -51,6 +52,7 @@ use access::{Access, House};
 use config::Config;
 use daemon::Icebox;
 use listen::SocketFile;
+use tls::{Certificate, TlsListener};
 use workshop::Workshop;
 
 pub(crate) use config::{Args, Settings};
@@ -141,6 +143,10 @@ async fn serve(config: Config, args: &Args, output: Output) -> Ended {
         Some(address) => Some(listen::tcp(address).await?),
         None => None,
     };
+    let certificate = match &config.tls {
+        Some((chain, key)) => Some(Certificate::load(chain, key)?),
+        None => None,
+    };
     let layout = Layout::new(&config.data_dir, &config.run_dir);
     let mut ground = if args.sim {
         sim::ground(args.sim_guests)
@@ -149,7 +155,7 @@ async fn serve(config: Config, args: &Args, output: Output) -> Ended {
     };
     ground.host = icebox_sim::fault::conducted(ground.host);
     let fixtures = ground.fixtures.clone();
-    let sockets = (unix, tcp, socket_file);
+    let sockets = (unix, tcp.map(|tcp| (tcp, certificate)), socket_file);
     let left = attend(ground, layout, &config, args.sim, sockets, output).await;
     match (&left, fixtures) {
         // What a verb under way sets up would be without its rules.
@@ -159,13 +165,20 @@ async fn serve(config: Config, args: &Args, output: Output) -> Ended {
     left.map(|_| ExitCode::SUCCESS)
 }
 
+/// Where the daemon is reached, each place taken already.
+type Sockets = (
+    UnixListener,
+    Option<(TcpListener, Option<Certificate>)>,
+    SocketFile,
+);
+
 /// Brings the sandboxes back, and serves until told to stop.
 async fn attend(
     ground: Ground,
     layout: Layout,
     config: &Config,
     is_simulation: bool,
-    (unix, tcp, socket_file): (UnixListener, Option<TcpListener>, SocketFile),
+    (unix, tcp, socket_file): Sockets,
     output: Output,
 ) -> Result<Left, Failure> {
     let engine = Engine::open(ground.host, config.engine())
@@ -197,13 +210,18 @@ async fn attend(
     let mut servers = vec![admin];
     let mut places = config.socket.display().to_string();
     let mut url = None;
-    if let Some(tcp) = tcp {
+    if let Some((tcp, certificate)) = tcp {
         if let Ok(address) = tcp.local_addr() {
-            let address = format!("http://{address}");
+            let scheme = match &certificate {
+                Some(_) => "https",
+                None => "http",
+            };
+            let address = format!("{scheme}://{address}");
             places.push_str(&format!(" and {address}"));
             url = Some(address);
         }
-        servers.push(public(tcp, house, &access, output).await?);
+        let listener = (tcp, certificate);
+        servers.push(public(listener, house, &access, output).await?);
     }
     output.announce(
         format!("icebox {} is ready on {places}", env!("CARGO_PKG_VERSION")),
@@ -275,7 +293,7 @@ const KEY_MIN: usize = 16;
 
 /// Serves on TCP, for who has a key.
 async fn public(
-    listener: TcpListener,
+    (listener, certificate): (TcpListener, Option<Certificate>),
     house: Arc<House>,
     access: &Access,
     output: Output,
@@ -291,13 +309,20 @@ async fn public(
         first_key(access, output).await?;
     }
     let server = Server::new(house, Edge::Public);
-    server.listen(axum::serve::ListenerExt::tap_io(listener, |stream| {
-        // Events are small and each of them matters when it happens.
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "TCP_NODELAY");
-        }
-    }));
+    match certificate {
+        Some(certificate) => server.listen(TlsListener::new(listener, certificate)),
+        None => server.listen(axum::serve::ListenerExt::tap_io(listener, |stream| {
+            send_at_once(stream);
+        })),
+    }
     Ok(server)
+}
+
+/// Events are small and each of them matters when it happens.
+fn send_at_once(stream: &TcpStream) {
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%error, "TCP_NODELAY");
+    }
 }
 
 /// Makes a key for who tries it out.

@@ -76,10 +76,6 @@ pub struct NewTeam {
 /// Other limits for a team: a number bounds, `null` bounds no longer, what is left out stays.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-#[expect(
-    clippy::option_option,
-    reason = "the outer one is whether it was said, the inner one what"
-)]
 pub struct ChangeTeam {
     /// See [`TeamLimits::sandboxes`].
     #[serde(

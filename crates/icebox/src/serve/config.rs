@@ -100,6 +100,24 @@ pub(crate) struct Args {
     )]
     listen: Option<SocketAddr>,
 
+    /// Serve HTTPS there: with this certificate, PEM, followed by those that it is signed by.
+    #[arg(
+        long,
+        env = "ICEBOX_TLS_CERT",
+        value_name = "FILE",
+        hide_env_values = true
+    )]
+    tls_cert: Option<PathBuf>,
+
+    /// The certificate's key, PEM.
+    #[arg(
+        long,
+        env = "ICEBOX_TLS_KEY",
+        value_name = "FILE",
+        hide_env_values = true
+    )]
+    tls_key: Option<PathBuf>,
+
     /// What to log: error, warn, info, debug, trace, or a filter by module [default: info].
     #[arg(
         long,
@@ -135,6 +153,8 @@ struct File {
     run_dir: Option<PathBuf>,
     socket: Option<PathBuf>,
     listen: Option<SocketAddr>,
+    tls_cert: Option<PathBuf>,
+    tls_key: Option<PathBuf>,
     domain: Option<String>,
     agent: Option<PathBuf>,
     qemu: Option<PathBuf>,
@@ -226,6 +246,8 @@ pub(crate) struct Config {
     pub(crate) run_dir: PathBuf,
     pub(crate) socket: PathBuf,
     pub(crate) listen: Option<SocketAddr>,
+    /// The certificate of that place, and its key.
+    pub(crate) tls: Option<(PathBuf, PathBuf)>,
     pub(crate) domain: Option<String>,
     pub(crate) agent: Option<PathBuf>,
     pub(crate) qemu: Option<PathBuf>,
@@ -254,6 +276,9 @@ impl Config {
     pub(crate) fn load(args: &Args, socket: Option<&Path>) -> Result<Self, Failure> {
         let mut config = Self::of_machine(&args.settings, socket)?;
         config.listen = args.listen.or(config.listen);
+        if args.tls_cert.is_some() || args.tls_key.is_some() {
+            config.tls = tls(args.tls_cert.clone(), args.tls_key.clone())?;
+        }
         config.log_filter = args.log.clone().unwrap_or(config.log_filter);
         config.log_format = args.log_format.unwrap_or(config.log_format);
         Ok(config)
@@ -302,6 +327,7 @@ impl Config {
             socket: absolute(socket)?,
             run_dir,
             listen: file.listen,
+            tls: tls(file.tls_cert, file.tls_key)?,
             domain: file.domain,
             agent: settings
                 .agent
@@ -352,6 +378,26 @@ fn read(path: &Path) -> Result<File, Failure> {
     })
 }
 
+/// A certificate and its key, or neither.
+fn tls(
+    chain: Option<PathBuf>,
+    key: Option<PathBuf>,
+) -> Result<Option<(PathBuf, PathBuf)>, Failure> {
+    match (chain, key) {
+        (Some(chain), Some(key)) => Ok(Some((chain, key))),
+        (None, None) => Ok(None),
+        (Some(_), None) => Err(
+            Failure::new("a certificate for TLS was given without its key")
+                .hint("name the key's file, too: --tls-key, or tls_key in the settings file"),
+        ),
+        (None, Some(_)) => Err(
+            Failure::new("a key for TLS was given without its certificate").hint(
+                "name the certificate's file, too: --tls-cert, or tls_cert in the settings file",
+            ),
+        ),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -363,6 +409,8 @@ mod tests {
                 ..Settings::default()
             },
             listen: None,
+            tls_cert: None,
+            tls_key: None,
             log: None,
             log_format: None,
             sim: false,
@@ -416,6 +464,8 @@ mod tests {
             config.listen.take(),
             Some("127.0.0.1:3000".parse().expect("an address"))
         );
+        let tls = |file| Path::new("/etc/icebox").join(file);
+        assert_eq!(config.tls.take(), Some((tls("tls.pem"), tls("tls.key"))));
         assert_eq!(config.domain.take().as_deref(), Some("icebox.localhost"));
         assert_eq!(
             config.agent.take().as_deref(),

@@ -8,6 +8,7 @@
 
 mod copy;
 mod daemon;
+mod edge;
 mod exec;
 mod lifecycle;
 mod offline;
@@ -17,3 +18,4 @@ mod secrets;
 mod support;
 mod teams;
 mod time;
+mod tls;

@@ -211,7 +211,8 @@ impl Daemon {
     /// Where the daemon serves HTTP on TCP.
     pub(crate) fn address(&self) -> String {
         let log = std::fs::read_to_string(self.path("early.log")).unwrap();
-        let (_, shown) = log.split_once(" and http://").unwrap();
+        let (_, shown) = log.split_once(" and http").unwrap();
+        let (_, shown) = shown.split_once("://").unwrap();
         shown.trim_end().to_owned()
     }
 
