@@ -170,6 +170,9 @@ impl Pool {
                 "create",
                 "-o",
                 "cachefile=none",
+                // What is freed is to go back to whatever the disk is a file on.
+                "-o",
+                "autotrim=on",
                 "-O",
                 "mountpoint=none",
                 &name,

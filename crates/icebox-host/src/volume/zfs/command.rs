@@ -6,7 +6,7 @@
 //!
 //! Every command has a bound: one on a pool whose disks are gone waits in the kernel for good, and cannot be killed there.
 
-use std::io::{self, Read};
+use std::io::{self, BufReader, Read};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -14,12 +14,15 @@ use std::time::{Duration, Instant};
 
 use icebox_engine::host::{ErrorKind, HostError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::pipe::fcntl_setpipe_size;
 
 /// How long a command may take. Most wait for the pool's next transaction group, which under a heavy load can take
 /// longer than its usual five seconds.
 const LONGEST: Duration = Duration::from_secs(45);
 /// How long a command that was killed may take to end.
 const KILLED: Duration = Duration::from_secs(1);
+/// Bytes of a pipe that much comes through: as many as anybody may ask for, pipe(7).
+const PIPE: usize = 1 << 20;
 /// Of a command's messages, as much as helps.
 const MESSAGE_MAX: usize = 2000;
 /// Where `zfs` is on the distributions that have it.
@@ -84,7 +87,12 @@ impl Program {
         take: impl FnOnce(&mut dyn Read) -> io::Result<()>,
     ) -> Result<(), HostError> {
         let mut running = self.start(arguments)?;
-        let taken = take(&mut Patient::between(running.stdout()?, LONGEST));
+        let printed = running.stdout()?;
+        // What comes may be gigabytes, in pieces of some kilobytes: whoever writes and who reads are to take turns seldom.
+        // A pipe that stays as it was is slower, and that is all.
+        let _ = fcntl_setpipe_size(&printed, PIPE);
+        let mut printed = BufReader::with_capacity(PIPE, Patient::between(printed, LONGEST));
+        let taken = take(&mut printed);
         running.end(Instant::now() + LONGEST, taken, &in_words(arguments))
     }
 
