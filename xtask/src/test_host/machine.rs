@@ -124,16 +124,18 @@ impl Machine<'_> {
             "-append",
             "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off no_timer_check",
         ]);
-        for (path, options) in [
-            (self.image.root(), "snapshot=on"),
-            (self.suite, "snapshot=off"),
+        // In the order in which the machine finds them.
+        for (name, path, options) in [
+            ("root", self.image.root(), "snapshot=on"),
+            ("suite", self.suite, "snapshot=off"),
         ] {
             // A comma ends an option unless it is doubled.
             let path = path.display().to_string().replace(',', ",,");
             command.arg("-drive");
             command.arg(format!(
-                "file={path},format=raw,if=virtio,cache=unsafe,{options}"
+                "id={name},file={path},format=raw,if=none,cache=unsafe,{options}"
             ));
+            command.args(["-device", &format!("virtio-blk-pci,drive={name}")]);
         }
         if let Some(power) = self.power {
             command.args(power.arguments());
