@@ -2,7 +2,7 @@
 //!
 //! | what | from | does |
 //! |---|---|---|
-//! | `SIGCHLD` | the kernel | reaps; starts the server again if that is what ended |
+//! | `SIGCHLD` | the kernel | reaps; starts the server again if that is what ended, lets it go on if it was stopped |
 //! | `SIGTERM`, `SIGUSR1`, `SIGUSR2`, `SIGPWR` | `poweroff` and `halt` of busybox, whoever may | powers off in order |
 //! | `SIGINT` | ctrl-alt-del | reboots in order, which ends the machine as well |
 //! | `/run/initctl` | `poweroff`, `reboot`, `shutdown` of sysvinit and systemd | either of the two |
@@ -21,7 +21,7 @@ use icebox_agent_api::cmdline;
 use rustix::{
     io::Errno,
     mount::{MountFlags, MountPropagationFlags},
-    process::{Resource, Rlimit, WaitOptions},
+    process::{Resource, Rlimit, WaitOptions, kill_process},
     system::RebootCommand,
 };
 use tokio::{
@@ -203,14 +203,24 @@ fn start_server() -> io::Result<Child> {
         .spawn()
 }
 
-/// Waits for every child that has ended. Whether the server was among them.
+/// Waits for every child that has ended. Whether the server was among them. A server that somebody has stopped goes on:
+/// nobody else could tell it to, since every way into the guest leads through it.
 fn reap(server: Option<&Child>) -> bool {
     let mut ended = false;
     loop {
-        match rustix::process::wait(WaitOptions::NOHANG) {
+        match rustix::process::wait(WaitOptions::NOHANG | WaitOptions::UNTRACED) {
             Ok(Some((pid, status))) => {
-                let pid = u32::try_from(pid.as_raw_nonzero().get()).ok();
-                if pid.is_some() && pid == server.map(Child::id) {
+                let id = u32::try_from(pid.as_raw_nonzero().get()).ok();
+                if id.is_none() || id != server.map(Child::id) {
+                    continue;
+                }
+                if status.stopped() {
+                    eprintln!("icebox: the server was stopped, and goes on");
+                    best_effort(
+                        "let the server go on",
+                        kill_process(pid, rustix::process::Signal::CONT),
+                    );
+                } else {
                     eprintln!("icebox: the server ended: {status:?}");
                     ended = true;
                 }
