@@ -109,6 +109,7 @@ impl Script {
                 },
                 verb: None,
                 stalled: None,
+                unanswering: None,
                 metadata: BTreeMap::new(),
                 envd_version: icebox_api::ENVD_VERSION.to_owned(),
                 address: Some(Ipv4Addr::LOCALHOST),

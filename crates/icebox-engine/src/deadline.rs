@@ -25,6 +25,9 @@ pub(crate) const SETUP: Duration = Duration::from_secs(30);
 pub(crate) const LAUNCH: Duration = Duration::from_secs(60);
 /// From running vCPUs to a guest that answers. A cold boot under emulation on a busy host takes many seconds.
 pub(crate) const WELCOME: Duration = Duration::from_secs(120);
+/// From running vCPUs to the answer of a guest that has answered before: it has nothing to boot, and if its agent was wedged
+/// when it was paused, it never will.
+pub(crate) const ANSWER: Duration = Duration::from_secs(30);
 /// Releasing one hold.
 pub(crate) const RELEASE: Duration = Duration::from_secs(60);
 /// Forks that are still to copy a device state out of a sandbox that goes.

@@ -769,6 +769,7 @@ fn new_record(spec: Spec, lifetime: Lifetime, name: Option<Name>, now: Timestamp
         next_head: 0,
         branches: Vec::new(),
         lifetime,
+        unwelcomed: false,
         last_exit: None,
         broken: None,
     }

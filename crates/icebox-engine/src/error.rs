@@ -257,6 +257,35 @@ impl Error {
         }
     }
 
+    /// Whether it says why a verb does not begin, rather than how it failed.
+    pub(crate) fn is_refusal(&self) -> bool {
+        match self {
+            Self::Step { .. }
+            | Self::Deadline { .. }
+            | Self::VmmEnded { .. }
+            | Self::Stuck { .. }
+            | Self::Internal { .. }
+            | Self::Manifest(_) => false,
+            Self::Unknown { .. }
+            | Self::Ambiguous { .. }
+            | Self::NameTaken { .. }
+            | Self::Refused(_)
+            | Self::Invalid { .. }
+            | Self::InUse { .. }
+            | Self::OverQuota { .. }
+            | Self::Busy { .. }
+            | Self::Exhausted { .. }
+            | Self::Incompatible { .. }
+            | Self::Unusable { .. }
+            | Self::DiskLost { .. }
+            | Self::NoGeneration { .. }
+            | Self::Destroyed
+            | Self::Draining
+            | Self::NotWoken { .. }
+            | Self::Stopping => true,
+        }
+    }
+
     /// A step of the host that failed.
     pub(crate) fn step(step: &'static str) -> impl FnOnce(HostError) -> Self {
         move |source| {

@@ -26,12 +26,13 @@ use crate::id::{GenerationNo, HeadId, Name, SandboxId};
 use crate::layout::Object;
 use crate::ledger::Ledger;
 use crate::lifetime::{LifetimeChange, Timer};
-use crate::manifest::v1::{self, Capture, Exit, Hold, Intent, Point, Rest, Under};
+use crate::manifest::v1::{self, Capture, Exit, Hold, Point, Rest, Under};
 use crate::metrics::Metrics;
 use crate::panics::caught;
 use crate::phase::{Phase, Refusal, Step, Verb};
 use crate::space::Stall;
 use crate::steps::{Steps, Timed};
+use crate::undone::Undone;
 use crate::wake::Wakes;
 
 /// How many verbs may wait for their turn at one sandbox. Equal ones coalesce, so a client with a purpose has few.
@@ -134,17 +135,7 @@ pub(crate) struct Sandbox {
     /// Set while the guest stands still for want of room, and after it did.
     stall: Option<Stall>,
     pub(crate) timer: Timer,
-    unnamed: Vec<Unnamed>,
-    /// How often in a row what was left undone could not be finished.
-    vain: u32,
-}
-
-/// Objects that a verb is making and that no record names yet, or that a verb has failed to make.
-struct Unnamed {
-    /// Whatever refers to another comes before it: they go in this order, so nothing ever refers to what has gone.
-    objects: Vec<Object>,
-    /// Keeps them, and what they need, from the collector.
-    pin: Pin,
+    pub(crate) undone: Undone,
 }
 
 /// Whether the sandbox still exists after a request.
@@ -167,8 +158,7 @@ impl Sandbox {
             chores: Chores::new(),
             stall: None,
             timer: Timer::default(),
-            unnamed: Vec::new(),
-            vain: 0,
+            undone: Undone::default(),
         }
     }
 
@@ -199,7 +189,8 @@ impl Sandbox {
                     None => std::future::pending().await,
                 }
             };
-            let undone = self.undone();
+            let undone = self.undone_is_due();
+            let welcomed = self.welcomed();
             let chores = self.chores.due();
             let due = self.due();
             let fate = tokio::select! {
@@ -229,6 +220,13 @@ impl Sandbox {
                     self.alone("ending what has its time behind it", async |it| it.act_on(due).await)
                         .await
                 }
+                () = welcomed => {
+                    self.alone("noticing that the guest answers", async |it| {
+                        it.answers().await;
+                        Fate::Lives
+                    })
+                    .await
+                }
                 () = undone => {
                     self.alone("finishing what was left undone", Self::finish_undone).await
                 }
@@ -252,12 +250,16 @@ impl Sandbox {
         doing: &'static str,
         work: impl AsyncFnOnce(&mut Self) -> Fate,
     ) -> Fate {
+        let id = self.id().clone();
         let done = caught(doing, async { Ok(work(self).await) }).await;
         match done {
             Ok(fate) => fate,
             Err(error) => {
                 tracing::error!(sandbox = %self.id(), error = %Chained(&error), "a bug");
-                self.bring_back().await
+                let fate = self.bring_back().await;
+                // It may have been at a verb of its own.
+                self.shared.catalog.set_busy(&id, None);
+                fate
             }
         }
     }
@@ -854,141 +856,6 @@ impl Sandbox {
         self.gate.shut();
         self.emit("sandbox.broken", why.clone(), &Steps::default());
         self.happened(|record| record.broken = Some(why)).await;
-    }
-
-    // What is left undone.
-
-    /// Names objects that the verb is about to make. They are removed unless [`named`](Self::named) says that a record
-    /// names them.
-    pub(crate) fn making(&mut self, objects: Vec<Object>) {
-        // The collector knows no generations. Who pins one keeps its sandbox from going.
-        let collected = |object: &&Object| !matches!(object, Object::Generation(_, _));
-        let pin = self
-            .shared
-            .catalog
-            .pin(objects.iter().filter(collected).cloned());
-        self.unnamed.push(Unnamed { objects, pin });
-    }
-
-    /// What began with `first` is named by a record now. Its pin, for work that goes on with it.
-    pub(crate) fn named(&mut self, first: &Object) -> Option<Pin> {
-        let made = self
-            .unnamed
-            .iter()
-            .position(|unnamed| unnamed.objects.first() == Some(first));
-        made.map(|made| self.unnamed.remove(made).pin)
-    }
-
-    /// Removes what was staged and is not published. No manifest names that, not even one in doubt; and a manifest may need
-    /// its room to be written.
-    pub(crate) async fn discard_staged(&self) {
-        let store = &self.shared.host.store;
-        for object in self.unnamed.iter().flat_map(|unnamed| &unnamed.objects) {
-            let discarded = within(
-                deadline::STORE,
-                "discarding what was staged",
-                store.discard(object),
-            );
-            if let Err(error) = discarded.await {
-                tracing::warn!(sandbox = %self.id(), %object, error = %Chained(&error), "not discarded yet");
-            }
-        }
-    }
-
-    /// Removes what no record names. What will not go stays listed for the next try, and keeps what it refers to.
-    ///
-    /// In doubt, the manifest on the disk may name a generation after all. It names nothing else that is unnamed here.
-    pub(crate) async fn discard_unnamed(&mut self) {
-        let mut at = 0;
-        while let Some(unnamed) = self.unnamed.get(at) {
-            let Some(object) = unnamed.objects.first().cloned() else {
-                self.unnamed.remove(at);
-                continue;
-            };
-            let may_be_named = self.ledger.in_doubt() && matches!(object, Object::Generation(_, _));
-            if !may_be_named && self.discard(&object).await {
-                self.unnamed[at].objects.remove(0);
-            } else {
-                at += 1;
-            }
-        }
-    }
-
-    /// Removes an object that is not needed, staged or in place. Whether it has gone.
-    async fn discard(&self, object: &Object) -> bool {
-        let store = &self.shared.host.store;
-        let discarded = within(deadline::STORE, "discarding what is not needed", async {
-            store.discard(object).await?;
-            store.trash(object).await
-        });
-        let discarded = discarded.await;
-        if let Err(error) = &discarded {
-            tracing::warn!(sandbox = %self.id(), %object, error = %Chained(error), "not removed yet");
-        }
-        discarded.is_ok()
-    }
-
-    /// Finishes what earlier work had to leave undone: the record is made certain, and what it does not name goes.
-    ///
-    /// # Errors
-    /// The record is still in doubt.
-    pub(crate) async fn tend(&mut self) -> Result<(), Error> {
-        if self.ledger.in_doubt() {
-            // On a full disk the record and what is staged would wait for each other.
-            self.discard_staged().await;
-        }
-        self.ledger.confirm().await?;
-        self.discard_unnamed().await;
-        Ok(())
-    }
-
-    /// Completes when it is time to [finish](Self::finish_undone) what is left undone: soon, then ever more rarely.
-    /// Never, if nothing is.
-    fn undone(&self) -> impl Future<Output = ()> + use<> {
-        const FIRST: Duration = Duration::from_millis(100);
-        const RAREST: Duration = Duration::from_secs(30);
-        let is_undone = self.ledger.in_doubt() || !self.unnamed.is_empty();
-        let pause = (FIRST * 2_u32.saturating_pow(self.vain.min(16))).min(RAREST);
-        async move {
-            if is_undone {
-                tokio::time::sleep(pause).await;
-            } else {
-                std::future::pending::<()>().await;
-            }
-        }
-    }
-
-    async fn finish_undone(&mut self) -> Fate {
-        self.vain += 1;
-        if let Err(error) = self.tend().await {
-            tracing::warn!(sandbox = %self.id(), error = %Chained(&error), "its manifest is still in doubt");
-            return Fate::Lives;
-        }
-        self.vain = if self.unnamed.is_empty() {
-            0
-        } else {
-            self.vain + 1
-        };
-        // A creation that could not be undone for the doubt, which nobody else will come to undo.
-        if self.rests_nowhere() && self.remove().await.is_ok() {
-            self.shared.catalog.forget_sandbox(self.id());
-            return Fate::Gone;
-        }
-        Fate::Lives
-    }
-
-    /// Finishes an effect that had begun and cannot be undone.
-    pub(crate) async fn settle(&mut self) -> Result<(), Error> {
-        match self.record().intent.clone() {
-            None => Ok(()),
-            Some(Intent::Freeze { layer, to }) => self.settle_freeze(&layer, to).await,
-            Some(Intent::SetAside {
-                layer,
-                branch,
-                to,
-                head,
-            }) => self.settle_set_aside(&layer, branch, to, head).await,
-        }
     }
 }
 

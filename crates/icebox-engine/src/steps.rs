@@ -96,12 +96,18 @@ impl Timed {
         }
     }
 
-    /// Writes the log's line about a verb that ended. `None` if it found nothing to do.
+    /// Writes the log's line about a verb that ended. `None` if it found nothing to do, or was refused before it began.
     pub(crate) fn end<T>(self, of: &SandboxId, result: &Result<T, Error>) -> Option<LastVerb> {
         let micros = micros(self.begun.elapsed());
         let (verb, steps) = (&self.verb, &self.steps);
+        let refused = result.as_ref().is_err_and(Error::is_refusal) && steps.is_empty();
         let error = result.as_ref().err().map(|it| Chained(it).to_string());
         match &error {
+            // It did nothing to the sandbox, whose last verb is another.
+            Some(error) if refused => {
+                tracing::info!(sandbox = %of, verb, error, "verb refused");
+                return None;
+            }
             Some(error) => {
                 tracing::warn!(sandbox = %of, verb, micros, %steps, error, "verb failed");
             }

@@ -1005,29 +1005,6 @@ fn inv_51_going_back_keeps_the_newest_disk_as_a_branch() {
 }
 
 #[test]
-fn inv_51_a_setting_aside_that_stays_pending_is_finished_by_the_next_verb() {
-    story_of_faults(async |_, injector, engine| {
-        create(engine, "a").await;
-        engine.pause("a").await.unwrap();
-        engine.stop("a").await.unwrap();
-        injector.break_step(Some("volume.seal"));
-        engine.resume("a", Some(GenerationNo(1))).await.unwrap_err();
-        assert_eq!(rests(engine, "a"), Phase::Stopped);
-        injector.break_step(None);
-        let error = engine.start("a").await.unwrap_err();
-        assert!(
-            matches!(error, Error::Refused(_)),
-            "there is no newest disk to boot any more: {error:?}"
-        );
-        let view = engine.inspect("a").unwrap();
-        assert_eq!(view.record.broken, None);
-        assert_eq!(view.phase(), Phase::Paused);
-        assert_eq!(view.record.branches.len(), 1);
-        engine.resume("a", None).await.unwrap();
-    });
-}
-
-#[test]
 fn a_removal_that_did_not_end_admits_only_another() {
     story_of_faults(async |_, injector, engine| {
         create(engine, "a").await;

@@ -130,6 +130,9 @@ pub struct ListedSandbox {
     /// Why its guest stands still though it runs, if it does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stalled: Option<String>,
+    /// That its guest does not answer though it runs, and what that means, if so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unanswering: Option<String>,
     /// Labels.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub metadata: BTreeMap<String, String>,

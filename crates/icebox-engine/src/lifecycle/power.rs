@@ -1,4 +1,4 @@
-//! What create, start and resume share: from a disk on the host to a guest that answers.
+//! What create, start and resume share: from a disk on the host to a guest that runs, and answers.
 
 use std::sync::Arc;
 
@@ -25,6 +25,13 @@ pub(super) fn power_holds() -> [Hold; 4] {
     ]
 }
 
+/// A guest that runs.
+pub(super) struct Powered {
+    machine: Arc<dyn Machine>,
+    /// Whether it has said so.
+    answers: bool,
+}
+
 impl Sandbox {
     /// The layers of a chain that stay open while a disk on it is attached.
     pub(super) fn opened(&self, chain: &PinnedChain) -> Result<Vec<LayerId>, Error> {
@@ -37,6 +44,9 @@ impl Sandbox {
     /// Acquires the head and what [`power_holds`] names, all of which is written down already, and brings the guest
     /// to where it answers. On failure the caller gives back.
     ///
+    /// A guest that goes on from its own pause need not answer: what else runs in it is worth as much as it was, and this
+    /// is the only way back to it.
+    ///
     /// `chain` is the one that the record names as opened.
     pub(super) async fn power_on(
         &mut self,
@@ -44,7 +54,7 @@ impl Sandbox {
         start: Start,
         welcome: Welcome,
         steps: &Steps,
-    ) -> Result<Arc<dyn Machine>, Error> {
+    ) -> Result<Powered, Error> {
         let host = self.shared.host.clone();
         let (volumes, vmm) = (self.volumes()?, self.vmm()?);
         let (slot, spec) = (self.record().slot, self.record().spec.clone());
@@ -104,11 +114,20 @@ impl Sandbox {
             )
             .await?;
         }
+        let goes_on = welcome.origin == GuestOrigin::Resume;
+        let limit = if goes_on {
+            deadline::ANSWER
+        } else {
+            deadline::WELCOME
+        };
         let answer = host.guest.welcome(self.address(), &welcome);
-        let answer =
-            Self::while_alive(&machine, deadline::WELCOME, "waiting for the guest", answer);
-        steps.time("welcome", answer).await?;
-        Ok(machine)
+        let answer = Self::while_alive(&machine, limit, "waiting for the guest", answer);
+        let answers = match steps.time("welcome", answer).await {
+            Ok(()) => true,
+            Err(Error::Deadline { .. }) if goes_on => false,
+            Err(error) => return Err(error),
+        };
+        Ok(Powered { machine, answers })
     }
 
     /// Refuses a base that is not as long as it was when it was imported. It was cut short from outside, and what a guest
@@ -128,14 +147,16 @@ impl Sandbox {
         })
     }
 
-    /// The commit point of create, start and resume: the guest answers, and the manifest says so.
-    pub(super) async fn running(&mut self, machine: Arc<dyn Machine>) -> Result<(), Error> {
+    /// The commit point of create, start and resume: the guest runs, and the manifest says so.
+    pub(super) async fn running(&mut self, powered: Powered) -> Result<(), Error> {
+        let Powered { machine, answers } = powered;
         let process = machine.process();
         let now = self.shared.now();
         self.update(|record| {
             record.rests = Rest::Running;
             record.lifetime.begin_run(now);
             record.last_exit = None;
+            record.unwelcomed = !answers;
             if let Some(Hold::Vmm { process: recorded }) = record.holds.last_mut() {
                 *recorded = Some(process);
             }
@@ -147,7 +168,7 @@ impl Sandbox {
     }
 
     /// What the guest is told first.
-    pub(super) fn welcome(&self, current_token: Secret, origin: GuestOrigin) -> Welcome {
+    pub(crate) fn welcome(&self, current_token: Secret, origin: GuestOrigin) -> Welcome {
         let record = self.record();
         Welcome {
             current_token,

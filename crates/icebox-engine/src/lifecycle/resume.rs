@@ -3,7 +3,8 @@
 //! 1. Check that this host can restore what was captured (INV-44).
 //! 2. Write down what will be held: a new head over the generation's layer, disk device, network, box, VMM, and the
 //!    memory that will be mapped.
-//! 3. Take it, restore, let the vCPUs run, and wait until the guest answers.
+//! 3. Take it, restore, let the vCPUs run, and wait until the guest answers. One whose agent was wedged when it was
+//!    paused does not: after 30 s it runs [without](crate::silence).
 //! 4. Commit `Running`. A failure before that gives back everything and leaves `Paused`, whole and retryable
 //!    (INV-16): the generation was only read, and the head that was thrown away was new.
 //!
@@ -41,6 +42,7 @@ impl Sandbox {
                     format!("continues from generation {generation}"),
                     &steps,
                 );
+                self.say_whether_it_answers();
                 Ok(Outcome::Changed)
             }
             Err(error) => Err(self.give_back(error).await),
@@ -93,7 +95,7 @@ impl Sandbox {
             GuestOrigin::Fork
         };
         let welcome = self.welcome(capture.token, origin);
-        let machine = self
+        let powered = self
             .power_on(
                 &chain,
                 Start::Restore {
@@ -104,7 +106,7 @@ impl Sandbox {
                 steps,
             )
             .await?;
-        steps.time("commit", self.running(machine)).await
+        steps.time("commit", self.running(powered)).await
     }
 
     /// The files of a memory.

@@ -65,7 +65,7 @@ impl Sandbox {
             initramfs: files.initramfs,
             token,
         };
-        let machine = self.power_on(&chain, start, welcome, steps).await?;
-        steps.time("commit", self.running(machine)).await
+        let powered = self.power_on(&chain, start, welcome, steps).await?;
+        steps.time("commit", self.running(powered)).await
     }
 }

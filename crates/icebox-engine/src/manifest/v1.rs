@@ -447,6 +447,9 @@ pub struct Sandbox {
     /// When it ends by itself, and when it begins to.
     #[serde(default, skip_serializing_if = "Lifetime::is_default")]
     pub lifetime: Lifetime,
+    /// The guest was resumed, and has not answered since: what it has to be told it has not been told.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unwelcomed: bool,
     /// How its VMM last ended by itself.
     pub last_exit: Option<Exit>,
     /// Why only inspect and destroy work.

@@ -41,6 +41,9 @@ fn page(sandbox: &SandboxDetail) -> Table {
     if let Some(stalled) = &listed.stalled {
         row("stalled", stalled.clone());
     }
+    if let Some(unanswering) = &listed.unanswering {
+        row("unanswering", unanswering.clone());
+    }
     if let Some(broken) = &sandbox.broken {
         row("broken", broken.clone());
     }

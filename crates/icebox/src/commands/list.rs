@@ -39,8 +39,10 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Ended {
             let listed = sandbox.listed;
             let lost = sandbox.disk_lost.map(|_| "disk lost".to_owned());
             let stalled = listed.stalled.map(|_| "stalled: no space".to_owned());
+            let silent = listed.unanswering.map(|_| "does not answer".to_owned());
             let unusable = unusable.then(|| "unusable".to_owned());
-            let state = match listed.verb.or(lost).or(stalled).or(unusable) {
+            let remark = listed.verb.or(lost).or(stalled).or(silent).or(unusable);
+            let state = match remark {
                 Some(remark) => format!("{} ({remark})", listed.state),
                 None => listed.state.to_string(),
             };

@@ -28,6 +28,9 @@ pub(super) async fn each<F: Future<Output = Result<VerbResult, ClientError>>>(
                         format!("{label} is already {}", result.sandbox.listed.state)
                     }
                 });
+                if let Some(unanswering) = &result.sandbox.listed.unanswering {
+                    context.output.say(unanswering);
+                }
                 if let Some(hint) = &result.hint {
                     context.output.hint(hint);
                 }

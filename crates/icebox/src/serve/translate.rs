@@ -410,6 +410,10 @@ fn listed(view: &SandboxView) -> ListedSandbox {
         stalled: view.stalled.then(|| {
             "a write to its disk found no room: it stands still until there is some".to_owned()
         }),
+        unanswering: (record.rests == v1::Rest::Running && record.unwelcomed).then(|| {
+            "its agent has not answered since it was resumed: no command can be run in it"
+                .to_owned()
+        }),
         metadata: record.spec.metadata.clone(),
         envd_version: ENVD_VERSION.to_owned(),
         address: reachable(view.host_address),
