@@ -28,7 +28,7 @@ tests! {
 }
 
 /// Reads what is on the disk, not what the guest remembers of it.
-fn sums_on_disk(site: &Site, sandbox: &str) -> String {
+pub(crate) fn sums_on_disk(site: &Site, sandbox: &str) -> String {
     site.exec(
         sandbox,
         &format!("echo 3 >/proc/sys/vm/drop_caches; {SUMS}"),
@@ -37,7 +37,7 @@ fn sums_on_disk(site: &Site, sandbox: &str) -> String {
 
 /// Appends numbered records to a file, each of them on the disk before the next, and keeps the journal busy. Shows the
 /// number of the last one whose fsync returned in a file that is not on the disk.
-const WRITER: &str = r#"cat >/dev/shm/writer.py <<'END'
+pub(crate) const WRITER: &str = r#"cat >/dev/shm/writer.py <<'END'
 import os, time
 records = os.open("/root/records", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 os.makedirs("/root/busy")
@@ -61,7 +61,7 @@ setsid python3 /dev/shm/writer.py </dev/null >/dev/null 2>&1 &
 until [ -e /dev/shm/synced ] && [ "$(cat /dev/shm/synced)" -ge 50 ]; do sleep 0.1; done"#;
 
 /// How many records are known to be on the disk of a sandbox with a [`WRITER`].
-fn synced(site: &Site, sandbox: &str) -> usize {
+pub(crate) fn synced(site: &Site, sandbox: &str) -> usize {
     site.exec(sandbox, "cat /dev/shm/synced").parse().unwrap()
 }
 
@@ -121,7 +121,7 @@ fn inv_03_inv_04_a_capture_of_a_writing_guest_is_one_instant(site: &mut Site) {
 }
 
 /// Looks at a copy of a template's disk: clean once its journal is replayed, and with all that was synced.
-fn check_disk(site: &Site, template: &str, records: usize, sums: &str) {
+pub(crate) fn check_disk(site: &Site, template: &str, records: usize, sums: &str) {
     let base = site.get(&["template", "inspect", template]);
     let copy = site.scratch("copy");
     site.copy_base(path_of(&base, &["base"]), &copy);

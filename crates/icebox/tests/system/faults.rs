@@ -3,7 +3,7 @@
 use std::fs;
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
@@ -245,17 +245,23 @@ fn inv_02_vcpus_that_cannot_be_resumed_break_the_sandbox(site: &mut Site) {
     }
 }
 
+/// Freezes a sandbox's agent, which process 1 of the guest cannot undo as it does a stop. Nobody answers for the command
+/// that does it.
+pub(crate) fn wedge_agent(site: &Site, sandbox: &str) -> Child {
+    const FREEZE: &str = "mkdir /sys/fs/cgroup/wedged && cd /sys/fs/cgroup/wedged \
+        && echo $PPID >cgroup.procs && echo 1 >cgroup.freeze";
+    let command = [
+        "exec", "-n", "-u", "root", sandbox, "--", "sh", "-c", FREEZE,
+    ];
+    let mut command = site.command(&command);
+    let client = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+    client.unwrap()
+}
+
 fn inv_05_a_wedged_agent_does_not_block_a_pause(site: &mut Site) {
     site.create(WARM, "wedged");
     let count = site.count("wedged");
-    // The server cannot answer for the command that stops it.
-    let stop = "kill -STOP $PPID";
-    let mut client = site
-        .command(&["exec", "-n", "-u", "root", "wedged", "--", "sh", "-c", stop])
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
+    let mut client = wedge_agent(site, "wedged");
     let begun = Instant::now();
     site.get(&["pause", "wedged"]);
     // 5 s for the command's connection, which does not end by itself, and 5 s for the guest's preparations.

@@ -32,6 +32,8 @@ mod crash;
 mod drivers;
 mod faults;
 mod ground;
+mod hardships;
+mod history;
 mod lifecycle;
 mod marks;
 mod monitor;
@@ -72,6 +74,8 @@ fn main() -> ExitCode {
         ("crash", crash::TESTS),
         ("chains", chains::TESTS),
         ("space", space::TESTS),
+        ("hardships", hardships::TESTS),
+        ("history", history::TESTS),
         (steps::NAME, steps::TESTS),
         ("time", time::TESTS),
     ];
