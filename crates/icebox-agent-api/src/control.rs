@@ -52,7 +52,7 @@ pub struct Init {
     /// Random bytes of the host, mixed into and credited to the guest's pool before it is reseeded; at least 32.
     #[serde(with = "base64_bytes")]
     pub entropy: Vec<u8>,
-    /// Runs what names no user itself; `root` when absent.
+    /// Runs what names no user itself; when absent, `user` where the guest has one, else `root`.
     #[serde(default)]
     pub default_user: Option<String>,
     /// Where processes start and relative paths begin; the user's home when absent.

@@ -6,7 +6,7 @@
 //! |---|---|---|
 //! | SDKs, CLI, daemon | Connect RPC `process.Process` and `filesystem.Filesystem` | `proto/`, generated into [`proto`] |
 //! | the same | files as plain HTTP, `GET` and `POST` [`FILES_PATH`]; [`HEALTH_PATH`]; [`METRICS_PATH`] | [`control`] for the JSON shapes |
-//! | the daemon only | [`INIT_PATH`], [`CLOCK_PATH`] and [`PREPARE_PATH`] | [`control`] |
+//! | the daemon only | [`INIT_PATH`], [`CLOCK_PATH`], [`PREPARE_PATH`] and [`DIAL_PATH`] | [`control`] |
 //!
 //! The first two follow the public E2B `envd` protocol, so that its SDKs work unmodified; the third is ours.
 //!
@@ -71,6 +71,11 @@ pub const INIT_PATH: &str = "/init";
 pub const PREPARE_PATH: &str = "/prepare";
 /// Moves the guest's clock, and reads it.
 pub const CLOCK_PATH: &str = "/clock";
+/// `GET ?port=N` with an upgrade to [`DIAL_PROTOCOL`]: the connection becomes one to that port of the guest's own loopback
+/// address; 502 if nobody listens there. For the host only: a proxy must not forward it.
+pub const DIAL_PATH: &str = "/dial";
+/// What a connection becomes by [`DIAL_PATH`].
+pub const DIAL_PROTOCOL: &str = "icebox-port";
 
 /// Parameters of the kernel command line that the agent reads as process 1.
 pub mod cmdline {

@@ -10,10 +10,12 @@ use futures_util::Stream;
 
 use crate::ApiError;
 use crate::types::{
-    AuditEntry, AuditRange, BuildEvent, ChangeLifetime, ChangeTeam, DrainReport, Event, Forked,
-    GcReport, GcRequest, History, Kernel, KernelEvent, Key, MadeKey, MetricsRange, NewBuild,
-    NewFork, NewKernel, NewKey, NewSandbox, NewSnapshot, NewTeam, Report, ResumeRequest,
-    RollbackRequest, SandboxDetail, SandboxMetric, Snapshot, Stats, Team, Template, VerbResult,
+    AssignTags, AssignedTags, AuditEntry, AuditRange, BuildEvent, BuildStatus, ChangeLifetime,
+    ChangeTeam, DrainReport, Event, Forked, GcReport, GcRequest, History, Kernel, KernelEvent, Key,
+    MadeKey, MetricsRange, NewBuild, NewFork, NewKernel, NewKey, NewRecipe, NewSandbox,
+    NewSnapshot, NewTeam, RemoveTags, Report, RequestedBuild, ResumeRequest, RollbackRequest,
+    SandboxDetail, SandboxMetric, Snapshot, StartBuild, Stats, Team, Template, TemplateTag,
+    VerbResult,
 };
 
 /// A stream that a response is made of.
@@ -76,6 +78,9 @@ pub trait Daemon: Send + Sync + 'static {
     /// # Errors
     /// Not found, not running, or admitting no connections now.
     async fn route(&self, sandbox: &str, exact: bool) -> Result<Route, ApiError>;
+    /// The id of the sandbox that has the token which `has` says yes to. For requests that carry a signature and name no
+    /// sandbox.
+    async fn signer(&self, has: &(dyn for<'a> Fn(&'a str) -> bool + Sync)) -> Option<String>;
 
     /// All templates.
     async fn templates(&self) -> Result<Vec<Template>, ApiError>;
@@ -87,6 +92,32 @@ pub trait Daemon: Send + Sync + 'static {
     async fn publish_template(&self, template: &str, public: bool) -> Result<Template, ApiError>;
     /// Builds a template. The stream's last item says how it ended.
     async fn build(&self, new: NewBuild) -> Result<BoxStream<BuildEvent>, ApiError>;
+
+    /// Begins a build by steps, which waits for them.
+    async fn request_build(&self, new: NewRecipe) -> Result<RequestedBuild, ApiError>;
+    /// Tells such a build what to do. It goes on by itself.
+    async fn start_build(&self, build: &str, what: StartBuild) -> Result<(), ApiError>;
+    /// How such a build goes, with at most `limit` lines of its log.
+    async fn build_status(
+        &self,
+        build: &str,
+        offset: usize,
+        limit: usize,
+    ) -> Result<BuildStatus, ApiError>;
+    /// Whether an archive is there that steps copy from; if not, what its way here is called for a while.
+    async fn admit_files(&self, hash: &str) -> Result<Option<String>, ApiError>;
+    /// Takes an archive on its way.
+    async fn put_files(
+        &self,
+        way: &str,
+        content: BoxStream<std::io::Result<Bytes>>,
+    ) -> Result<(), ApiError>;
+    /// The tags of a template that was built by steps.
+    async fn template_tags(&self, template: &str) -> Result<Vec<TemplateTag>, ApiError>;
+    /// Gives it more.
+    async fn assign_tags(&self, asked: AssignTags) -> Result<AssignedTags, ApiError>;
+    /// Takes some away.
+    async fn remove_tags(&self, asked: RemoveTags) -> Result<(), ApiError>;
 
     /// All kernels.
     async fn kernels(&self) -> Result<Vec<Kernel>, ApiError>;
@@ -131,6 +162,10 @@ pub struct Route {
     pub address: Ipv4Addr,
     /// What its agent asks for. Never logged.
     pub token: String,
+    /// Whether its agent serves those who have no token, too.
+    pub agent_is_open: bool,
+    /// What its other ports ask for, if they do. Never logged.
+    pub traffic_token: Option<String>,
     /// Held for exactly as long as a connection to the sandbox lives.
     pub pass: Pass,
 }

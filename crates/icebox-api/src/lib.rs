@@ -40,5 +40,8 @@ pub const API_KEY_HEADER: &str = "x-api-key";
 /// Names the team that an administrator acts for.
 pub const TEAM_HEADER: &str = "icebox-team";
 
+/// Carries the token that a sandbox's ports ask for which do not serve everybody.
+pub const TRAFFIC_TOKEN_HEADER: &str = "e2b-traffic-access-token";
+
 /// Carries a sandbox's own token to its agent.
 pub const ACCESS_TOKEN_HEADER: &str = "x-access-token";

@@ -6,6 +6,8 @@
 
 mod access;
 mod connections;
+mod cors;
+mod e2b;
 mod events;
 mod extract;
 mod front;
@@ -21,7 +23,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::extract::Request;
 use axum::middleware;
-use axum::routing::{delete, get, patch, post};
+use axum::routing::{delete, get, patch, post, put};
 use axum::serve::Listener;
 use http::StatusCode;
 use tokio::net::UnixListener;
@@ -133,10 +135,13 @@ fn router(front: Front) -> Router {
         .route("/gc", post(host::gc))
         .route("/drain", post(host::drain))
         .route("/events", get(events::events))
-        .route("/sandboxes", get(sandboxes::list).post(sandboxes::create))
+        .route(
+            "/sandboxes",
+            get(sandboxes::list).post(e2b::sandboxes::create_v1),
+        )
         .route(
             "/v2/sandboxes",
-            get(sandboxes::list).post(sandboxes::create),
+            get(e2b::list::list).post(e2b::sandboxes::create),
         )
         .route(
             "/sandboxes/{id}",
@@ -156,6 +161,15 @@ fn router(front: Front) -> Router {
         .route("/sandboxes/{id}/timeout", post(sandboxes::set_lifetime))
         .route("/sandboxes/{id}/metrics", get(sandboxes::metrics))
         .route("/sandboxes/{id}/console", get(sandboxes::console))
+        .route("/sandboxes/{id}/connect", post(e2b::sandboxes::connect))
+        .route("/v2/sandboxes/{id}/connect", post(e2b::sandboxes::connect))
+        .route("/sandboxes/{id}/refreshes", post(e2b::sandboxes::refresh))
+        .route("/sandboxes/{id}/network", put(e2b::sandboxes::network))
+        .route("/sandboxes/{id}/logs", get(e2b::sandboxes::logs))
+        .route("/v2/sandboxes/{id}/logs", get(e2b::sandboxes::logs))
+        .route("/snapshots", get(e2b::snapshots::list))
+        .merge(builds())
+        .route("/templates/aliases/{alias}", get(templates::alias))
         .route("/templates", get(templates::list))
         .route("/templates/{id}", get(templates::inspect))
         .route(
@@ -172,9 +186,26 @@ fn router(front: Front) -> Router {
         .route("/audit", get(access::audit))
         .route("/builds", post(templates::build))
         .route("/kernels", get(kernels::list).post(kernels::import))
+        .merge(e2b::absent::routes())
         .fallback(no_such_route)
         .method_not_allowed_fallback(no_such_method)
         .layer(middleware::from_fn_with_state(front, front::enter))
+}
+
+/// Templates that are built by steps.
+fn builds() -> Router {
+    use e2b::builds;
+    Router::new()
+        .route("/v3/templates", post(builds::request))
+        .route("/templates/{id}/files/{hash}", get(builds::files))
+        .route("/uploads/{way}", put(builds::put_files))
+        .route("/v2/templates/{id}/builds/{build}", post(builds::start))
+        .route("/templates/{id}/builds/{build}/status", get(builds::status))
+        .route(
+            "/templates/tags",
+            post(builds::assign_tags).delete(builds::remove_tags),
+        )
+        .route("/templates/{id}/tags", get(builds::tags))
 }
 
 async fn no_such_route(request: Request) -> ApiError {

@@ -6,12 +6,14 @@
 mod access;
 mod build;
 mod doctor;
+mod e2b;
 mod event;
 mod gc;
 mod history;
 mod kernel;
 mod lifetime;
 mod metric;
+mod recipe;
 mod sandbox;
 mod space;
 mod template;
@@ -22,6 +24,10 @@ pub use access::{
 };
 pub use build::{BuildEvent, BuildSource, NewBuild};
 pub use doctor::{Check, CheckResult, Report};
+pub use e2b::{
+    ConnectRequest, LogEntry, Logs, NetworkConfig, PauseMode, PauseRequest, RefreshRequest,
+    SandboxQuery, SnapshotInfo, TemplateAlias,
+};
 pub use event::{Event, StepTime};
 pub use gc::{Garbage, GcReport, GcRequest};
 pub use history::{History, HistoryPolicy, Now, PastBranch, PastGeneration, RollbackRequest};
@@ -30,6 +36,10 @@ pub use lifetime::{
     AutoResume, ChangeLifetime, DrainReport, Lifecycle, Limit, Never, NotDrained, OnTimeout,
 };
 pub use metric::{MetricsRange, Resolution, SandboxMetric};
+pub use recipe::{
+    AssignTags, AssignedTags, BuildLogEntry, BuildReason, BuildState, BuildStatus, BuildStep,
+    FilesUpload, NewRecipe, RemoveTags, RequestedBuild, StartBuild, TemplateTag,
+};
 pub use sandbox::{
     Branch, Forked, Generation, LastVerb, ListedSandbox, NewFork, NewSandbox, NewSnapshot, Outcome,
     ResumeRequest, SandboxDetail, Snapshot, State, Unusable, VerbResult, Vmm,

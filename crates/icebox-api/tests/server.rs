@@ -115,6 +115,8 @@ impl Script {
                 address: Some(Ipv4Addr::LOCALHOST),
             },
             envd_access_token: Some("the-token".to_owned()),
+            traffic_access_token: None,
+            pause_mode: None,
             domain: None,
             allow_internet_access: false,
             volume_driver: "qcow2".to_owned(),
@@ -299,6 +301,8 @@ impl Daemon for Script {
             sandbox_id: ID.to_owned(),
             address: self.address,
             token: "the-token".to_owned(),
+            agent_is_open: false,
+            traffic_token: None,
             pass: Pass::new(
                 async move {
                     running.wait_for(|running| !running).await.ok();
@@ -306,6 +310,9 @@ impl Daemon for Script {
                 Held::new(&self.held),
             ),
         })
+    }
+    async fn signer(&self, has: &(dyn for<'a> Fn(&'a str) -> bool + Sync)) -> Option<String> {
+        has("the-token").then(|| ID.to_owned())
     }
     async fn templates(&self) -> Result<Vec<Template>, ApiError> {
         Ok(Vec::new())
@@ -321,6 +328,41 @@ impl Daemon for Script {
         never()
     }
     async fn build(&self, _: NewBuild) -> Result<BoxStream<BuildEvent>, ApiError> {
+        never()
+    }
+    async fn request_build(&self, _: NewRecipe) -> Result<RequestedBuild, ApiError> {
+        never()
+    }
+    async fn start_build(&self, _: &str, _: StartBuild) -> Result<(), ApiError> {
+        never()
+    }
+    async fn build_status(&self, _: &str, _: usize, _: usize) -> Result<BuildStatus, ApiError> {
+        never()
+    }
+    async fn admit_files(&self, _: &str) -> Result<Option<String>, ApiError> {
+        Ok(Some("the-way".to_owned()))
+    }
+    async fn put_files(
+        &self,
+        way: &str,
+        content: BoxStream<std::io::Result<Bytes>>,
+    ) -> Result<(), ApiError> {
+        let content: Vec<_> = content.collect().await;
+        match way {
+            "the-way" if !content.is_empty() => Ok(()),
+            _ => Err(ApiError::new(
+                ErrorCode::NotFound,
+                "nothing is to be put here",
+            )),
+        }
+    }
+    async fn template_tags(&self, _: &str) -> Result<Vec<TemplateTag>, ApiError> {
+        never()
+    }
+    async fn assign_tags(&self, _: AssignTags) -> Result<AssignedTags, ApiError> {
+        never()
+    }
+    async fn remove_tags(&self, _: RemoveTags) -> Result<(), ApiError> {
         never()
     }
     async fn kernels(&self) -> Result<Vec<Kernel>, ApiError> {
@@ -748,7 +790,13 @@ async fn the_client_understands_every_form_of_answer() {
         "what was typed stays one path segment"
     );
     let forks = client
-        .fork("web", &NewFork { count: 2 })
+        .fork(
+            "web",
+            &NewFork {
+                count: 2,
+                timeout: None,
+            },
+        )
         .await
         .expect("forks");
     assert!(matches!(forks[..], [Forked::Sandbox(_), Forked::Error(_)]));

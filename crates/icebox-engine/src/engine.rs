@@ -30,7 +30,8 @@ use crate::ledger::Ledger;
 use crate::lifecycle::Beginning;
 use crate::lifetime::LifetimeChange;
 use crate::manifest::v1::{
-    self, Generation, HistoryPolicy, Lifetime, Point, Rest, Spec, Template, TemplateContent,
+    self, Doors, Generation, HistoryPolicy, Lifetime, Login, Point, Rest, Spec, Template,
+    TemplateContent,
 };
 use crate::merge;
 use crate::metrics::{Resolution, Sample};
@@ -107,12 +108,23 @@ pub struct CreateRequest {
     pub egress: Egress,
     /// Variables for every command, on top of the template's.
     pub env: BTreeMap<String, String>,
+    /// Who may talk to it.
+    pub doors: Doors,
     /// The user's own words.
     pub metadata: BTreeMap<String, String>,
     /// What becomes of its past.
     pub history: HistoryPolicy,
     /// When it ends by itself, and when it begins to.
     pub lifetime: LifetimeChange,
+}
+
+/// What commands in sandboxes of a template begin with.
+#[derive(Clone, Debug, Default)]
+pub struct Defaults {
+    /// Variables.
+    pub env: BTreeMap<String, String>,
+    /// Who runs them, and where.
+    pub login: Login,
 }
 
 /// A sandbox as it is at this moment.
@@ -426,6 +438,8 @@ impl Engine {
             kernel: template.kernel.clone(),
             egress: request.egress,
             env,
+            login: template.login.clone(),
+            doors: request.doors,
             metadata: request.metadata.clone(),
             history: request.history.clone(),
         })
@@ -491,7 +505,21 @@ impl Engine {
     /// Makes a snapshot template of a running or paused sandbox.
     pub async fn snapshot(&self, wanted: &str, name: Name) -> Result<Template, Error> {
         let entry = self.with_room(wanted).await?;
-        ask(&entry, |reply| Request::Snapshot(name, reply)).await
+        ask(&entry, |reply| Request::Snapshot(name, None, reply)).await
+    }
+
+    /// As [`snapshot`](Self::snapshot), of a template whose sandboxes begin with other defaults than this one did.
+    pub async fn snapshot_with(
+        &self,
+        wanted: &str,
+        name: Name,
+        defaults: Defaults,
+    ) -> Result<Template, Error> {
+        let entry = self.with_room(wanted).await?;
+        ask(&entry, |reply| {
+            Request::Snapshot(name, Some(defaults), reply)
+        })
+        .await
     }
 
     /// Removes a sandbox and everything it holds.

@@ -38,7 +38,7 @@ mod watch;
 
 pub use collect::Plan;
 pub use engine::{
-    Config, CreateRequest, Drained, Engine, History, ImageRequest, Part, PastBranch,
+    Config, CreateRequest, Defaults, Drained, Engine, History, ImageRequest, Part, PastBranch,
     PastGeneration, Route, SandboxView, Usage, Usages,
 };
 pub use error::Error;

@@ -258,6 +258,7 @@ impl Sandbox {
         let (verb, doing, past) = match then {
             OnTimeout::Pause => (Verb::Pause, "pausing", "it is paused"),
             OnTimeout::Destroy => (Verb::Destroy, "destroying", "it is destroyed"),
+            OnTimeout::Stop => (Verb::Stop, "stopping", "it is stopped"),
         };
         if self.timer.retry.is_none() {
             let detail = format!("{why}: {past}");
@@ -269,6 +270,7 @@ impl Sandbox {
         let ended = match then {
             OnTimeout::Pause => self.pause_through(closed).await.map(|_| Fate::Lives),
             OnTimeout::Destroy => self.destroy().await.map(|()| Fate::Gone),
+            OnTimeout::Stop => self.stop_through(closed).await.map(|_| Fate::Lives),
         };
         self.end_timing(timed, &ended);
         self.shared.catalog.set_busy(&id, None);

@@ -16,6 +16,7 @@ use crate::catalog::{Catalog, Pin, PinnedChain};
 use crate::chores::Chores;
 use crate::deadline::{self, within};
 use crate::engine::Config;
+use crate::engine::Defaults;
 use crate::error::Error;
 use crate::event::Events;
 use crate::gate::Gate;
@@ -83,7 +84,11 @@ pub(crate) enum Request {
     Stop(oneshot::Sender<Result<Outcome, Error>>),
     Checkpoint(oneshot::Sender<Result<Outcome, Error>>),
     Forget(Point, oneshot::Sender<Result<(), Error>>),
-    Snapshot(Name, oneshot::Sender<Result<v1::Template, Error>>),
+    Snapshot(
+        Name,
+        Option<Defaults>,
+        oneshot::Sender<Result<v1::Template, Error>>,
+    ),
     Fork(oneshot::Sender<Result<Origin, Error>>),
     Freeze(oneshot::Sender<Result<Frozen, Error>>),
     Destroy(oneshot::Sender<Result<(), Error>>),
@@ -305,9 +310,11 @@ impl Sandbox {
                 self.answer(Verb::Stop, reply, async |it| it.stop().await)
                     .await
             }
-            Request::Snapshot(name, reply) => {
-                self.answer(Verb::Snapshot, reply, async |it| it.snapshot(name).await)
-                    .await
+            Request::Snapshot(name, defaults, reply) => {
+                self.answer(Verb::Snapshot, reply, async |it| {
+                    it.snapshot(name, defaults).await
+                })
+                .await
             }
             Request::Fork(reply) => {
                 self.answer(Verb::Fork, reply, async |it| it.fork_origin().await)

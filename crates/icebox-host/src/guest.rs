@@ -117,8 +117,8 @@ fn init(welcome: &Welcome) -> Result<Init, HostError> {
         env: welcome.env.clone(),
         clock_unix_ns: u64::try_from(now.as_nanos()).map_err(|_| failed("it is after 2554"))?,
         entropy,
-        default_user: None,
-        default_workdir: None,
+        default_user: welcome.login.user.clone(),
+        default_workdir: welcome.login.workdir.clone(),
         close_connections: welcome.origin != GuestOrigin::Boot,
     })
 }
@@ -262,6 +262,7 @@ mod tests {
     use std::net::Ipv4Addr;
 
     use icebox_agent_api::control::{ClockReport, InitReport};
+    use icebox_engine::manifest::v1::Login;
     use serde::de::DeserializeOwned;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     use tokio::net::TcpListener;
@@ -284,6 +285,7 @@ mod tests {
             template: "t".into(),
             hostname: "box".into(),
             env: BTreeMap::new(),
+            login: Login::default(),
             origin,
         }
     }

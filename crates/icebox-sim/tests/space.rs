@@ -60,6 +60,7 @@ fn inv_28_low_space_refuses_new_work_and_lets_the_old_go() {
             geometry: engine.template(IMAGE).unwrap().geometry,
             kernel: engine.host().kernels.default_kernel().await.unwrap(),
             env: std::collections::BTreeMap::new(),
+            login: icebox_engine::manifest::v1::Login::default(),
             source: "a test".into(),
         };
         let imported = engine.import_image("/input/another".as_ref(), request);

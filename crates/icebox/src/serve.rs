@@ -19,6 +19,7 @@ mod listen;
 mod log;
 mod metrics;
 mod real;
+mod recipe;
 mod sim;
 mod sys;
 mod tls;
@@ -52,6 +53,7 @@ use access::{Access, House};
 use config::Config;
 use daemon::Icebox;
 use listen::SocketFile;
+use recipe::Recipes;
 use tls::{Certificate, TlsListener};
 use workshop::Workshop;
 
@@ -184,10 +186,14 @@ async fn attend(
     let engine = Engine::open(ground.host, config.engine())
         .await
         .map_err(|error| opening_failed(&error))?;
+    let recipes = Recipes::open(&config.data_dir, config.internet);
+    let recipes =
+        recipes.map_err(|error| Failure::because("cannot read the names of templates", &error))?;
     let data = (!is_simulation).then(|| config.data_dir.clone());
     let daemon = Icebox {
         engine,
         access: Arc::new(open_access(data).await?),
+        recipes: Arc::new(recipes),
         layout,
         workshop: ground.workshop,
         domain: config.domain.clone(),

@@ -7,6 +7,7 @@
 //! /metrics                    access token ─► metrics.rs
 //! /files                      access token or signature ─► files/
 //! /init /prepare              the host's token ─► control.rs ─► machine.rs
+//! /dial                       the host's token ─► dial.rs
 //! ```
 //!
 //! One thread runs everything that waits for events; what blocks (files, the clock, a sync) runs on threads that come
@@ -16,6 +17,7 @@ mod auth;
 mod child;
 mod connections;
 mod control;
+mod dial;
 mod entry;
 mod error;
 mod files;
@@ -50,8 +52,8 @@ use axum::{
 };
 use connectrpc::{ConnectRpcService, Limits, RequestContext};
 use icebox_agent_api::{
-    AGENT_PORT, CLOCK_PATH, FILES_PATH, HEALTH_PATH, INIT_PATH, KEEPALIVE_HEADER, METRICS_PATH,
-    PREPARE_PATH, cmdline,
+    AGENT_PORT, CLOCK_PATH, DIAL_PATH, FILES_PATH, HEALTH_PATH, INIT_PATH, KEEPALIVE_HEADER,
+    METRICS_PATH, PREPARE_PATH, cmdline,
     proto::{filesystem::FilesystemExt as _, process::ProcessExt as _},
 };
 use tokio::net::TcpListener;
@@ -172,6 +174,7 @@ fn router(agent: Arc<Agent>) -> Router {
         .route(INIT_PATH, post(control::init))
         .route(CLOCK_PATH, post(control::clock))
         .route(PREPARE_PATH, post(control::prepare))
+        .route(DIAL_PATH, get(dial::dial))
         .route(HEALTH_PATH, get(async || StatusCode::NO_CONTENT))
         .layer(middleware::from_fn_with_state((), allow_browsers))
         .with_state(agent)

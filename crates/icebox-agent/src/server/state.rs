@@ -19,6 +19,9 @@ use serde::{Deserialize, Serialize};
 use super::{machine::Machine, metrics::CpuMeter, process::Registry};
 use crate::{cgroup::Cgroups, users::User};
 
+/// Runs commands in images that have it: E2B's user, and that of the images that we build.
+const USER: &str = "user";
+
 /// The state of the server, shared by all requests.
 pub(super) struct Agent {
     pub(super) machine: Machine,
@@ -39,7 +42,7 @@ struct Settings {
     host_token: Option<Token>,
     access: Access,
     env: BTreeMap<String, String>,
-    default_user: String,
+    default_user: Option<String>,
     default_workdir: Option<PathBuf>,
 }
 
@@ -80,7 +83,7 @@ impl Agent {
                 host_token: boot_token.map(Token::new),
                 access: Access::Token,
                 env: BTreeMap::new(),
-                default_user: "root".to_owned(),
+                default_user: None,
                 default_workdir: None,
             },
             Err(error) => return Err(failed(error)),
@@ -118,8 +121,13 @@ impl Agent {
         }
     }
 
+    /// Who runs what names nobody: whom the sandbox says, else [`USER`] where there is one.
     pub(super) fn default_user(&self) -> String {
-        self.settings().default_user
+        let said = self.settings().default_user;
+        said.unwrap_or_else(|| match User::find(USER) {
+            Ok(user) => user.name,
+            Err(_) => "root".to_owned(),
+        })
     }
 
     /// Where the processes of `user` start and relative paths begin, if the sandbox says so.
@@ -153,10 +161,7 @@ impl Agent {
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .chain(init.env.clone())
         .collect();
-        settings.default_user = init
-            .default_user
-            .clone()
-            .unwrap_or_else(|| "root".to_owned());
+        settings.default_user = init.default_user.clone();
         settings.default_workdir = init.default_workdir.as_ref().map(PathBuf::from);
         self.save(&settings)?;
         *self

@@ -19,7 +19,7 @@ use crate::{ApiError, ErrorCode};
 /// The largest request body that a REST route reads. The largest legitimate one is a create with its environment.
 const BODY_MAX: usize = 1 << 20;
 
-/// A JSON body. An empty one reads as `{}`, whatever its content type: E2B's SDKs send either.
+/// A JSON body. An empty one, or `null`, reads as `{}`, whatever its content type: clients send either.
 pub(super) struct Json<T>(pub(super) T);
 
 impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
@@ -34,7 +34,10 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
                     .hint(format!("a request body has at most {BODY_MAX} bytes"))
             })?
             .to_bytes();
-        let text: &[u8] = if body.is_empty() { b"{}" } else { &body };
+        let text: &[u8] = match &*body {
+            b"" | b"null" => b"{}",
+            text => text,
+        };
         serde_json::from_slice(text)
             .map(Self)
             .map_err(|error| ApiError::new(ErrorCode::Invalid, format!("request body: {error}")))

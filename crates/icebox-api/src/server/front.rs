@@ -13,7 +13,7 @@ use http::{HeaderMap, StatusCode};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{Edge, proxy};
+use super::{Edge, cors, e2b, proxy};
 use crate::access::{Caller, Premises};
 use crate::types::SandboxDetail;
 use crate::{API_KEY_HEADER, ApiError, Daemon, ErrorCode, TEAM_HEADER};
@@ -84,11 +84,7 @@ impl Front {
 }
 
 /// Decides whose a request is, what it is for, and whether it may pass.
-pub(super) async fn enter(
-    State(front): State<Front>,
-    mut request: Request,
-    next: Next,
-) -> Response {
+pub(super) async fn enter(State(front): State<Front>, request: Request, next: Next) -> Response {
     let caller = match front.caller(&request) {
         Ok(caller) => caller,
         Err(error) => return error.into_response(),
@@ -103,6 +99,24 @@ pub(super) async fn enter(
         Ok(None) => {}
         Err(error) => return error.into_response(),
     }
+    if cors::is_preflight(&request) {
+        return cors::allow(StatusCode::NO_CONTENT.into_response());
+    }
+    if proxy::is_signed(&request) {
+        // The signature is all that there is to show.
+        let context = front.context(caller.unwrap_or(Caller::Anybody));
+        return cors::allow(proxy::forward_signed(&context, request).await);
+    }
+    let caller = match request.uri().path().starts_with(e2b::builds::UPLOADS) {
+        // Whoever knows the way may go it.
+        true => Some(caller.unwrap_or(Caller::Anybody)),
+        false => caller,
+    };
+    cors::allow(serve(front, caller, request, next).await)
+}
+
+/// Serves a request that is for the daemon itself.
+async fn serve(front: Front, caller: Option<Caller>, mut request: Request, next: Next) -> Response {
     let Some(caller) = caller else {
         return unknown(request.headers().contains_key(API_KEY_HEADER)).into_response();
     };
@@ -145,8 +159,9 @@ impl Context {
     /// A sandbox as this caller is shown it. Who has the socket needs no token, since the proxy adds it there: so none
     /// ends up in a terminal or a file (INV-43).
     pub(super) fn shown(&self, mut sandbox: SandboxDetail) -> SandboxDetail {
-        if self.caller.is_administrator() {
-            sandbox.envd_access_token = None;
+        match self.caller.is_administrator() {
+            true => sandbox.envd_access_token = None,
+            false => e2b::form::put(&mut sandbox),
         }
         sandbox
     }

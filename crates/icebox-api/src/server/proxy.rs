@@ -4,8 +4,11 @@
 //! whose slot address it was made to. When a sandbox pauses or goes, what is in flight is cut *without* a proper end:
 //! E2B's SDKs tell a killed sandbox from a finished command by that.
 
+mod destination;
+mod dial;
+mod signed;
+
 use std::io;
-use std::net::Ipv4Addr;
 use std::pin::{Pin, pin};
 use std::task::{Context as TaskContext, Poll};
 use std::time::Duration;
@@ -16,26 +19,26 @@ use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::uri::PathAndQuery;
-use http::{Method, StatusCode, Uri, Version};
+use http::{Method, StatusCode, Version};
 use hyper::body::{Body as HttpBody, Frame, Incoming};
 use hyper::client::conn::http1;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
-use percent_encoding::percent_decode_str;
 use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
-use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use super::Context;
+use crate::key::KeyHash;
 use crate::{
-    ACCESS_TOKEN_HEADER, AGENT_PORT, API_KEY_HEADER, ApiError, ErrorCode, Pass, Route,
-    SANDBOX_ID_HEADER, SANDBOX_PORT_HEADER, TEAM_HEADER,
+    ACCESS_TOKEN_HEADER, AGENT_PORT, API_KEY_HEADER, ApiError, ErrorCode, Pass, Route, TEAM_HEADER,
+    TRAFFIC_TOKEN_HEADER,
 };
+use destination::is_host_only;
 
-/// How long a guest may take to accept a connection: far longer than a loaded one needs, short enough for a client.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) use destination::{Destination, destination};
+pub(super) use signed::{forward_signed, is_signed};
 
 /// How long one side of an upgraded connection may be silent when the other has ended its half.
 const HALF_OPEN_TIMEOUT: Duration = Duration::from_secs(60);
@@ -43,20 +46,8 @@ const HALF_OPEN_TIMEOUT: Duration = Duration::from_secs(60);
 /// What is carried of an upgraded connection at a time, each way.
 const TUNNEL_CHUNK: usize = 16 << 10;
 
-/// Agent paths that only the daemon itself may use, E2B's and ours.
-const HOST_ONLY: [&str; 8] = [
-    "/init",
-    "/prepare",
-    "/freeze",
-    "/unfreeze",
-    "/collapse",
-    "/fsfreeze",
-    "/fsthaw",
-    "/upgrade",
-];
-
 /// Headers that concern one connection, not the message (RFC 9110, 7.6.1), and those that are for us alone.
-const NOT_FORWARDED: [&str; 11] = [
+const NOT_FORWARDED: [&str; 12] = [
     "connection",
     "expect",
     "keep-alive",
@@ -68,93 +59,8 @@ const NOT_FORWARDED: [&str; 11] = [
     "upgrade",
     API_KEY_HEADER,
     TEAM_HEADER,
+    TRAFFIC_TOKEN_HEADER,
 ];
-
-/// A port of a sandbox.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Destination {
-    sandbox: String,
-    port: u16,
-}
-
-/// Where a request goes: to a sandbox, or (`None`) to the REST routes.
-///
-/// E2B's rule, for one listener that serves both: a host name that begins with `<port>-<id>.` is a sandbox's port;
-/// else the two routing headers name one.
-pub(super) fn destination(uri: &Uri, headers: &HeaderMap) -> Result<Option<Destination>, ApiError> {
-    let host = headers
-        .get(header::HOST)
-        .and_then(|host| host.to_str().ok())
-        .or_else(|| uri.host())
-        .unwrap_or_default();
-    if let Some((port, id)) = host_label(host) {
-        if id.is_empty()
-            || !id
-                .bytes()
-                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit())
-        {
-            return Err(ApiError::new(ErrorCode::Invalid, "Invalid sandbox ID"));
-        }
-        return Ok(Some(Destination {
-            sandbox: id.to_owned(),
-            port: parse_port(port)?,
-        }));
-    }
-    let text = |name| {
-        headers
-            .get(name)
-            .map(|value: &HeaderValue| value.to_str().unwrap_or_default())
-    };
-    match (text(SANDBOX_ID_HEADER), text(SANDBOX_PORT_HEADER)) {
-        (None, None) => Ok(None),
-        (Some(id), Some(port)) => Ok(Some(Destination {
-            sandbox: id.to_owned(),
-            port: parse_port(port)?,
-        })),
-        (id, _) => {
-            let missing = if id.is_none() {
-                SANDBOX_ID_HEADER
-            } else {
-                SANDBOX_PORT_HEADER
-            };
-            Err(ApiError::new(
-                ErrorCode::Invalid,
-                format!("missing header {missing}"),
-            ))
-        }
-    }
-}
-
-/// `<port>` and `<id>` of `<port>-<id>.<domain>`.
-fn host_label(host: &str) -> Option<(&str, &str)> {
-    let (label, _) = host.split_once('.')?;
-    let (port, id) = label.split_once('-')?;
-    (!port.is_empty() && port.bytes().all(|b| b.is_ascii_digit())).then_some((port, id))
-}
-
-fn parse_port(text: &str) -> Result<u16, ApiError> {
-    text.parse()
-        .ok()
-        .filter(|port| *port != 0)
-        .ok_or_else(|| ApiError::new(ErrorCode::Invalid, "Invalid sandbox port"))
-}
-
-/// Whether `path` is one of [`HOST_ONLY`], however it is spelled.
-fn is_host_only(path: &str) -> bool {
-    let decoded = percent_decode_str(path).decode_utf8_lossy();
-    let mut plain = String::with_capacity(decoded.len());
-    for segment in decoded.split('/').filter(|segment| !segment.is_empty()) {
-        match segment {
-            "." => {}
-            ".." => plain.truncate(plain.rfind('/').unwrap_or(0)),
-            _ => {
-                plain.push('/');
-                plain.push_str(&segment.to_ascii_lowercase());
-            }
-        }
-    }
-    HOST_ONLY.contains(&plain.as_str())
-}
 
 /// E2B's form of a refusal: the SDKs look for these words.
 #[derive(Serialize)]
@@ -185,6 +91,26 @@ fn not_open(sandbox: &str, port: u16) -> Response {
         code: StatusCode::BAD_GATEWAY.as_u16(),
     };
     (StatusCode::BAD_GATEWAY, axum::Json(body)).into_response()
+}
+
+/// Whether a request may pass to the ports of a sandbox that are not the agent's. What is compared are hashes, so timing
+/// tells nothing about the token.
+fn admits(route: &Route, headers: &HeaderMap) -> bool {
+    let Some(wanted) = &route.traffic_token else {
+        return true;
+    };
+    let presented = headers.get(TRAFFIC_TOKEN_HEADER);
+    presented.is_some_and(|it| KeyHash::of(it.as_bytes()) == KeyHash::of(wanted.as_bytes()))
+}
+
+fn not_admitted(sandbox: &str) -> Response {
+    let body = NotReachable {
+        sandbox_id: sandbox,
+        message: "The sandbox asks for its traffic access token, which is missing or another's",
+        port: None,
+        code: StatusCode::FORBIDDEN.as_u16(),
+    };
+    (StatusCode::FORBIDDEN, axum::Json(body)).into_response()
 }
 
 /// Carries one request to a sandbox, and its answer back.
@@ -223,7 +149,10 @@ pub(super) async fn forward(
         Err(error) if is_administrator => return error.into_response(),
         Err(_) => return not_found(&sandbox),
     };
-    if port == AGENT_PORT && is_administrator {
+    if port != AGENT_PORT && !is_administrator && !admits(&route, request.headers()) {
+        return not_admitted(&route.sandbox_id);
+    }
+    if port == AGENT_PORT && (is_administrator || route.agent_is_open) {
         match HeaderValue::from_str(&route.token) {
             Ok(mut token) => {
                 token.set_sensitive(true);
@@ -242,10 +171,11 @@ async fn carry(route: Route, port: u16, mut request: Request) -> Response {
         sandbox_id,
         address,
         mut pass,
-        token: _,
+        token,
+        ..
     } = route;
     let upstream = tokio::select! {
-        upstream = connect(address, port) => upstream,
+        upstream = dial::connect(address, port, &token) => upstream,
         () = pass.revoked() => return not_found(&sandbox_id),
     };
     let Some(stream) = upstream else {
@@ -329,25 +259,6 @@ async fn hold(
         () = carried => {}
         () = revoked => {}
     }
-}
-
-async fn connect(address: Ipv4Addr, port: u16) -> Option<TcpStream> {
-    let stream =
-        match tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect((address, port))).await {
-            Ok(Ok(stream)) => stream,
-            Ok(Err(error)) => {
-                tracing::debug!(%error, %address, port, "a guest's port is not open");
-                return None;
-            }
-            Err(_) => {
-                tracing::debug!(%address, port, "a guest's port did not accept in time");
-                return None;
-            }
-        };
-    if let Err(error) = stream.set_nodelay(true) {
-        tracing::debug!(%error, "TCP_NODELAY");
-    }
-    Some(stream)
 }
 
 /// The protocol that a message wants to switch to.
@@ -504,74 +415,6 @@ impl HttpBody for Carried {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn find(host: &str, headers: &[(&'static str, &str)]) -> Result<Option<Destination>, String> {
-        let mut map = HeaderMap::new();
-        map.insert(header::HOST, host.parse().expect("a header value"));
-        for (name, value) in headers {
-            map.insert(*name, value.parse().expect("a header value"));
-        }
-        destination(&Uri::from_static("/"), &map).map_err(|error| error.to_string())
-    }
-
-    fn to(sandbox: &str, port: u16) -> Result<Option<Destination>, String> {
-        Ok(Some(Destination {
-            sandbox: sandbox.to_owned(),
-            port,
-        }))
-    }
-
-    #[test]
-    fn a_host_label_or_both_headers_name_a_sandbox() {
-        let both = [(SANDBOX_ID_HEADER, "iabc"), (SANDBOX_PORT_HEADER, "49983")];
-        assert_eq!(find("8000-iabc.e2b.localhost:8443", &[]), to("iabc", 8000));
-        for host in [
-            "localhost:3000",
-            "127.0.0.1",
-            "sandbox.example.org",
-            "icebox",
-        ] {
-            assert_eq!(find(host, &both), to("iabc", 49983), "{host}");
-            assert_eq!(find(host, &[]), Ok(None), "{host}");
-            assert_eq!(
-                find(host, &both[..1]),
-                Err("missing header e2b-sandbox-port".to_owned())
-            );
-            assert_eq!(
-                find(host, &both[1..]),
-                Err("missing header e2b-sandbox-id".to_owned())
-            );
-        }
-        assert_eq!(
-            find("8000-iABC.example.org", &[]),
-            Err("Invalid sandbox ID".to_owned())
-        );
-        assert_eq!(
-            find("99999-iabc.example.org", &[]),
-            Err("Invalid sandbox port".to_owned())
-        );
-        assert_eq!(find("my-host.example.org", &[]), Ok(None));
-    }
-
-    #[test]
-    fn inv_42_host_only_paths_are_known_in_every_spelling() {
-        for path in [
-            "/init",
-            "//init",
-            "/init/",
-            "/./init",
-            "/x/../init",
-            "/%69nit",
-            "/INIT",
-            "/%2e/prepare",
-            "/fsthaw",
-        ] {
-            assert!(is_host_only(path), "{path}");
-        }
-        for path in ["/", "/health", "/files", "/initial", "/init/x"] {
-            assert!(!is_host_only(path), "{path}");
-        }
-    }
 
     /// What the two sides of a relay see, and the relay.
     fn relayed() -> (

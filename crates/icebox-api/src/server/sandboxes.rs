@@ -6,23 +6,13 @@ use axum::response::{IntoResponse as _, Response};
 use http::StatusCode;
 use http::header::CONTENT_TYPE;
 
-use super::Context;
 use super::extract::{Json, Query, WantsSandbox};
+use super::{Context, e2b};
 use crate::types::{
-    ChangeLifetime, Forked, History, MetricsRange, NewFork, NewSandbox, NewSnapshot, Outcome,
+    ChangeLifetime, Forked, History, MetricsRange, NewFork, NewSnapshot, Outcome, PauseRequest,
     ResumeRequest, RollbackRequest, SandboxDetail, SandboxMetric, Snapshot, Template, VerbResult,
 };
 use crate::{ApiError, ErrorCode};
-
-pub(super) async fn create(
-    context: Context,
-    Json(new): Json<NewSandbox>,
-) -> Result<(StatusCode, axum::Json<SandboxDetail>), ApiError> {
-    let made = context
-        .run_verb(|daemon| async move { daemon.create(new).await })
-        .await?;
-    Ok((StatusCode::CREATED, axum::Json(context.shown(made))))
-}
 
 #[derive(serde::Deserialize)]
 pub(super) struct Wanted {
@@ -34,12 +24,14 @@ pub(super) async fn list(
     context: Context,
     Query(wanted): Query<Wanted>,
 ) -> Result<axum::Json<Vec<SandboxDetail>>, ApiError> {
-    let mut all = context.daemon.list(wanted.space).await?;
-    for sandbox in &mut all {
+    let all = context.daemon.list(wanted.space).await?;
+    let shown = all.into_iter().map(|sandbox| SandboxDetail {
         // E2B's lists have none.
-        sandbox.envd_access_token = None;
-    }
-    Ok(axum::Json(all))
+        envd_access_token: None,
+        traffic_access_token: None,
+        ..context.shown(sandbox)
+    });
+    Ok(axum::Json(shown.collect()))
 }
 
 pub(super) async fn inspect(
@@ -65,9 +57,16 @@ pub(super) async fn pause(
     context: Context,
     Path(id): Path<String>,
     WantsSandbox(wants): WantsSandbox,
+    Json(how): Json<PauseRequest>,
 ) -> Result<Response, ApiError> {
+    let keeps_memory = how.memory != Some(false);
     let result = context
-        .run_verb(|daemon| async move { daemon.pause(&id).await })
+        .run_verb(move |daemon| async move {
+            match keeps_memory {
+                true => daemon.pause(&id).await,
+                false => daemon.stop(&id).await,
+            }
+        })
         .await?;
     e2b_answer(&context, result, wants, |_| {
         StatusCode::NO_CONTENT.into_response()
@@ -183,9 +182,12 @@ pub(super) async fn snapshot(
     Path(id): Path<String>,
     Json(new): Json<NewSnapshot>,
 ) -> Result<(StatusCode, axum::Json<Snapshot>), ApiError> {
-    let taken = context
+    let mut taken = context
         .run_verb(|daemon| async move { daemon.snapshot(&id, new).await })
         .await?;
+    if !context.caller.is_administrator() {
+        e2b::snapshots::put(&mut taken);
+    }
     Ok((StatusCode::CREATED, axum::Json(taken)))
 }
 

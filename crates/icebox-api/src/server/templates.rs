@@ -6,8 +6,8 @@ use http::StatusCode;
 
 use super::Context;
 use super::extract::{self, Json};
-use crate::ApiError;
-use crate::types::{BuildSource, ChangeTemplate, NewBuild, Template};
+use crate::types::{BuildSource, ChangeTemplate, NewBuild, Template, TemplateAlias};
+use crate::{ApiError, ErrorCode};
 
 pub(super) async fn list(context: Context) -> Result<axum::Json<Vec<Template>>, ApiError> {
     context.daemon.templates().await.map(axum::Json)
@@ -20,13 +20,30 @@ pub(super) async fn inspect(
     context.daemon.template(&id).await.map(axum::Json)
 }
 
+/// What a name leads to, for those who want to know whether it is taken.
+pub(super) async fn alias(
+    context: Context,
+    Path(alias): Path<String>,
+) -> Result<axum::Json<TemplateAlias>, ApiError> {
+    let template = context.daemon.template(&alias).await?;
+    Ok(axum::Json(TemplateAlias {
+        template_id: template.template_id,
+        public: false,
+    }))
+}
+
+/// One that is in use is 400: E2B's answer.
 pub(super) async fn remove(
     context: Context,
     Path(id): Path<String>,
 ) -> Result<StatusCode, ApiError> {
     context
         .run_verb(|daemon| async move { daemon.remove_template(&id).await })
-        .await?;
+        .await
+        .map_err(|error| match error.body().error_code {
+            Some(ErrorCode::InUse) => error.status(StatusCode::BAD_REQUEST),
+            _ => error,
+        })?;
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -10,6 +10,8 @@ pub enum OnTimeout {
     Pause,
     /// It is destroyed.
     Kill,
+    /// It is stopped: its disk is kept. Not E2B's word.
+    Stop,
 }
 
 impl std::fmt::Display for OnTimeout {
@@ -17,6 +19,7 @@ impl std::fmt::Display for OnTimeout {
         f.write_str(match self {
             Self::Pause => "pause",
             Self::Kill => "kill",
+            Self::Stop => "stop",
         })
     }
 }

@@ -57,6 +57,39 @@ pub struct NewSandbox {
     /// E2B's other way to say that it is paused when its time is over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub auto_pause: Option<bool>,
+    /// Whether its memory is kept then. If not, it is stopped.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub auto_pause_memory: Option<bool>,
+    /// Whether its agent asks for a token. It does unless this says otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secure: Option<bool>,
+    /// What it may reach, and who may reach it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<super::NetworkConfig>,
+    /// E2B's MCP gateway, which there is none of here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mcp: Option<serde_json::Value>,
+    /// E2B's workload identities, likewise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iam: Option<serde_json::Value>,
+    /// E2B's volumes, likewise.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub volume_mounts: Vec<serde_json::Value>,
+}
+
+impl NewSandbox {
+    /// Whether it reaches public addresses, if the request says so: E2B has three ways to say no.
+    #[must_use]
+    pub fn internet(&self) -> Option<bool> {
+        let network = self
+            .network
+            .as_ref()
+            .and_then(super::NetworkConfig::internet);
+        match network {
+            Some(false) => Some(false),
+            other => self.allow_internet_access.or(other),
+        }
+    }
 }
 
 fn base() -> String {
@@ -153,6 +186,12 @@ pub struct SandboxDetail {
     /// The token that the sandbox's agent asks for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub envd_access_token: Option<String>,
+    /// The token that its other ports ask for, if they do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traffic_access_token: Option<String>,
+    /// How much of it is kept while it is paused, in E2B's words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pause_mode: Option<super::PauseMode>,
     /// The domain of `<port>-<id>.<domain>`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain: Option<String>,
@@ -319,6 +358,9 @@ pub struct NewSnapshot {
     /// The new template's name. Never overwrites one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
+    /// Whether it holds the memory. If not, it is flattened.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<bool>,
 }
 
 /// A snapshot that was taken: a template.
@@ -339,6 +381,9 @@ pub struct NewFork {
     /// From 1 to 100.
     #[serde(default = "one")]
     pub count: i64,
+    /// How many seconds each of them runs, from now on. Absent: as long as the sandbox that they are forks of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<i64>,
 }
 
 fn one() -> i64 {

@@ -56,6 +56,9 @@ pub struct Template {
     /// What a snapshot needs in order to be restored.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vmm: Option<super::Vmm>,
+    /// The sandbox that a snapshot is of.
+    #[serde(rename = "sandboxID", default, skip_serializing_if = "Option::is_none")]
+    pub sandbox_id: Option<String>,
     /// Allocated bytes of what nothing else needs: removing the template gives so much back.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocated_bytes: Option<u64>,

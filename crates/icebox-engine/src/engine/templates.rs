@@ -28,6 +28,8 @@ pub struct ImageRequest {
     pub kernel: Digest,
     /// Variables for every command.
     pub env: BTreeMap<String, String>,
+    /// Who runs commands, and where.
+    pub login: v1::Login,
     /// Where it came from, in words.
     pub source: String,
 }
@@ -96,6 +98,7 @@ impl Engine {
             disk_size: size,
             kernel: request.kernel,
             env: request.env,
+            login: request.login,
             source: request.source,
             created_at: self.shared.now(),
         };
@@ -196,7 +199,8 @@ impl Engine {
             )
             .await?;
             let spec = &record.spec;
-            let (geometry, kernel, env) = (spec.geometry, spec.kernel.clone(), spec.env.clone());
+            let (geometry, kernel) = (spec.geometry, spec.kernel.clone());
+            let (env, login) = (spec.env.clone(), spec.login.clone());
             self.import_image_of(
                 spec.team.clone(),
                 &image,
@@ -205,6 +209,7 @@ impl Engine {
                     geometry,
                     kernel,
                     env,
+                    login,
                     source,
                 },
             )

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::HostError;
 use crate::id::SandboxId;
+use crate::manifest::v1::Login;
 
 /// Where a guest's agent answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,6 +79,8 @@ pub struct Welcome {
     pub hostname: String,
     /// Variables for every later command.
     pub env: BTreeMap<String, String>,
+    /// Who runs commands that name nobody, and where.
+    pub login: Login,
     /// What the guest was a moment ago.
     pub origin: GuestOrigin,
 }

@@ -180,6 +180,7 @@ impl Sandbox {
                 .as_ref()
                 .map_or_else(|| record.id.to_string(), ToString::to_string),
             env: record.spec.env.clone(),
+            login: record.spec.login.clone(),
             origin,
         }
     }

@@ -93,7 +93,7 @@ impl Sandbox {
     async fn set_aside(&mut self, to: &Point) -> Result<(), Error> {
         let steps = self.steps.clone();
         let closed = match self.record().rests {
-            Rest::Running => Some(self.quiet_guest(&steps).await),
+            Rest::Running => Some(self.quiet_guest(None, &steps).await),
             _ => None,
         };
         // Unique within the sandbox, since head numbers are never reused.
@@ -190,9 +190,12 @@ impl Sandbox {
     }
 
     /// Lets connections to a guest that will be ended end, and the guest write out its caches: both for a while, and
-    /// neither must succeed.
-    pub(super) async fn quiet_guest(&self, steps: &Steps) -> Closed {
-        let closed = steps.time("drain", self.gate.close(deadline::DRAIN)).await;
+    /// neither must succeed. `closed`: nobody is inside already.
+    pub(super) async fn quiet_guest(&self, closed: Option<Closed>, steps: &Steps) -> Closed {
+        let closed = match closed {
+            Some(closed) => closed,
+            None => steps.time("drain", self.gate.close(deadline::DRAIN)).await,
+        };
         // A guest without room to write answers nothing.
         if self.stands_still() {
             return closed;

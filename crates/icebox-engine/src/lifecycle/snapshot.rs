@@ -9,6 +9,7 @@
 use std::sync::Arc;
 
 use crate::deadline::{self, within};
+use crate::engine::Defaults;
 use crate::error::Error;
 use crate::id::{Name, TemplateId};
 use crate::layout::{DEVICE_STATE, Object};
@@ -20,7 +21,12 @@ use crate::sandbox::Sandbox;
 use crate::steps::Steps;
 
 impl Sandbox {
-    pub(crate) async fn snapshot(&mut self, name: Name) -> Result<Template, Error> {
+    /// `defaults` are those of sandboxes made from the template, where they are not this one's.
+    pub(crate) async fn snapshot(
+        &mut self,
+        name: Name,
+        defaults: Option<Defaults>,
+    ) -> Result<Template, Error> {
         self.admit(Verb::Snapshot).await?;
         let _reserved = {
             let team = &self.record().spec.team;
@@ -35,14 +41,17 @@ impl Sandbox {
                     .catalog
                     .generation(self.id(), generation)?
                     .capture;
-                let template = self.template_of(id, name, &capture);
+                let template = self.template_maker(id, name, defaults)(&capture);
                 let from = Object::Generation(self.id().clone(), generation);
                 let published = self.publish_copy(&from, &template);
                 steps.time("publish", published).await?;
                 self.shared.catalog.add_template(1, template.clone());
                 template
             }
-            _ => self.snapshot_running(id, name, &steps).await?,
+            _ => {
+                let maker = self.template_maker(id.clone(), name, defaults);
+                self.snapshot_running(id, maker, &steps).await?
+            }
         };
         self.emit(
             "template.created",
@@ -55,14 +64,13 @@ impl Sandbox {
     async fn snapshot_running(
         &mut self,
         id: TemplateId,
-        name: Name,
+        maker: impl Fn(&Capture) -> Template,
         steps: &Steps,
     ) -> Result<Template, Error> {
         let machine = self.machine(Verb::Snapshot)?;
         self.check_opened()?;
-        let object = Object::Template(id.clone());
+        let object = Object::Template(id);
         let mut attempt = self.begin_capture(object.clone());
-        let maker = self.template_maker(id, name);
         let document = |capture: &_| manifest::encode(1, &maker(capture));
         let captured = self
             .capture(&*machine, &mut attempt, Then::RunsOn, steps, document)
@@ -88,12 +96,17 @@ impl Sandbox {
         }
     }
 
-    fn template_of(&self, id: TemplateId, name: Name, capture: &Capture) -> Template {
-        self.template_maker(id, name)(capture)
-    }
-
-    fn template_maker(&self, id: TemplateId, name: Name) -> impl Fn(&Capture) -> Template + use<> {
+    fn template_maker(
+        &self,
+        id: TemplateId,
+        name: Name,
+        defaults: Option<Defaults>,
+    ) -> impl Fn(&Capture) -> Template + use<> {
         let (spec, now) = (self.record().spec.clone(), self.shared.now());
+        let Defaults { env, login } = defaults.unwrap_or_else(|| Defaults {
+            env: spec.env.clone(),
+            login: spec.login.clone(),
+        });
         let source = format!(
             "snapshot of {}",
             crate::catalog::display_name(self.record())
@@ -109,7 +122,8 @@ impl Sandbox {
             geometry: spec.geometry,
             disk_size: spec.disk_size,
             kernel: spec.kernel.clone(),
-            env: spec.env.clone(),
+            env: env.clone(),
+            login: login.clone(),
             source: source.clone(),
             created_at: now,
         }

@@ -4,12 +4,18 @@
 //! VMM ends. Paused: a new head over the generation's layer; the memory stays listed as a generation.
 
 use crate::error::Error;
+use crate::gate::Closed;
 use crate::manifest::v1::Rest;
 use crate::phase::{Step, Verb};
 use crate::sandbox::{Outcome, Sandbox};
 
 impl Sandbox {
     pub(crate) async fn stop(&mut self) -> Result<Outcome, Error> {
+        self.stop_through(None).await
+    }
+
+    /// Stops the sandbox, through a gate that may be closed already.
+    pub(crate) async fn stop_through(&mut self, closed: Option<Closed>) -> Result<Outcome, Error> {
         if self.admit(Verb::Stop).await? == Step::AlreadyThere {
             return Ok(Outcome::AlreadyThere);
         }
@@ -22,7 +28,7 @@ impl Sandbox {
                 return Err(self.give_back(error).await);
             }
         } else {
-            let closed = self.quiet_guest(&steps).await;
+            let closed = self.quiet_guest(closed, &steps).await;
             let commit = self.update(|record| record.rests = Rest::Stopped);
             steps.time("commit", commit).await?;
             closed.keep();

@@ -178,10 +178,49 @@ pub struct Template {
     pub kernel: Digest,
     /// Variables for every command in sandboxes made from it.
     pub env: BTreeMap<String, String>,
+    /// Who runs commands in sandboxes made from it, and where.
+    #[serde(default, skip_serializing_if = "Login::says_nothing")]
+    pub login: Login,
     /// Where it came from, in words.
     pub source: String,
     /// When it was made.
     pub created_at: Timestamp,
+}
+
+/// Who runs commands that name nobody, and where. What it does not say is the guest's to say.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Login {
+    /// The user.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// The directory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workdir: Option<String>,
+}
+
+impl Login {
+    fn says_nothing(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Who may talk to a sandbox, apart from the rule: its agent to who has its token, its other ports to anybody.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Doors {
+    /// Its agent serves whoever knows the sandbox's id.
+    #[serde(default)]
+    pub agent_open: bool,
+    /// Its other ports serve only who has a token for them.
+    #[serde(default)]
+    pub ports_closed: bool,
+}
+
+impl Doors {
+    fn are_as_usual(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// What a sandbox was asked to be. Fixed for its life.
@@ -209,6 +248,12 @@ pub struct Spec {
     pub egress: Egress,
     /// Variables for every command.
     pub env: BTreeMap<String, String>,
+    /// Who runs its commands, and where.
+    #[serde(default, skip_serializing_if = "Login::says_nothing")]
+    pub login: Login,
+    /// Who may talk to it.
+    #[serde(default, skip_serializing_if = "Doors::are_as_usual")]
+    pub doors: Doors,
     /// The user's own words.
     pub metadata: BTreeMap<String, String>,
     /// What becomes of its past.
@@ -364,6 +409,8 @@ pub enum OnTimeout {
     Pause,
     /// It is destroyed.
     Destroy,
+    /// It is stopped: its disk is kept.
+    Stop,
 }
 
 /// When a running sandbox ends by itself, and when a paused one begins to.

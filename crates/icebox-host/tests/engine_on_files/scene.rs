@@ -87,6 +87,7 @@ impl Scene {
             },
             kernel: engine.host().kernels.default_kernel().await.unwrap(),
             env: BTreeMap::new(),
+            login: icebox_engine::manifest::v1::Login::default(),
             source: "a test".into(),
         };
         engine.import_image(&place.image(), request).await.unwrap();

@@ -46,6 +46,7 @@ pub(crate) async fn import_image(world: &World, engine: &Engine) {
         },
         kernel: engine.host().kernels.default_kernel().await.unwrap(),
         env: BTreeMap::new(),
+        login: icebox_engine::manifest::v1::Login::default(),
         source: "a test".into(),
     };
     engine

@@ -108,7 +108,7 @@ pub(crate) async fn run(context: &Context, args: Args) -> Ended {
         history: (history != HistoryPolicy::default()).then_some(history),
         allow_internet_access: Some(args.internet),
         lifetime,
-        auto_pause: None,
+        ..NewSandbox::default()
     };
     let made = context.client.create(&new).await?;
     if context.output.is_json() {

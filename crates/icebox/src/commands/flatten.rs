@@ -21,6 +21,7 @@ pub(crate) struct Args {
 pub(crate) async fn run(context: &Context, args: Args) -> Ended {
     let new = NewSnapshot {
         name: Some(args.name),
+        memory: None,
     };
     let flat = context.client.flatten(&args.sandbox, &new).await?;
     if context.output.is_json() {

@@ -26,7 +26,10 @@ pub(crate) struct Args {
 }
 
 pub(crate) async fn run(context: &Context, args: &Args) -> Ended {
-    let new = NewFork { count: args.count };
+    let new = NewFork {
+        count: args.count,
+        timeout: None,
+    };
     let forks = context.client.fork(&args.sandbox, &new).await?;
     if context.output.is_json() {
         context.output.document(&forks)?;

@@ -22,6 +22,7 @@ pub(crate) struct Args {
 pub(crate) async fn run(context: &Context, args: Args) -> Ended {
     let new = NewSnapshot {
         name: Some(args.name),
+        memory: None,
     };
     let taken = context.client.snapshot(&args.sandbox, &new).await?;
     if context.output.is_json() {

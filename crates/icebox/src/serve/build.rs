@@ -138,6 +138,7 @@ impl Build {
             geometry: self.geometry,
             kernel,
             env: std::collections::BTreeMap::new(),
+            login: v1::Login::default(),
             source: describe(&self.source),
         };
         self.engine

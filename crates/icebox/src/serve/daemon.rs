@@ -8,14 +8,15 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
 use icebox_api::types::{
-    AuditEntry, AuditRange, BuildEvent, ChangeLifetime, ChangeTeam, DrainReport, Event, Forked,
-    GcReport, GcRequest, History, Kernel, KernelEvent, Key, MadeKey, MetricsRange, NewBuild,
-    NewFork, NewKernel, NewKey, NewSandbox, NewSnapshot, NewTeam, Outcome, Report, ResumeRequest,
-    RollbackRequest, SandboxDetail, SandboxMetric, Snapshot, Stats, Team, TeamLimits, Template,
-    VerbResult,
+    AssignTags, AssignedTags, AuditEntry, AuditRange, BuildEvent, BuildStatus, ChangeLifetime,
+    ChangeTeam, DrainReport, Event, Forked, GcReport, GcRequest, History, Kernel, KernelEvent, Key,
+    Limit, MadeKey, MetricsRange, NewBuild, NewFork, NewKernel, NewKey, NewRecipe, NewSandbox,
+    NewSnapshot, NewTeam, Outcome, RemoveTags, Report, RequestedBuild, ResumeRequest,
+    RollbackRequest, SandboxDetail, SandboxMetric, Snapshot, StartBuild, Stats, Team, TeamLimits,
+    Template, TemplateTag, VerbResult,
 };
 use icebox_api::{ApiError, BoxStream, Daemon, ErrorCode, Pass, Route};
-use icebox_engine::id::GenerationNo;
+use icebox_engine::id::{GenerationNo, SandboxId};
 use icebox_engine::layout::{Layout, Object};
 use icebox_engine::manifest::v1;
 use icebox_engine::unit::Geometry;
@@ -25,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::access::{Access, KeptTeam};
 use super::build::Build;
+use super::recipe::Recipes;
 use super::workshop::Workshop;
 use super::{doctor, lifetime, metrics, translate};
 
@@ -38,6 +40,7 @@ pub(super) struct Icebox {
     pub(super) access: Arc<Access>,
     pub(super) layout: Layout,
     pub(super) workshop: Arc<dyn Workshop>,
+    pub(super) recipes: Arc<Recipes>,
     pub(super) domain: Option<String>,
     /// CPUs and memory of templates that name none.
     pub(super) geometry: Geometry,
@@ -115,18 +118,42 @@ impl Icebox {
         Ok(())
     }
 
+    async fn snapshotted(&self, taken: Result<v1::Template, Error>) -> Result<Snapshot, ApiError> {
+        let template = taken.map_err(|error| translate::error(&error))?;
+        let template = self.measured(&template, None).await;
+        Ok(Snapshot {
+            snapshot_id: template.template_id.clone(),
+            names: template.names.clone(),
+            template,
+        })
+    }
+
+    fn template_reference<'a>(&self, text: &'a str) -> &'a str {
+        translate::template_reference(self.engine.scope(), text)
+    }
+
+    /// With the names that it has beside its own.
+    fn named(&self, mut template: Template) -> Template {
+        let names = self.recipes.names_of(&template.template_id);
+        template.names.extend(names);
+        template
+    }
+
     /// A template with what it occupies. A size that cannot be had is left out.
     async fn measured(&self, template: &v1::Template, unusable: Option<String>) -> Template {
         let object = Object::Template(template.id.clone());
         let usage = self.engine.usage(&object).await.ok();
-        translate::template(template, unusable, usage.as_ref())
+        self.named(translate::template(template, unusable, usage.as_ref()))
     }
 }
 
 #[async_trait]
 impl Daemon for Icebox {
     async fn create(&self, new: NewSandbox) -> Result<SandboxDetail, ApiError> {
-        let request = translate::create_request(new, self.internet)?;
+        let built = self.recipes.resolve(&self.engine, &new.template_id);
+        let mut request = translate::create_request(new, self.internet)?;
+        request.template =
+            built.unwrap_or_else(|| self.template_reference(&request.template).to_owned());
         let created = self.engine.create(request).await;
         created
             .map(|view| self.detail(&view, None))
@@ -211,18 +238,16 @@ impl Daemon for Icebox {
     }
 
     async fn snapshot(&self, sandbox: &str, new: NewSnapshot) -> Result<Snapshot, ApiError> {
-        let name = translate::required_name(new.name.as_deref())?;
-        let template = self
-            .engine
-            .snapshot(sandbox, name)
-            .await
-            .map_err(|error| translate::error(&error))?;
-        let template = self.measured(&template, None).await;
-        Ok(Snapshot {
-            snapshot_id: template.template_id.clone(),
-            names: template.names.clone(),
-            template,
-        })
+        let name = match new.name.as_deref() {
+            Some(name) => translate::name(self.template_reference(name))?,
+            None => translate::name(&format!("snapshot-{}", SandboxId::random()))?,
+        };
+        if new.memory == Some(false) {
+            let template = self.engine.flatten(sandbox, name).await;
+            return self.snapshotted(template).await;
+        }
+        let template = self.engine.snapshot(sandbox, name).await;
+        self.snapshotted(template).await
     }
 
     async fn fork(&self, sandbox: &str, new: NewFork) -> Result<Vec<Forked>, ApiError> {
@@ -233,6 +258,13 @@ impl Daemon for Icebox {
                 let message = format!("cannot make {} forks at once", new.count);
                 ApiError::new(ErrorCode::Invalid, message).hint(format!("ask for 1 to {FORKS_MAX}"))
             })?;
+        let timeout = new.timeout.map(|timeout| {
+            lifetime::change(&ChangeLifetime {
+                timeout: Some(Limit::Seconds(timeout)),
+                ..ChangeLifetime::default()
+            })
+        });
+        let timeout = timeout.transpose()?;
         let forks = self
             .engine
             .fork(sandbox, count)
@@ -244,13 +276,21 @@ impl Daemon for Icebox {
         {
             return Err(translate::error(over));
         }
-        Ok(forks
-            .into_iter()
-            .map(|fork| match fork {
+        let forks = forks.into_iter().map(async |fork| {
+            let fork = match (fork, timeout) {
+                (Ok(fork), Some(timeout)) => {
+                    self.engine
+                        .set_lifetime(fork.record.id.as_str(), timeout)
+                        .await
+                }
+                (fork, _) => fork,
+            };
+            match fork {
                 Ok(view) => Forked::Sandbox(Box::new(self.detail(&view, None))),
                 Err(error) => Forked::Error(translate::error(&error).into_body()),
-            })
-            .collect())
+            }
+        });
+        Ok(futures_util::future::join_all(forks).await)
     }
 
     async fn flatten(&self, sandbox: &str, new: NewSnapshot) -> Result<Template, ApiError> {
@@ -353,8 +393,18 @@ impl Daemon for Icebox {
             sandbox_id: id,
             address: route.ip,
             token: route.token.expose().to_owned(),
+            agent_is_open: found.record.spec.doors.agent_open,
+            traffic_token: translate::traffic_token(&found.record),
             pass: Pass::new(async move { pass.revoked().await }, held),
         })
+    }
+
+    async fn signer(&self, has: &(dyn for<'a> Fn(&'a str) -> bool + Sync)) -> Option<String> {
+        let sandboxes = self.engine.list();
+        let signer = sandboxes
+            .iter()
+            .find(|view| has(view.record.token.expose()));
+        signer.map(|view| view.record.id.to_string())
     }
 
     async fn templates(&self) -> Result<Vec<Template>, ApiError> {
@@ -367,11 +417,15 @@ impl Daemon for Icebox {
         let usage = |template: &v1::Template| usages.get(&Object::Template(template.id.clone()));
         Ok(templates
             .into_iter()
-            .map(|(it, unusable)| translate::template(&it, unusable, usage(&it)))
+            .map(|(it, unusable)| self.named(translate::template(&it, unusable, usage(&it))))
             .collect())
     }
 
     async fn template(&self, template: &str) -> Result<Template, ApiError> {
+        let built = self.recipes.resolve(&self.engine, template);
+        let template = built
+            .as_deref()
+            .unwrap_or_else(|| self.template_reference(template));
         let (template, unusable) = self
             .engine
             .inspect_template(template)
@@ -380,6 +434,10 @@ impl Daemon for Icebox {
     }
 
     async fn remove_template(&self, template: &str) -> Result<String, ApiError> {
+        if let Some(removed) = self.recipes.remove(&self.engine, template).await {
+            return removed;
+        }
+        let template = self.template_reference(template);
         let removed = self.engine.remove_template(template).await;
         removed
             .map(|template| template.id.to_string())
@@ -403,6 +461,50 @@ impl Daemon for Icebox {
         let (events, stream) = tokio::sync::mpsc::channel(16);
         tokio::spawn(build.run(events));
         Ok(ReceiverStream::new(stream).boxed())
+    }
+
+    async fn request_build(&self, new: NewRecipe) -> Result<RequestedBuild, ApiError> {
+        self.require_room().await?;
+        self.recipes.request(&self.engine, &new)
+    }
+
+    async fn start_build(&self, build: &str, what: StartBuild) -> Result<(), ApiError> {
+        self.require_room().await?;
+        self.recipes.start(&self.engine, build, what)
+    }
+
+    async fn build_status(
+        &self,
+        build: &str,
+        offset: usize,
+        limit: usize,
+    ) -> Result<BuildStatus, ApiError> {
+        self.recipes.status(&self.engine, build, offset, limit)
+    }
+
+    async fn admit_files(&self, hash: &str) -> Result<Option<String>, ApiError> {
+        self.recipes.files().admit(hash)
+    }
+
+    async fn put_files(
+        &self,
+        way: &str,
+        content: BoxStream<io::Result<Bytes>>,
+    ) -> Result<(), ApiError> {
+        self.require_room().await?;
+        self.recipes.files().put(way, content).await
+    }
+
+    async fn template_tags(&self, template: &str) -> Result<Vec<TemplateTag>, ApiError> {
+        self.recipes.tags(&self.engine, template)
+    }
+
+    async fn assign_tags(&self, asked: AssignTags) -> Result<AssignedTags, ApiError> {
+        self.recipes.assign(&self.engine, &asked)
+    }
+
+    async fn remove_tags(&self, asked: RemoveTags) -> Result<(), ApiError> {
+        self.recipes.untag(&self.engine, &asked).await
     }
 
     async fn kernels(&self) -> Result<Vec<Kernel>, ApiError> {

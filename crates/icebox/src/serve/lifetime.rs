@@ -19,6 +19,7 @@ pub(super) fn change(asked: &ChangeLifetime) -> Result<LifetimeChange, ApiError>
         then: asked.on_timeout.map(|then| match then {
             OnTimeout::Pause => v1::OnTimeout::Pause,
             OnTimeout::Kill => v1::OnTimeout::Destroy,
+            OnTimeout::Stop => v1::OnTimeout::Stop,
         }),
         auto_resume: asked.auto_resume.map(|auto_resume| auto_resume.enabled),
     })
@@ -34,6 +35,7 @@ pub(super) fn of_new(new: &NewSandbox) -> Result<LifetimeChange, ApiError> {
     if lifetime.then.is_none() {
         let is_e2b = lifetime.run.is_some() && lifetime.idle.is_none();
         lifetime.then = match new.auto_pause {
+            Some(true) if new.auto_pause_memory == Some(false) => Some(v1::OnTimeout::Stop),
             Some(true) => Some(v1::OnTimeout::Pause),
             Some(false) => Some(v1::OnTimeout::Destroy),
             None => is_e2b.then_some(v1::OnTimeout::Destroy),
@@ -67,6 +69,7 @@ pub(super) fn shown(lifetime: &v1::Lifetime) -> Option<Lifecycle> {
         on_timeout: match lifetime.then {
             v1::OnTimeout::Pause => OnTimeout::Pause,
             v1::OnTimeout::Destroy => OnTimeout::Kill,
+            v1::OnTimeout::Stop => OnTimeout::Stop,
         },
         timeout: lifetime.run_seconds,
         idle_timeout: lifetime.idle_seconds,

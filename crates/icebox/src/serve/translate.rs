@@ -11,13 +11,14 @@ use icebox_api::types::{
 };
 use icebox_api::{ApiError, ENVD_VERSION, ErrorCode};
 use icebox_engine::host::{Egress, ErrorKind, HostError, Space, VmmIdentity};
-use icebox_engine::id::Name;
+use icebox_engine::id::{Digest, Name};
 use icebox_engine::layout::Object;
 use icebox_engine::manifest::v1;
 use icebox_engine::unit::{Bytes, Geometry};
 use icebox_engine::{
-    CreateRequest, Error, Holdings, Plan, Quota, Refusal, SandboxView, Usage, Usages,
+    CreateRequest, Error, Holdings, Plan, Quota, Refusal, SandboxView, Scope, Usage, Usages,
 };
+use sha2::{Digest as _, Sha256};
 
 use super::access::KeptTeam;
 
@@ -136,6 +137,16 @@ fn out_of_range(asked: i64, unit: &str, hint: &str) -> ApiError {
     .hint(hint)
 }
 
+/// A template as E2B's clients name it, `project/name:tag`, in our words. A team's clients have one project; what an
+/// administrator names before the slash is a team.
+pub(super) fn template_reference<'a>(scope: &Scope, text: &'a str) -> &'a str {
+    let name = match scope {
+        Scope::Everything => text,
+        Scope::Team(_) => text.rsplit_once('/').map_or(text, |(_, name)| name),
+    };
+    name.strip_suffix(":default").unwrap_or(name)
+}
+
 /// What to create. `internet` is what those who say nothing get.
 pub(super) fn create_request(new: NewSandbox, internet: bool) -> Result<CreateRequest, ApiError> {
     if let Some(key) = new
@@ -149,7 +160,7 @@ pub(super) fn create_request(new: NewSandbox, internet: bool) -> Result<CreateRe
         ));
     }
     let lifetime = super::lifetime::of_new(&new)?;
-    let egress = if new.allow_internet_access.unwrap_or(internet) {
+    let egress = if new.internet().unwrap_or(internet) {
         Egress::Internet
     } else {
         Egress::Deny
@@ -164,6 +175,12 @@ pub(super) fn create_request(new: NewSandbox, internet: bool) -> Result<CreateRe
         vmm: new.vmm,
         egress,
         env: new.env_vars,
+        doors: v1::Doors {
+            agent_open: new.secure == Some(false),
+            ports_closed: new
+                .network
+                .is_some_and(|it| it.allow_public_traffic == Some(false)),
+        },
         metadata: new.metadata,
         lifetime,
         history: history_policy(&new.history.unwrap_or_default())?,
@@ -277,7 +294,10 @@ pub(super) fn sandbox(view: &SandboxView, beside: Beside<'_>) -> SandboxDetail {
     let (allocated_bytes, shared_bytes) = sizes(beside.usage);
     SandboxDetail {
         listed: listed(view),
-        envd_access_token: Some(record.token.expose().to_owned()),
+        envd_access_token: (!record.spec.doors.agent_open)
+            .then(|| record.token.expose().to_owned()),
+        traffic_access_token: traffic_token(record),
+        pause_mode: None,
         domain: beside.domain.map(ToOwned::to_owned),
         allow_internet_access: record.spec.egress == Egress::Internet,
         volume_driver: record.spec.volume_driver.clone(),
@@ -329,6 +349,17 @@ pub(super) fn sandbox(view: &SandboxView, beside: Beside<'_>) -> SandboxDetail {
         disk_lost: view.disk_lost.clone(),
         broken: record.broken.clone(),
     }
+}
+
+/// What a sandbox's ports ask for, if they do: made of its own token, so that it is another one in every fork, and what
+/// knows it does not know that.
+pub(super) fn traffic_token(record: &v1::Sandbox) -> Option<String> {
+    let made = || Sha256::digest(format!("icebox traffic:{}", record.token.expose()));
+    record
+        .spec
+        .doors
+        .ports_closed
+        .then(|| Digest::from_bytes(made().into()).into())
 }
 
 fn said_of_history(policy: &v1::HistoryPolicy) -> Option<HistoryPolicy> {
@@ -457,9 +488,7 @@ pub(super) fn template(
     let (allocated_bytes, shared_bytes) = sizes(usage);
     let (kind, base, captured) = match &template.content {
         v1::TemplateContent::Image { base } => (TemplateKind::Image, Some(base.to_string()), None),
-        v1::TemplateContent::Snapshot { capture } => {
-            (TemplateKind::Snapshot, None, Some(&capture.machine.vmm))
-        }
+        v1::TemplateContent::Snapshot { capture } => (TemplateKind::Snapshot, None, Some(capture)),
     };
     Template {
         template_id: template.id.to_string(),
@@ -473,7 +502,8 @@ pub(super) fn template(
         disk_size_mb: template.disk_size.0 >> 20,
         base,
         kernel: Some(template.kernel.to_string()),
-        vmm: captured.map(vmm),
+        vmm: captured.map(|capture| vmm(&capture.machine.vmm)),
+        sandbox_id: captured.map(|capture| capture.sandbox.to_string()),
         allocated_bytes,
         shared_bytes,
         parts: parts(usage),

@@ -40,6 +40,7 @@ mod monitor;
 #[path = "../../../icebox-host/tests/support/mounts.rs"]
 mod mounts;
 mod power_cut;
+mod sdk;
 mod site;
 mod space;
 mod steps;
@@ -78,6 +79,7 @@ fn main() -> ExitCode {
         ("history", history::TESTS),
         (steps::NAME, steps::TESTS),
         ("time", time::TESTS),
+        ("sdk", sdk::TESTS),
     ];
     let tests = suites
         .iter()

@@ -210,6 +210,23 @@ impl Site {
         fs::write(self.scratch("icebox.toml"), settings).unwrap();
     }
 
+    /// Has daemons that start from now on listen on a TCP address, too.
+    pub(crate) fn listen_on(&self, address: &str) {
+        let file = self.scratch("icebox.toml");
+        let settings = fs::read_to_string(&file).unwrap();
+        let others = settings.lines().filter(|it| !it.starts_with("listen = "));
+        let others: Vec<_> = others.collect();
+        let settings = format!("listen = {address:?}\n{}\n", others.join("\n"));
+        fs::write(file, settings).unwrap();
+    }
+
+    /// The API key, which the first daemon that listened has shown.
+    pub(crate) fn key(&self) -> String {
+        let said = self.said();
+        let key = said.split_once("API key, shown this once: ").unwrap().1;
+        key.lines().next().unwrap().to_owned()
+    }
+
     /// Starts the daemon and waits until it is ready.
     pub(crate) fn start_daemon(&mut self) {
         self.try_daemon()

@@ -31,6 +31,10 @@ pub(crate) struct Args {
     )]
     include: Vec<String>,
 
+    /// With what programs for E2B's SDKs expect to find, and as a snapshot, which sandboxes are restored from.
+    #[arg(long, requires = "suite")]
+    e2b: bool,
+
     /// Disk size in MiB, or with a suffix: 2G.
     #[arg(long, value_name = "SIZE", value_parser = mib, allow_negative_numbers = true)]
     size: Option<i64>,
@@ -80,7 +84,27 @@ fn suite(text: &str) -> Result<String, String> {
     }
 }
 
-pub(crate) async fn run(context: &Context, args: Args) -> Ended {
+/// What E2B's own base image has and Debian's does not: its programs count on these.
+const E2B_PACKAGES: [&str; 11] = [
+    "ca-certificates",
+    "curl",
+    "git",
+    "less",
+    "ncurses-bin",
+    "procps",
+    "python-is-python3",
+    "python3",
+    "python3-pip",
+    "python3-venv",
+    "sudo",
+];
+
+pub(crate) async fn run(context: &Context, mut args: Args) -> Ended {
+    if args.e2b {
+        args.include.extend(E2B_PACKAGES.map(ToOwned::to_owned));
+        // Nothing has to run in it: it is enough that it has booted.
+        args.start_cmd.get_or_insert_with(|| "true".to_owned());
+    }
     let source = match args.from {
         From {
             suite: Some(suite), ..

@@ -12,10 +12,12 @@ use bytes::Bytes;
 use futures_util::StreamExt as _;
 use icebox_api::access::Caller;
 use icebox_api::types::{
-    AuditEntry, AuditRange, BuildEvent, ChangeLifetime, ChangeTeam, DrainReport, Event, Forked,
-    GcReport, GcRequest, History, Kernel, KernelEvent, Key, MadeKey, MetricsRange, NewBuild,
-    NewFork, NewKernel, NewKey, NewSandbox, NewSnapshot, NewTeam, Report, ResumeRequest,
-    RollbackRequest, SandboxDetail, SandboxMetric, Snapshot, Stats, Team, Template, VerbResult,
+    AssignTags, AssignedTags, AuditEntry, AuditRange, BuildEvent, BuildStatus, ChangeLifetime,
+    ChangeTeam, DrainReport, Event, Forked, GcReport, GcRequest, History, Kernel, KernelEvent, Key,
+    MadeKey, MetricsRange, NewBuild, NewFork, NewKernel, NewKey, NewRecipe, NewSandbox,
+    NewSnapshot, NewTeam, RemoveTags, Report, RequestedBuild, ResumeRequest, RollbackRequest,
+    SandboxDetail, SandboxMetric, Snapshot, StartBuild, Stats, Team, Template, TemplateTag,
+    VerbResult,
 };
 use icebox_api::{ApiError, BoxStream, Daemon, ErrorBody, Route};
 use jiff::Timestamp;
@@ -257,6 +259,60 @@ impl Daemon for Audited {
     /// Not a change, though it may resume the sandbox: who asked is nobody that we know, and the event says that.
     async fn route(&self, sandbox: &str, exact: bool) -> Result<Route, ApiError> {
         self.daemon.route(sandbox, exact).await
+    }
+
+    async fn signer(&self, has: &(dyn for<'a> Fn(&'a str) -> bool + Sync)) -> Option<String> {
+        self.daemon.signer(has).await
+    }
+
+    async fn request_build(&self, new: NewRecipe) -> Result<RequestedBuild, ApiError> {
+        let asked = new.name.clone();
+        let work = self.daemon.request_build(new);
+        self.change("template.request", asked, work).await
+    }
+
+    /// Its entry is of the beginning. How the build ended is in the build's log.
+    async fn start_build(&self, build: &str, what: StartBuild) -> Result<(), ApiError> {
+        let work = self.daemon.start_build(build, what);
+        self.change("template.build", build, work).await
+    }
+
+    async fn build_status(
+        &self,
+        build: &str,
+        offset: usize,
+        limit: usize,
+    ) -> Result<BuildStatus, ApiError> {
+        self.daemon.build_status(build, offset, limit).await
+    }
+
+    async fn admit_files(&self, hash: &str) -> Result<Option<String>, ApiError> {
+        self.daemon.admit_files(hash).await
+    }
+
+    /// Not a change of anything that somebody has: a build that is asked for is.
+    async fn put_files(
+        &self,
+        way: &str,
+        content: BoxStream<io::Result<Bytes>>,
+    ) -> Result<(), ApiError> {
+        self.daemon.put_files(way, content).await
+    }
+
+    async fn template_tags(&self, template: &str) -> Result<Vec<TemplateTag>, ApiError> {
+        self.daemon.template_tags(template).await
+    }
+
+    async fn assign_tags(&self, asked: AssignTags) -> Result<AssignedTags, ApiError> {
+        let target = asked.target.clone();
+        let work = self.daemon.assign_tags(asked);
+        self.change("template.tag", target, work).await
+    }
+
+    async fn remove_tags(&self, asked: RemoveTags) -> Result<(), ApiError> {
+        let target = asked.name.clone();
+        let work = self.daemon.remove_tags(asked);
+        self.change("template.untag", target, work).await
     }
 
     async fn templates(&self) -> Result<Vec<Template>, ApiError> {

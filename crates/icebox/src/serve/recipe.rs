@@ -1,0 +1,345 @@
+//! Templates that are built by steps in a sandbox, as E2B's SDKs build them.
+//!
+//! ```text
+//!   request ─► waiting ── start ─► building ─► ready
+//!                 │                   sandbox of what it begins with ─► steps ─► start command ─► snapshot
+//!              archives                     └─────────── failed: ─► error, and nothing is left
+//! ```
+//! A build belongs to nobody's connection: it goes on when its client goes, and its log is there to be asked for. What is
+//! built is a snapshot template of ours like any other. What it is called by its users, a name and tags that move from one
+//! build to the next, is in [`family`].
+
+mod family;
+mod files;
+mod log;
+mod run;
+mod step;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use icebox_api::types::{
+    AssignTags, AssignedTags, BuildState, BuildStatus, NewRecipe, RemoveTags, RequestedBuild,
+    StartBuild, TemplateTag,
+};
+use icebox_api::{ApiError, ErrorCode};
+use icebox_engine::host::Egress;
+use icebox_engine::id::Team;
+use icebox_engine::{Engine, Scope, unit::Geometry};
+
+use super::translate;
+use family::{Families, Reference};
+use files::Files;
+use log::Log;
+use run::Run;
+
+/// How many builds are remembered after their end.
+const REMEMBERED: usize = 100;
+
+/// All builds, and what is known of their names.
+pub(super) struct Recipes {
+    egress: Egress,
+    families: Families,
+    files: Files,
+    builds: Mutex<BTreeMap<String, Arc<Build>>>,
+}
+
+/// One build.
+struct Build {
+    id: String,
+    /// When it was asked for, to forget the oldest.
+    number: usize,
+    template: String,
+    team: Team,
+    name: String,
+    tags: Vec<String>,
+    vcpus: Option<u8>,
+    mem_mib: Option<u32>,
+    log: Log,
+}
+
+impl Recipes {
+    /// Reads what is known of names in `data`.
+    ///
+    /// # Errors
+    /// It is damaged.
+    pub(super) fn open(data: &Path, internet: bool) -> std::io::Result<Self> {
+        let egress = if internet {
+            Egress::Internet
+        } else {
+            Egress::Deny
+        };
+        Ok(Self {
+            egress,
+            families: Families::open(data)?,
+            files: Files::new(data),
+            builds: Mutex::default(),
+        })
+    }
+
+    /// Where archives are put.
+    pub(super) fn files(&self) -> &Files {
+        &self.files
+    }
+
+    /// The template that a user's words lead to, if they are about one that was built by steps.
+    pub(super) fn resolve(&self, engine: &Engine, wanted: &str) -> Option<String> {
+        if names_a_team(engine, wanted) {
+            return None;
+        }
+        self.families
+            .resolve(&team(engine), &Reference::read(wanted))
+    }
+
+    /// What a template is called, with tags.
+    pub(super) fn names_of(&self, template: &str) -> Vec<String> {
+        self.families.names_of(template)
+    }
+
+    /// Begins a build, which waits for its steps.
+    pub(super) fn request(
+        &self,
+        engine: &Engine,
+        new: &NewRecipe,
+    ) -> Result<RequestedBuild, ApiError> {
+        let wanted = Reference::read(&new.name);
+        let name = translate::name(wanted.name)?;
+        let team = team(engine);
+        let is_ours = self.families.find(&team, name.as_str()).is_some();
+        if !is_ours
+            && engine
+                .templates()
+                .iter()
+                .any(|it| it.team == team && it.name == name)
+        {
+            return Err(ApiError::new(
+                ErrorCode::AlreadyExists,
+                format!("a template called {name} exists, and was not built by steps"),
+            )
+            .hint("choose another name, or remove the template first"));
+        }
+        let mut tags = vec![wanted.tag_or_default().to_owned()];
+        for tag in new.tags.iter().flatten() {
+            if !tags.contains(tag) {
+                tags.push(tag.clone());
+            }
+        }
+        for tag in &tags {
+            translate::name(tag)?;
+        }
+        let template = self
+            .families
+            .id_of(&team, name.as_str())
+            .map_err(not_kept)?;
+        let mut builds = lock(&self.builds);
+        let build = Build {
+            id: family::uuid(),
+            number: builds.values().map(|it| it.number + 1).max().unwrap_or(0),
+            template,
+            team,
+            name: name.to_string(),
+            tags,
+            vcpus: translate::vcpus(new.cpu_count)?,
+            mem_mib: translate::mem_mib(new.memory_mb)?,
+            log: Log::default(),
+        };
+        let requested = RequestedBuild {
+            template_id: build.template.clone(),
+            build_id: build.id.clone(),
+            public: false,
+            names: vec![build.name.clone()],
+            tags: build.tags.clone(),
+            aliases: vec![build.name.clone()],
+        };
+        builds.insert(build.id.clone(), Arc::new(build));
+        forget_oldest(&mut builds);
+        Ok(requested)
+    }
+
+    /// Tells a build what to do, and lets it begin.
+    pub(super) fn start(
+        self: &Arc<Self>,
+        engine: &Engine,
+        id: &str,
+        what: StartBuild,
+    ) -> Result<(), ApiError> {
+        let build = self.build(engine, id)?;
+        let run = Run::new(engine.clone(), Arc::clone(self), Arc::clone(&build), what)?;
+        if !build.log.begin() {
+            return Err(ApiError::new(
+                ErrorCode::Invalid,
+                format!("build {id} does not wait: it has begun before"),
+            ));
+        }
+        tokio::spawn(run.to_end());
+        Ok(())
+    }
+
+    /// How a build goes, with at most `limit` lines of its log.
+    pub(super) fn status(
+        &self,
+        engine: &Engine,
+        id: &str,
+        offset: usize,
+        limit: usize,
+    ) -> Result<BuildStatus, ApiError> {
+        let build = self.build(engine, id)?;
+        let (status, log_entries, reason) = build.log.read(offset, limit);
+        Ok(BuildStatus {
+            logs: Vec::new(),
+            log_entries,
+            template_id: build.template.clone(),
+            build_id: build.id.clone(),
+            status,
+            reason,
+        })
+    }
+
+    fn build(&self, engine: &Engine, id: &str) -> Result<Arc<Build>, ApiError> {
+        let found = lock(&self.builds).get(id).cloned();
+        let found = found.filter(|it| engine.scope().owns(&it.team));
+        found.ok_or_else(|| {
+            ApiError::new(ErrorCode::NotFound, format!("build {id:?} does not exist"))
+                .hint("builds are remembered until the daemon is restarted")
+        })
+    }
+
+    /// The tags of a template.
+    pub(super) fn tags(
+        &self,
+        engine: &Engine,
+        template: &str,
+    ) -> Result<Vec<TemplateTag>, ApiError> {
+        let reference = Reference::read(template);
+        self.families
+            .tags(&team(engine), &reference)
+            .ok_or_else(|| unknown(template))
+    }
+
+    /// Gives tags to what another leads to.
+    pub(super) fn assign(
+        &self,
+        engine: &Engine,
+        asked: &AssignTags,
+    ) -> Result<AssignedTags, ApiError> {
+        if asked.tags.is_empty() {
+            return Err(ApiError::new(ErrorCode::Invalid, "no tag is given"));
+        }
+        for tag in &asked.tags {
+            translate::name(tag)?;
+        }
+        let target = Reference::read(&asked.target);
+        let assigned = self.families.assign(&team(engine), &target, &asked.tags);
+        let build_id = assigned
+            .map_err(not_kept)?
+            .ok_or_else(|| unknown(&asked.target))?;
+        Ok(AssignedTags {
+            tags: asked.tags.clone(),
+            build_id,
+        })
+    }
+
+    /// Takes tags away. What nothing leads to any more goes, unless it is in use.
+    pub(super) async fn untag(&self, engine: &Engine, asked: &RemoveTags) -> Result<(), ApiError> {
+        if asked.tags.iter().any(|tag| tag == family::DEFAULT) {
+            return Err(ApiError::new(
+                ErrorCode::Invalid,
+                format!(
+                    "the tag {:?} stays as long as its template",
+                    family::DEFAULT
+                ),
+            ));
+        }
+        let orphans = self
+            .families
+            .untag(
+                &team(engine),
+                Reference::read(&asked.name).name,
+                &asked.tags,
+            )
+            .map_err(not_kept)?
+            .ok_or_else(|| unknown(&asked.name))?;
+        remove_unless_used(engine, orphans).await;
+        Ok(())
+    }
+
+    /// Removes a template with everything that was built under its name; `None` if it was not built by steps.
+    pub(super) async fn remove(
+        &self,
+        engine: &Engine,
+        wanted: &str,
+    ) -> Option<Result<String, ApiError>> {
+        if names_a_team(engine, wanted) {
+            return None;
+        }
+        let reference = Reference::read(wanted);
+        let id = self.families.find(&team(engine), reference.name)?;
+        for template in self.families.templates(&id) {
+            if let Err(error) = engine.remove_template(&template).await {
+                let error = translate::error(&error);
+                if error.body().error_code != Some(ErrorCode::NotFound) {
+                    return Some(Err(error));
+                }
+            }
+        }
+        Some(self.families.remove(&id).map(|()| id).map_err(not_kept))
+    }
+}
+
+/// Whether an administrator means what a team has, which is known by what it is itself called.
+fn names_a_team(engine: &Engine, wanted: &str) -> bool {
+    *engine.scope() == Scope::Everything && wanted.contains('/')
+}
+
+/// Whose names are meant.
+fn team(engine: &Engine) -> Team {
+    engine.scope().team()
+}
+
+async fn remove_unless_used(engine: &Engine, templates: Vec<String>) {
+    for template in templates {
+        if let Err(error) = engine.remove_template(&template).await {
+            tracing::info!(%error, template, "what was built before stays");
+        }
+    }
+}
+
+fn forget_oldest(builds: &mut BTreeMap<String, Arc<Build>>) {
+    while builds.len() > REMEMBERED {
+        let ended = builds.values().filter(|it| {
+            matches!(
+                it.log.state(),
+                BuildState::Ready | BuildState::Error | BuildState::Waiting
+            )
+        });
+        let Some(oldest) = ended.min_by_key(|it| it.number).map(|it| it.id.clone()) else {
+            return;
+        };
+        builds.remove(&oldest);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn unknown(template: &str) -> ApiError {
+    ApiError::new(
+        ErrorCode::NotFound,
+        format!("template {template:?} was not built by steps here"),
+    )
+}
+
+fn not_kept(error: std::io::Error) -> ApiError {
+    ApiError::from_error(ErrorCode::Internal, &error)
+        .hint("the names of templates could not be kept")
+}
+
+/// Of what the geometry of a build's sandbox is made.
+fn geometry(build: &Build, of: Geometry) -> Geometry {
+    Geometry {
+        vcpus: build.vcpus.unwrap_or(of.vcpus),
+        mem_mib: build.mem_mib.unwrap_or(of.mem_mib),
+    }
+}

@@ -1,0 +1,100 @@
+//! E2B's own SDKs, unmodified, against a daemon that listens on TCP: `sdk/python.py` and `sdk/javascript.mjs`, once with
+//! each release that is promised to work.
+//!
+//! The releases come from where this machine's pip and npm take packages, once: they are kept beside the fixtures. A
+//! missing interpreter or registry is a failure.
+
+use std::fs;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use icebox_host::guest_image::fixture;
+use rustix::process::Signal;
+
+use crate::site::{Site, run};
+
+tests! {
+    qcow2: python_2_63_0, python_2_45_1, javascript_2_51_0;
+}
+
+/// SDKs ask for this template unless they are told another.
+const BASE: &str = "base";
+
+fn python_2_63_0(site: &mut Site) {
+    python(site, "2.63.0");
+}
+
+fn python_2_45_1(site: &mut Site) {
+    python(site, "2.45.1");
+}
+
+fn javascript_2_51_0(site: &mut Site) {
+    let version = "2.51.0";
+    let home = installed(&format!("javascript-{version}"), |home| {
+        fs::write(home.join("package.json"), "{\"private\": true}\n").unwrap();
+        let package = format!("e2b@{version}");
+        let mut npm = Command::new("npm");
+        npm.args(["install", "--no-audit", "--no-fund", "--loglevel=error"]);
+        run(npm.arg(&package).current_dir(home));
+    });
+    let mut program = Command::new("node");
+    program
+        .arg(programs().join("javascript.mjs"))
+        .current_dir(home);
+    against(site, program);
+}
+
+fn python(site: &mut Site, version: &str) {
+    let home = installed(&format!("python-{version}"), |home| {
+        run(Command::new("python3").args(["-m", "venv"]).arg(home));
+        let mut pip = Command::new(home.join("bin/pip"));
+        pip.args(["install", "--quiet", "--disable-pip-version-check"]);
+        run(pip.arg(format!("e2b=={version}")));
+    });
+    let mut program = Command::new(home.join("bin/python"));
+    program.arg("-u").arg(programs().join("python.py"));
+    against(site, program);
+}
+
+fn programs() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/system/sdk")
+}
+
+/// A directory that `install` has filled, at some time.
+fn installed(name: &str, install: impl FnOnce(&Path)) -> PathBuf {
+    let sdks = fixture::cache_dir().join("sdk");
+    fs::create_dir_all(&sdks).unwrap();
+    let lock = fs::File::create(sdks.join(format!("{name}.lock"))).unwrap();
+    lock.lock().unwrap();
+    let (home, done) = (sdks.join(name), sdks.join(format!("{name}.done")));
+    if !done.exists() {
+        fs::remove_dir_all(&home).unwrap_or_default();
+        fs::create_dir(&home).unwrap();
+        install(&home);
+        fs::write(done, "").unwrap();
+    }
+    home
+}
+
+/// Runs a program with the four variables of a daemon that has the template [`BASE`].
+fn against(site: &mut Site, mut program: Command) {
+    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr();
+    let address = address.unwrap().to_string();
+    site.end_daemon(Signal::TERM);
+    site.listen_on(&address);
+    site.start_daemon();
+    let url = format!("http://{address}");
+    site.build(BASE, &["--start-cmd", "true"]);
+    let status = program
+        .env("E2B_API_KEY", site.key())
+        .env("E2B_API_URL", &url)
+        .env("E2B_SANDBOX_URL", &url)
+        .env("E2B_DOMAIN", "icebox.test")
+        .env("ICEBOX_SDK_RUN", format!("r{}", std::process::id()))
+        .stdin(Stdio::null())
+        .status()
+        .unwrap_or_else(|error| panic!("{program:?} is needed: {error}"));
+    assert!(status.success(), "{program:?}: {status}");
+    site.get(&["template", "rm", BASE]);
+}
