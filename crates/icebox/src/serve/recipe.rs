@@ -172,7 +172,7 @@ impl Recipes {
                 format!("build {id} does not wait: it has begun before"),
             ));
         }
-        tokio::spawn(run.to_end());
+        tokio::spawn(run.carry_out());
         Ok(())
     }
 

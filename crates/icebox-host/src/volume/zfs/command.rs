@@ -89,8 +89,9 @@ impl Program {
         let mut running = self.start(arguments)?;
         let printed = running.stdout()?;
         // What comes may be gigabytes, in pieces of some kilobytes: whoever writes and who reads are to take turns seldom.
-        // A pipe that stays as it was is slower, and that is all.
-        let _ = fcntl_setpipe_size(&printed, PIPE);
+        if let Err(error) = fcntl_setpipe_size(&printed, PIPE) {
+            tracing::debug!(%error, "a pipe stays as it was, and is slower");
+        }
         let mut printed = BufReader::with_capacity(PIPE, Patient::between(printed, LONGEST));
         let taken = take(&mut printed);
         running.end(Instant::now() + LONGEST, taken, &in_words(arguments))

@@ -92,7 +92,7 @@ impl Run {
     }
 
     /// Builds. What was made on the way is removed, whether or not it succeeds.
-    pub(super) async fn to_end(self) {
+    pub(super) async fn carry_out(self) {
         let failed = self.through_sandbox().await.err();
         if let Some(failed) = &failed {
             self.build.log.say(&failed.step, "error", &failed.message);
