@@ -128,10 +128,6 @@ impl Icebox {
         })
     }
 
-    fn template_reference<'a>(&self, text: &'a str) -> &'a str {
-        translate::template_reference(self.engine.scope(), text)
-    }
-
     /// With the names that it has beside its own.
     fn named(&self, mut template: Template) -> Template {
         let names = self.recipes.names_of(&template.template_id);
@@ -153,7 +149,7 @@ impl Daemon for Icebox {
         let built = self.recipes.resolve(&self.engine, &new.template_id);
         let mut request = translate::create_request(new, self.internet)?;
         request.template =
-            built.unwrap_or_else(|| self.template_reference(&request.template).to_owned());
+            built.unwrap_or_else(|| translate::template_reference(&request.template).to_owned());
         let created = self.engine.create(request).await;
         created
             .map(|view| self.detail(&view, None))
@@ -239,7 +235,10 @@ impl Daemon for Icebox {
 
     async fn snapshot(&self, sandbox: &str, new: NewSnapshot) -> Result<Snapshot, ApiError> {
         let name = match new.name.as_deref() {
-            Some(name) => translate::name(self.template_reference(name))?,
+            Some(name) => {
+                let name = translate::of_own(self.engine.scope(), name);
+                translate::name(translate::template_reference(name))?
+            }
             None => translate::name(&format!("snapshot-{}", SandboxId::random()))?,
         };
         if new.memory == Some(false) {
@@ -425,7 +424,7 @@ impl Daemon for Icebox {
         let built = self.recipes.resolve(&self.engine, template);
         let template = built
             .as_deref()
-            .unwrap_or_else(|| self.template_reference(template));
+            .unwrap_or_else(|| translate::template_reference(template));
         let (template, unusable) = self
             .engine
             .inspect_template(template)
@@ -437,7 +436,7 @@ impl Daemon for Icebox {
         if let Some(removed) = self.recipes.remove(&self.engine, template).await {
             return removed;
         }
-        let template = self.template_reference(template);
+        let template = translate::template_reference(template);
         let removed = self.engine.remove_template(template).await;
         removed
             .map(|template| template.id.to_string())

@@ -88,8 +88,7 @@ impl Recipes {
         if names_a_team(engine, wanted) {
             return None;
         }
-        self.families
-            .resolve(&team(engine), &Reference::read(wanted))
+        self.families.resolve(&team(engine), &read(engine, wanted))
     }
 
     /// What a template is called, with tags.
@@ -103,7 +102,7 @@ impl Recipes {
         engine: &Engine,
         new: &NewRecipe,
     ) -> Result<RequestedBuild, ApiError> {
-        let wanted = Reference::read(&new.name);
+        let wanted = read(engine, &new.name);
         let name = translate::name(wanted.name)?;
         let team = team(engine);
         let is_ours = self.families.find(&team, name.as_str()).is_some();
@@ -211,7 +210,7 @@ impl Recipes {
         engine: &Engine,
         template: &str,
     ) -> Result<Vec<TemplateTag>, ApiError> {
-        let reference = Reference::read(template);
+        let reference = read(engine, template);
         self.families
             .tags(&team(engine), &reference)
             .ok_or_else(|| unknown(template))
@@ -229,7 +228,7 @@ impl Recipes {
         for tag in &asked.tags {
             translate::name(tag)?;
         }
-        let target = Reference::read(&asked.target);
+        let target = read(engine, &asked.target);
         let assigned = self.families.assign(&team(engine), &target, &asked.tags);
         let build_id = assigned
             .map_err(not_kept)?
@@ -253,11 +252,7 @@ impl Recipes {
         }
         let orphans = self
             .families
-            .untag(
-                &team(engine),
-                Reference::read(&asked.name).name,
-                &asked.tags,
-            )
+            .untag(&team(engine), read(engine, &asked.name).name, &asked.tags)
             .map_err(not_kept)?
             .ok_or_else(|| unknown(&asked.name))?;
         remove_unless_used(engine, orphans).await;
@@ -273,7 +268,7 @@ impl Recipes {
         if names_a_team(engine, wanted) {
             return None;
         }
-        let reference = Reference::read(wanted);
+        let reference = read(engine, wanted);
         let id = self.families.find(&team(engine), reference.name)?;
         for template in self.families.templates(&id) {
             if let Err(error) = engine.remove_template(&template).await {
@@ -295,6 +290,11 @@ fn names_a_team(engine: &Engine, wanted: &str) -> bool {
 /// Whose names are meant.
 fn team(engine: &Engine) -> Team {
     engine.scope().team()
+}
+
+/// What a user's words mean among those names. Another team's are not among them.
+fn read<'a>(engine: &Engine, text: &'a str) -> Reference<'a> {
+    Reference::read(translate::of_own(engine.scope(), text))
 }
 
 async fn remove_unless_used(engine: &Engine, templates: Vec<String>) {

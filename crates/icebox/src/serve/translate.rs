@@ -137,14 +137,17 @@ fn out_of_range(asked: i64, unit: &str, hint: &str) -> ApiError {
     .hint(hint)
 }
 
-/// A template as E2B's clients name it, `project/name:tag`, in our words. A team's clients have one project; what an
-/// administrator names before the slash is a team.
-pub(super) fn template_reference<'a>(scope: &Scope, text: &'a str) -> &'a str {
-    let name = match scope {
-        Scope::Everything => text,
-        Scope::Team(_) => text.rsplit_once('/').map_or(text, |(_, name)| name),
-    };
-    name.strip_suffix(":default").unwrap_or(name)
+/// A template as E2B's clients name it, `team/name:tag`, in our words.
+pub(super) fn template_reference(text: &str) -> &str {
+    text.strip_suffix(":default").unwrap_or(text)
+}
+
+/// What somebody calls something of their own, without the team's name, which E2B's clients may put before it.
+pub(super) fn of_own<'a>(scope: &Scope, text: &'a str) -> &'a str {
+    match text.split_once('/') {
+        Some((team, name)) if team == scope.team().as_str() => name,
+        _ => text,
+    }
 }
 
 /// What to create. `internet` is what those who say nothing get.

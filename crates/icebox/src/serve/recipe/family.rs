@@ -20,7 +20,7 @@ pub(super) const DEFAULT: &str = "default";
 const FILE: &str = "template-names.json";
 const FORMAT: u32 = 1;
 
-/// `name`, `name:tag`, `project/name:tag`, or an id in the name's place. There is one project.
+/// `name`, `name:tag`, or an id in the name's place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Reference<'a> {
     pub(super) name: &'a str,
@@ -29,7 +29,6 @@ pub(super) struct Reference<'a> {
 
 impl<'a> Reference<'a> {
     pub(super) fn read(text: &'a str) -> Self {
-        let text = text.rsplit_once('/').map_or(text, |(_, name)| name);
         match text.split_once(':') {
             Some((name, tag)) => Self {
                 name,
@@ -274,13 +273,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_reference_is_a_name_with_or_without_project_and_tag() {
-        for (text, name, tag) in [
-            ("a", "a", DEFAULT),
-            ("a:v1", "a", "v1"),
-            ("project/a:v1", "a", "v1"),
-            ("project/a", "a", DEFAULT),
-        ] {
+    fn a_reference_is_a_name_with_or_without_a_tag() {
+        for (text, name, tag) in [("a", "a", DEFAULT), ("a:v1", "a", "v1")] {
             let read = Reference::read(text);
             assert_eq!((read.name, read.tag_or_default()), (name, tag), "{text}");
         }

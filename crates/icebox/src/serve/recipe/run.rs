@@ -355,7 +355,7 @@ impl Recipes {
         let resolved = self.resolve(engine, wanted);
         let wanted = resolved
             .as_deref()
-            .unwrap_or_else(|| translate::template_reference(engine.scope(), wanted));
+            .unwrap_or_else(|| translate::template_reference(wanted));
         let template = engine.template(wanted);
         let template = template.map_err(|error| translate::error(&error))?;
         Ok(template.id.to_string())
