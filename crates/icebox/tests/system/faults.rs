@@ -286,7 +286,11 @@ fn inv_06_inv_21_a_wedged_vmm_holds_nobody_up(site: &mut Site) {
     // 3 s for a VMM that does not answer, and at most 5 s for a guest that cannot prepare itself.
     let took = begun.elapsed();
     assert!(took < Duration::from_secs(11), "{took:?}");
-    assert!(said.contains("did not answer"), "{said}");
+    // The driver and the engine each have a bound for it.
+    assert!(
+        said.contains("did not answer") || said.contains("did not finish"),
+        "{said}"
+    );
     site.get(&["pause", "free"]);
     site.get(&["resume", "free"]);
     assert_runs(site, "free", &free);
