@@ -411,7 +411,8 @@ impl Daemon for Icebox {
         let unusable = self.engine.unusable_templates().into_iter();
         let unusable = unusable.map(|(it, why)| (it, Some(why)));
         let mut templates: Vec<_> = usable.chain(unusable).collect();
-        templates.sort_by(|(a, _), (b, _)| a.name.cmp(&b.name));
+        templates
+            .sort_by(|(a, _), (b, _)| (&a.name, &a.team, &a.id).cmp(&(&b.name, &b.team, &b.id)));
         let usages = self.engine.usages().await.owners;
         let usage = |template: &v1::Template| usages.get(&Object::Template(template.id.clone()));
         Ok(templates
