@@ -196,6 +196,9 @@ pub(super) async fn fork(
     Path(id): Path<String>,
     Json(new): Json<NewFork>,
 ) -> Result<(StatusCode, axum::Json<Vec<Forked>>), ApiError> {
+    if !context.caller.is_administrator() {
+        e2b::sandboxes::require_running(&context, &id).await?;
+    }
     let forks = context
         .run_verb(|daemon| async move { daemon.fork(&id, new).await })
         .await?;

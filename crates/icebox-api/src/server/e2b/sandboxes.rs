@@ -127,6 +127,22 @@ fn says_something(value: &serde_json::Value) -> bool {
     }
 }
 
+/// Refuses what E2B forks only while it runs. One that is paused in this moment is forked all the same, which harms nobody.
+pub(in crate::server) async fn require_running(
+    context: &Context,
+    id: &str,
+) -> Result<(), ApiError> {
+    let found = context.daemon.inspect(id, false).await?;
+    if found.listed.state == SandboxState::Running {
+        return Ok(());
+    }
+    Err(ApiError::new(
+        ErrorCode::WrongPhase,
+        format!("sandbox {id:?} does not run, and only one that runs is forked"),
+    )
+    .hint("connect to it first"))
+}
+
 fn is_network(text: &str) -> bool {
     let (address, length) = text
         .split_once('/')

@@ -231,6 +231,8 @@ def a_paused_sandbox_goes_on_where_it_was(box):
     assert not other.is_running()
     status, _, body = api("POST", f"/sandboxes/{other.sandbox_id}/pause", {})
     assert (status, body["code"]) == (409, 409), body
+    status, _, body = api("POST", f"/sandboxes/{other.sandbox_id}/fork", {})
+    assert (status, body["code"]) == (409, 409), body
     info = Sandbox.get_info(other.sandbox_id) if inspect.isfunction(Sandbox.get_info) else None
     query = SandboxQuery(metadata={"run": RUN + "p"}, state=[SandboxState.PAUSED])
     assert [it.sandbox_id for it in Sandbox.list(query=query).next_items()] == [other.sandbox_id]
