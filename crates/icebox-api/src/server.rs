@@ -43,7 +43,10 @@ pub enum Edge {
     /// Whoever may open the Unix socket: trusted with everything.
     Admin,
     /// Anybody: REST only with a key.
-    Public,
+    Public {
+        /// What comes to the listener came through TLS.
+        tls: bool,
+    },
 }
 
 /// A daemon, served at one edge. Needs a tokio runtime.

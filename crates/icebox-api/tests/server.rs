@@ -482,7 +482,7 @@ impl Served {
         let public = tcp.local_addr().expect("an address");
         let house = Arc::new(House(script.clone()));
         let inside = Server::new(house.clone(), Edge::Admin).with_limits(limits);
-        let outside = Server::new(house, Edge::Public).with_limits(limits);
+        let outside = Server::new(house, Edge::Public { tls: false }).with_limits(limits);
         inside.listen_unix(unix);
         outside.listen(tcp);
         Self {

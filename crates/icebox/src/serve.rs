@@ -314,7 +314,8 @@ async fn public(
     } else if access.has_no_keys() {
         first_key(access, output).await?;
     }
-    let server = Server::new(house, Edge::Public);
+    let tls = certificate.is_some();
+    let server = Server::new(house, Edge::Public { tls });
     match certificate {
         Some(certificate) => server.listen(TlsListener::new(listener, certificate)),
         None => server.listen(axum::serve::ListenerExt::tap_io(listener, |stream| {

@@ -55,7 +55,7 @@ impl Front {
                 let Peer(uid) = request.extensions().get().copied().unwrap_or_default();
                 Ok(Some(Caller::Administrator { uid, team }))
             }
-            Edge::Public => Ok(headers
+            Edge::Public { .. } => Ok(headers
                 .get(API_KEY_HEADER)
                 .and_then(|key| self.premises.caller_of_key(key.as_bytes()))),
         }
@@ -77,6 +77,10 @@ impl Front {
         Context {
             daemon: self.premises.seen_by(&caller),
             caller,
+            scheme: match self.edge {
+                Edge::Public { tls: true } => "https",
+                Edge::Public { tls: false } | Edge::Admin => "http",
+            },
             verbs: self.verbs.clone(),
             leaving: self.leaving.clone(),
         }
@@ -139,6 +143,8 @@ fn unknown(presented: bool) -> ApiError {
 pub(super) struct Context {
     pub(super) daemon: Arc<dyn Daemon>,
     pub(super) caller: Caller,
+    /// What an address begins with that leads to where the request came to.
+    pub(super) scheme: &'static str,
     verbs: TaskTracker,
     pub(super) leaving: CancellationToken,
 }

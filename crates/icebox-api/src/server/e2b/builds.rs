@@ -41,7 +41,7 @@ pub(in crate::server) async fn files(
     let way = context.daemon.admit_files(&hash).await?;
     let upload = FilesUpload {
         present: way.is_none(),
-        url: way.map(|way| format!("http://{host}{UPLOADS}{way}")),
+        url: way.map(|way| format!("{}://{host}{UPLOADS}{way}", context.scheme)),
     };
     Ok((StatusCode::CREATED, axum::Json(upload)))
 }
