@@ -394,6 +394,7 @@ impl Guest<'_> {
     pub(crate) fn agent(&self) -> AgentClient {
         AgentClient::tcp(SocketAddr::from((self.network.host_address, AGENT_PORT)))
             .with_token(&Token::new(self.token.expose()))
+            .with_user("root")
     }
 
     /// Runs a shell command in the guest, and gives what it prints.
