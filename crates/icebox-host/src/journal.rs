@@ -1,8 +1,4 @@
-//! The journal as an `SQLite` database: `journal.sqlite` in the data directory, with its `-wal` and `-shm` beside it.
-//!
-//! A commit is not synced: it survives a daemon that is killed, which is what is promised, and costs no verb a flush of
-//! the file system it shares with sandboxes. What the power takes is at most the last events; the database is whole
-//! either way (SQLite: `synchronous=NORMAL` with a write-ahead log).
+//! The journal as a [database](crate::database): `journal.sqlite` in the data directory, with its `-wal` beside it.
 //!
 //! Bounded by itself: the newest [`EVENTS_MAX`] events, and samples of the last two days. A file that is no database is
 //! set aside and said so, since nothing but history is in it; one of a newer version is refused (INV-44).
@@ -15,9 +11,10 @@ use async_trait::async_trait;
 use icebox_engine::host::{ErrorKind, HostError, Journal, Kept};
 use icebox_engine::id::SandboxId;
 use icebox_engine::{Event, Sample};
-use rusqlite::{Connection, OptionalExtension as _, TransactionBehavior, params};
+use rusqlite::{Connection, OptionalExtension as _, params};
 
 use crate::blocking::blocking;
+use crate::database::{self, Format, OpenError};
 
 /// The file, in the data directory.
 pub const JOURNAL: &str = "journal.sqlite";
@@ -30,37 +27,27 @@ const SAMPLES_MAX: u32 = 2 * 24 * 3600;
 const TRIM_SAMPLES: u32 = 3600;
 const TRIM_EVENTS: u64 = 500;
 
-/// The version of the tables below, in `user_version`.
-const VERSION: i64 = 1;
-
-const TABLES: &str = "
-    CREATE TABLE event (
-        seq INTEGER PRIMARY KEY,
-        body TEXT NOT NULL
-    ) STRICT;
-    CREATE TABLE sample (
-        sandbox TEXT NOT NULL,
-        at INTEGER NOT NULL,
-        seconds INTEGER NOT NULL,
-        cpu_permille INTEGER NOT NULL,
-        memory_kib INTEGER NOT NULL,
-        disk_read INTEGER NOT NULL,
-        disk_written INTEGER NOT NULL,
-        network_in INTEGER NOT NULL,
-        network_out INTEGER NOT NULL,
-        PRIMARY KEY (sandbox, at)
-    ) STRICT, WITHOUT ROWID;
-    PRAGMA user_version = 1;
-";
-
-/// A page cache of 256 KiB: the daemon's memory is for sandboxes. WAL and cache are kept small by frequent checkpoints.
-const SETTINGS: &str = "
-    PRAGMA journal_mode = WAL;
-    PRAGMA synchronous = NORMAL;
-    PRAGMA wal_autocheckpoint = 256;
-    PRAGMA cache_size = -256;
-    PRAGMA temp_store = MEMORY;
-";
+const FORMAT: Format = Format {
+    version: 1,
+    tables: "
+        CREATE TABLE event (
+            seq INTEGER PRIMARY KEY,
+            body TEXT NOT NULL
+        ) STRICT;
+        CREATE TABLE sample (
+            sandbox TEXT NOT NULL,
+            at INTEGER NOT NULL,
+            seconds INTEGER NOT NULL,
+            cpu_permille INTEGER NOT NULL,
+            memory_kib INTEGER NOT NULL,
+            disk_read INTEGER NOT NULL,
+            disk_written INTEGER NOT NULL,
+            network_in INTEGER NOT NULL,
+            network_out INTEGER NOT NULL,
+            PRIMARY KEY (sandbox, at)
+        ) STRICT, WITHOUT ROWID;
+    ",
+};
 
 /// The journal of one data directory.
 pub struct SqliteJournal {
@@ -80,15 +67,13 @@ impl SqliteJournal {
     /// It belongs to a newer version, or cannot be read or written. One that is damaged is no error: it is set aside.
     pub fn open(data: &Path) -> Result<Self, HostError> {
         let path = data.join(JOURNAL);
-        let connection = match connect(&path) {
-            Ok(connection) => connection,
-            Err(NotOpened::Damaged(error)) => {
-                let aside = set_aside(&path)?;
-                tracing::error!(error = %error, aside = %aside.display(), "the journal is damaged; a new one begins");
-                connect(&path).map_err(|error| error.told(&path))?
-            }
-            Err(error) => return Err(error.told(&path)),
-        };
+        let mut opened = database::open(&path, FORMAT);
+        if let Err(OpenError::Damaged { source, .. }) = &opened {
+            let aside = set_aside(&path)?;
+            tracing::error!(error = %source, aside = %aside.display(), "the journal is damaged; a new one begins");
+            opened = database::open(&path, FORMAT);
+        }
+        let connection = opened.map_err(not_opened)?;
         let database = Database {
             connection,
             trimmed_at: 0,
@@ -113,55 +98,14 @@ fn lock(database: &Mutex<Database>) -> MutexGuard<'_, Database> {
     database.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Why a database was not opened.
-enum NotOpened {
-    /// It is none, or not a whole one.
-    Damaged(rusqlite::Error),
-    /// Somebody newer has made it.
-    TooNew(i64),
-    Failed(rusqlite::Error),
-}
-
-impl From<rusqlite::Error> for NotOpened {
-    fn from(error: rusqlite::Error) -> Self {
-        use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
-        match error.sqlite_error_code() {
-            Some(DatabaseCorrupt | NotADatabase) => Self::Damaged(error),
-            _ => Self::Failed(error),
-        }
-    }
-}
-
-impl NotOpened {
-    fn told(self, path: &Path) -> HostError {
-        match self {
-            Self::TooNew(found) => HostError::new(
-                ErrorKind::Unsupported,
-                format!(
-                    "open {}: it has format {found}, and this build knows {VERSION}",
-                    path.display()
-                ),
-            )
+fn not_opened(error: OpenError) -> HostError {
+    match error {
+        OpenError::TooNew { .. } => HostError::new(ErrorKind::Unsupported, error.to_string())
             .hint("install the newer version again"),
-            Self::Damaged(error) | Self::Failed(error) => {
-                failed("open", error).hint(format!("the journal is {}", path.display()))
-            }
+        OpenError::Damaged { path, source } | OpenError::Failed { path, source } => {
+            failed("open", source).hint(format!("the journal is {}", path.display()))
         }
     }
-}
-
-fn connect(path: &Path) -> Result<Connection, NotOpened> {
-    let mut connection = Connection::open(path)?;
-    connection.execute_batch(SETTINGS)?;
-    let begun = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    let version: i64 = begun.query_row("PRAGMA user_version", [], |row| row.get(0))?;
-    match version {
-        0 => begun.execute_batch(TABLES)?,
-        VERSION => {}
-        newer => return Err(NotOpened::TooNew(newer)),
-    }
-    begun.commit()?;
-    Ok(connection)
 }
 
 /// Moves a damaged database out of the way, over one that was damaged before.
@@ -373,8 +317,12 @@ mod tests {
         for batch in all.chunks(10_000) {
             journal.append(batch).await.unwrap();
         }
-        // The first is not closed: as a killed daemon leaves it.
-        let next = SqliteJournal::open(data.path()).unwrap();
+        // As a killed daemon leaves it.
+        let killed = tempfile::tempdir().unwrap();
+        for name in [JOURNAL, "journal.sqlite-wal"] {
+            fs::copy(data.path().join(name), killed.path().join(name)).unwrap();
+        }
+        let next = SqliteJournal::open(killed.path()).unwrap();
         assert_eq!(next.newest().await.unwrap(), EVENTS_MAX + 700);
         let kept = next.read(3, 2).await.unwrap();
         assert_eq!(kept.oldest, 501);
@@ -418,6 +366,7 @@ mod tests {
         let data = tempfile::tempdir().unwrap();
         let newer = Connection::open(data.path().join(JOURNAL)).unwrap();
         newer.execute_batch("PRAGMA user_version = 7").unwrap();
+        drop(newer);
         let error = SqliteJournal::open(data.path()).err().unwrap().to_string();
         assert!(
             error.contains("format 7") && error.contains("knows 1"),

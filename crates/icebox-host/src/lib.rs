@@ -4,6 +4,7 @@
 mod blocking;
 pub mod boxes;
 pub mod cgroup;
+pub mod database;
 pub mod fs;
 pub mod guest;
 pub mod guest_image;

@@ -12,61 +12,51 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use icebox_api::key::KeyHash;
 use icebox_api::types::{AuditEntry, Key, TeamLimits};
 use icebox_engine::id::Team;
+use icebox_host::database::{self, Format, OpenError};
 use jiff::Timestamp;
 use rusqlite::types::Type;
-use rusqlite::{Connection, Row, TransactionBehavior, params};
+use rusqlite::{Connection, Row, params};
 
 /// The file, in the data directory.
 const FILE: &str = "access.sqlite";
-
-/// The version of the tables below, in `user_version`.
-const VERSION: i64 = 1;
 
 /// How many entries of the audit log are kept, the newest ones: some 20 MB.
 const AUDIT_MAX: i64 = 100_000;
 /// Between two removals of the oldest, in entries.
 const AUDIT_TRIM: i64 = 500;
 
-const TABLES: &str = "
-    CREATE TABLE team (
-        name TEXT PRIMARY KEY,
-        created_at TEXT NOT NULL,
-        sandboxes INTEGER,
-        running INTEGER,
-        cpu_count INTEGER,
-        memory_mb INTEGER,
-        disk_size_mb INTEGER
-    ) STRICT, WITHOUT ROWID;
-    CREATE TABLE key (
-        id TEXT PRIMARY KEY,
-        name TEXT NOT NULL,
-        team TEXT NOT NULL REFERENCES team ON DELETE CASCADE,
-        hash TEXT NOT NULL UNIQUE,
-        mask TEXT NOT NULL,
-        created_at TEXT NOT NULL,
-        last_used TEXT
-    ) STRICT, WITHOUT ROWID;
-    CREATE TABLE audit (
-        seq INTEGER PRIMARY KEY AUTOINCREMENT,
-        at TEXT NOT NULL,
-        actor TEXT NOT NULL,
-        team TEXT,
-        verb TEXT NOT NULL,
-        target TEXT NOT NULL,
-        outcome TEXT
-    ) STRICT;
-    PRAGMA user_version = 1;
-";
-
-/// As the journal's: little memory, and a small log.
-const SETTINGS: &str = "
-    PRAGMA journal_mode = WAL;
-    PRAGMA synchronous = NORMAL;
-    PRAGMA wal_autocheckpoint = 256;
-    PRAGMA cache_size = -256;
-    PRAGMA temp_store = MEMORY;
-    PRAGMA foreign_keys = ON;
-";
+const FORMAT: Format = Format {
+    version: 1,
+    tables: "
+        CREATE TABLE team (
+            name TEXT PRIMARY KEY,
+            created_at TEXT NOT NULL,
+            sandboxes INTEGER,
+            running INTEGER,
+            cpu_count INTEGER,
+            memory_mb INTEGER,
+            disk_size_mb INTEGER
+        ) STRICT, WITHOUT ROWID;
+        CREATE TABLE key (
+            id TEXT PRIMARY KEY,
+            name TEXT NOT NULL,
+            team TEXT NOT NULL REFERENCES team ON DELETE CASCADE,
+            hash TEXT NOT NULL UNIQUE,
+            mask TEXT NOT NULL,
+            created_at TEXT NOT NULL,
+            last_used TEXT
+        ) STRICT, WITHOUT ROWID;
+        CREATE TABLE audit (
+            seq INTEGER PRIMARY KEY AUTOINCREMENT,
+            at TEXT NOT NULL,
+            actor TEXT NOT NULL,
+            team TEXT,
+            verb TEXT NOT NULL,
+            target TEXT NOT NULL,
+            outcome TEXT
+        ) STRICT;
+    ",
+};
 
 /// Why it could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -77,10 +67,10 @@ pub(in crate::serve) enum StoreError {
         path: PathBuf,
         source: std::io::Error,
     },
-    /// A newer version has made it (INV-44).
-    #[error("{} has format {found}, and this build knows {VERSION}", path.display())]
-    TooNew { path: PathBuf, found: i64 },
-    /// It is damaged, or cannot be read or written.
+    /// It is damaged, of a newer version, or cannot be read or written.
+    #[error("cannot open the database of teams and keys")]
+    Open(#[from] OpenError),
+    /// It cannot be read or written any more.
     #[error("cannot {doing} the database of teams and keys")]
     Database {
         doing: &'static str,
@@ -136,13 +126,13 @@ impl Store {
                 source,
             })?;
         }
-        let connection = connect(&path).map_err(failed("open"))?;
-        match connection {
-            Ok(connection) => Ok(Self {
-                connection: Arc::new(Mutex::new(connection)),
-            }),
-            Err(found) => Err(StoreError::TooNew { path, found }),
-        }
+        let connection = database::open(&path, FORMAT)?;
+        let made = "INSERT OR IGNORE INTO team (name, created_at) VALUES (?1, ?2)";
+        let made = connection.execute(made, [Team::DEFAULT, &Timestamp::now().to_string()]);
+        made.map_err(failed("write"))?;
+        Ok(Self {
+            connection: Arc::new(Mutex::new(connection)),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Connection> {
@@ -357,23 +347,6 @@ impl Store {
     }
 }
 
-/// A connection to a database with the tables, or the version of somebody newer who has made it.
-fn connect(path: &Path) -> rusqlite::Result<Result<Connection, i64>> {
-    let mut connection = Connection::open(path)?;
-    connection.execute_batch(SETTINGS)?;
-    let begun = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    let version: i64 = begun.query_row("PRAGMA user_version", [], |row| row.get(0))?;
-    match version {
-        0 => begun.execute_batch(TABLES)?,
-        VERSION => {}
-        newer => return Ok(Err(newer)),
-    }
-    let made = "INSERT OR IGNORE INTO team (name, created_at) VALUES (?1, ?2)";
-    begun.execute(made, params![Team::DEFAULT, Timestamp::now().to_string()])?;
-    begun.commit()?;
-    Ok(Ok(connection))
-}
-
 fn parsed<T: std::str::FromStr>(row: &Row<'_>, column: usize) -> rusqlite::Result<T>
 where
     T::Err: std::error::Error + Send + Sync + 'static,
@@ -436,8 +409,8 @@ mod tests {
             assert!(!found, "{file:?}");
             files += 1;
         }
-        assert_eq!(files, 3, "the database, and what it keeps beside it");
-        // The first is not closed: as a killed daemon leaves it.
+        assert_eq!(files, 2, "the database and its log");
+        drop(store);
         let again = Store::open(Some(data.path())).unwrap();
         assert_eq!(again.keys().unwrap()[0].hash, KeyHash::of(&secret));
     }
@@ -488,12 +461,14 @@ mod tests {
         let newer = Connection::open(data.path().join(FILE)).unwrap();
         newer.execute_batch("PRAGMA user_version = 7").unwrap();
         drop(newer);
-        let refused = Store::open(Some(data.path()))
-            .map(drop)
-            .unwrap_err()
-            .to_string();
-        assert!(refused.contains("format 7") && refused.contains("knows 1"));
+        let refused = || Store::open(Some(data.path())).map(drop).unwrap_err();
+        let newer = refused();
+        assert!(matches!(newer, StoreError::Open(OpenError::TooNew { .. })));
         std::fs::write(data.path().join(FILE), vec![b'x'; 8192]).unwrap();
-        assert!(Store::open(Some(data.path())).is_err());
+        let damaged = refused();
+        assert!(matches!(
+            damaged,
+            StoreError::Open(OpenError::Damaged { .. })
+        ));
     }
 }
