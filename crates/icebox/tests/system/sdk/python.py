@@ -653,7 +653,7 @@ def templates_are_built_by_steps(_):
         fetch = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:8080').status)"
         assert built.commands.run(f'python3 -c "{fetch}"').stdout == "200\n"
         built.kill()
-        wrong = Template(file_context_path=context).from_template("base").run_cmd("true").run_cmd("exit 3")
+        wrong = Template(file_context_path=context).from_base_image().run_cmd("true").run_cmd("exit 3")
         raises(BuildException, lambda: Template.build(wrong, name, **build), "failed to run command 'exit 3'")
         assert api("GET", f"/templates/aliases/{name}")[0] == 200
         assert api("POST", "/templates/tags", {"target": name, "tags": ["v1"]})[0] == 201
