@@ -20,7 +20,7 @@ use std::time::Duration;
 use icebox_engine::{Engine, Error, Phase};
 use icebox_sim::fault::{Fault, Injector, Kind, When, inject};
 use place::{Driver, Place, in_private_mounts};
-use scene::{Scene, run};
+use scene::{Scene, points, run};
 
 /// Runs `work` in a runtime of its own, whose clock jumps over waits. Dropping the runtime is `kill -9`, except that file
 /// operations under way are finished.
@@ -84,6 +84,11 @@ fn case(driver: Driver, scene: Scene, fault: Option<Fault>) -> Vec<&'static str>
             run(&engine, &id).await.unwrap();
             let value = place.guests.value(&id).unwrap();
             assert!(value >= floor, "{id} lost {floor}: it has {value}");
+            // Each with a disk and a memory of one instant, whatever was interrupted.
+            for point in points(&engine, &id) {
+                engine.rollback(id.as_str(), point, true).await.unwrap();
+                place.guests.value(&id).unwrap();
+            }
         }
         for view in engine.list() {
             engine.destroy(view.record.id.as_str()).await.unwrap();

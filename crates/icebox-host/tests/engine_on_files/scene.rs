@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use icebox_engine::id::{GenerationNo, SandboxId};
+use icebox_engine::manifest::v1::Point;
 use icebox_engine::unit::Geometry;
 use icebox_engine::{CreateRequest, Engine, Error, ImageRequest, Phase};
 
@@ -10,6 +11,8 @@ use crate::place::Place;
 
 const IMAGE: &str = "image";
 const SNAPSHOT: &str = "warm";
+/// What the first pause wrote.
+const FIRST: Point = Point::Generation(GenerationNo(1));
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Scene {
@@ -18,8 +21,11 @@ pub(crate) enum Scene {
     PauseFirst,
     PauseSecond,
     Resume,
+    Rollback,
+    RollbackToBranch,
     Stop,
     Start,
+    Checkpoint,
     SnapshotRunning,
     SnapshotPaused,
     Fork,
@@ -32,14 +38,17 @@ pub(crate) enum Scene {
 use Scene::*;
 
 impl Scene {
-    pub(crate) const ALL: [Self; 14] = [
+    pub(crate) const ALL: [Self; 17] = [
         Create,
         CreateFromSnapshot,
         PauseFirst,
         PauseSecond,
         Resume,
+        Rollback,
+        RollbackToBranch,
         Stop,
         Start,
+        Checkpoint,
         SnapshotRunning,
         SnapshotPaused,
         Fork,
@@ -53,8 +62,8 @@ impl Scene {
     pub(crate) fn before(self) -> Option<Phase> {
         match self {
             Create | CreateFromSnapshot => None,
-            PauseFirst | PauseSecond | Stop | SnapshotRunning | Fork | FlattenRunning
-            | DestroyRunning => Some(Phase::Running),
+            PauseFirst | PauseSecond | Rollback | RollbackToBranch | Stop | Checkpoint
+            | SnapshotRunning | Fork | FlattenRunning | DestroyRunning => Some(Phase::Running),
             Resume | SnapshotPaused | DestroyPaused => Some(Phase::Paused),
             Start | FlattenStopped => Some(Phase::Stopped),
         }
@@ -64,12 +73,11 @@ impl Scene {
     pub(crate) fn after(self) -> Option<Phase> {
         match self {
             Create | CreateFromSnapshot | Resume | Start => Some(Phase::Running),
-            PauseFirst | PauseSecond => Some(Phase::Paused),
-            Stop => Some(Phase::Stopped),
+            PauseFirst | PauseSecond | Rollback => Some(Phase::Paused),
+            RollbackToBranch | Stop => Some(Phase::Stopped),
             DestroyRunning | DestroyPaused => None,
-            SnapshotRunning | SnapshotPaused | Fork | FlattenRunning | FlattenStopped => {
-                self.before()
-            }
+            Checkpoint | SnapshotRunning | SnapshotPaused | Fork | FlattenRunning
+            | FlattenStopped => self.before(),
         }
     }
 
@@ -101,9 +109,12 @@ impl Scene {
             return;
         }
         engine.create(named(IMAGE, "subject")).await.unwrap();
-        if self == PauseSecond {
+        if matches!(self, PauseSecond | Rollback | RollbackToBranch) {
             engine.pause("subject").await.unwrap();
             engine.resume("subject", None).await.unwrap();
+        }
+        if self == RollbackToBranch {
+            engine.rollback("subject", FIRST, true).await.unwrap();
         }
         match self.before() {
             Some(Phase::Paused) => drop(engine.pause("subject").await.unwrap()),
@@ -122,8 +133,15 @@ impl Scene {
                 .resume("subject", None::<GenerationNo>)
                 .await
                 .map(drop),
+            Rollback => engine.rollback("subject", FIRST, false).await.map(drop),
+            RollbackToBranch => {
+                let subject = engine.inspect("subject").unwrap();
+                let branch = Point::Branch(subject.record.branches[0].name.clone());
+                engine.rollback("subject", branch, false).await.map(drop)
+            }
             Stop => engine.stop("subject").await.map(drop),
             Start => engine.start("subject").await.map(drop),
+            Checkpoint => engine.checkpoint("subject").await.map(drop),
             SnapshotRunning | SnapshotPaused => engine.snapshot("subject", new()).await.map(drop),
             Fork => {
                 let forks = engine.fork("subject", 2).await?;
@@ -141,6 +159,14 @@ fn named(template: &str, name: &str) -> CreateRequest {
         name: Some(name.parse().unwrap()),
         ..CreateRequest::default()
     }
+}
+
+/// Every point that a sandbox can go back to.
+pub(crate) fn points(engine: &Engine, id: &SandboxId) -> Vec<Point> {
+    let record = engine.inspect(id.as_str()).unwrap().record;
+    let generations = record.generations.iter().copied().map(Point::Generation);
+    let branches = record.branches.iter().map(|branch| branch.name.clone());
+    generations.chain(branches.map(Point::Branch)).collect()
 }
 
 /// Brings a sandbox to where its guest runs.
