@@ -16,6 +16,7 @@ mod kernels;
 mod proxy;
 mod sandboxes;
 mod templates;
+mod ui;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -13,7 +13,7 @@ use http::{HeaderMap, StatusCode};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{Edge, cors, e2b, proxy};
+use super::{Edge, cors, e2b, proxy, ui};
 use crate::access::{Caller, Premises};
 use crate::types::SandboxDetail;
 use crate::{API_KEY_HEADER, ApiError, Daemon, ErrorCode, TEAM_HEADER};
@@ -102,6 +102,9 @@ pub(super) async fn enter(State(front): State<Front>, request: Request, next: Ne
         }
         Ok(None) => {}
         Err(error) => return error.into_response(),
+    }
+    if let Some(page) = ui::answer(&request) {
+        return page;
     }
     if cors::is_preflight(&request) {
         return cors::allow(StatusCode::NO_CONTENT.into_response());

@@ -8,6 +8,7 @@
 
 mod copy;
 mod daemon;
+mod dashboard;
 mod edge;
 mod exec;
 mod lifecycle;

@@ -1,0 +1,67 @@
+//! The dashboard as its users meet it: `dashboard/dashboard.py` clicks each of its actions in Debian's Chromium, and keeps
+//! what it looks like in `target/dashboard`, in light and dark.
+//!
+//! What drives the browser comes from where this machine's pip takes packages, once, and is kept beside the fixtures.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use icebox_host::guest_image::fixture;
+
+use crate::support::Daemon;
+
+const PLAYWRIGHT: &str = "playwright==1.65.2";
+const CHROMIUM: &str = "/usr/bin/chromium";
+
+#[test]
+fn every_action_of_the_dashboard_works_when_it_is_clicked() {
+    assert!(
+        Path::new(CHROMIUM).exists(),
+        "{CHROMIUM} is needed: scripts/setup installs it"
+    );
+    let daemon = Daemon::start().with_guest();
+    let pictures = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("dashboard");
+    let programs = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cli/dashboard");
+    let output = Command::new(playwright().join("bin/python"))
+        .arg("-B")
+        .arg(programs.join("dashboard.py"))
+        .env("ICEBOX_URL", format!("http://{}", daemon.address()))
+        .env("ICEBOX_KEY", daemon.api_key())
+        .env("ICEBOX_CHROMIUM", CHROMIUM)
+        .env("ICEBOX_PICTURES", &pictures)
+        .current_dir(daemon.path(""))
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+/// A Python that has Playwright.
+fn playwright() -> PathBuf {
+    let cache = fixture::cache_dir().join("browser");
+    fs::create_dir_all(&cache).unwrap();
+    let lock = fs::File::create(cache.join("lock")).unwrap();
+    lock.lock().unwrap();
+    let home = cache.join(PLAYWRIGHT);
+    let done = home.join("done");
+    if !done.exists() {
+        fs::remove_dir_all(&home).unwrap_or_default();
+        run(Command::new("python3").args(["-m", "venv"]).arg(&home));
+        let mut pip = Command::new(home.join("bin/pip"));
+        pip.args(["install", "--quiet", "--disable-pip-version-check"]);
+        run(pip.arg(PLAYWRIGHT));
+        fs::write(done, "").unwrap();
+    }
+    home
+}
+
+fn run(command: &mut Command) {
+    let status = command.status();
+    assert!(status.is_ok_and(|it| it.success()), "{command:?}");
+}
