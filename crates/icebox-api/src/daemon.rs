@@ -14,8 +14,8 @@ use crate::types::{
     ChangeTeam, DrainReport, Event, Forked, GcReport, GcRequest, History, Kernel, KernelEvent, Key,
     MadeKey, MetricsRange, NewBuild, NewFork, NewKernel, NewKey, NewRecipe, NewSandbox,
     NewSnapshot, NewTeam, RemoveTags, Report, RequestedBuild, ResumeRequest, RollbackRequest,
-    SandboxDetail, SandboxMetric, Snapshot, StartBuild, Stats, Team, Template, TemplateTag,
-    VerbResult,
+    SandboxDetail, SandboxMetric, Snapshot, StartBuild, Stats, Team, Template, TemplateAlias,
+    TemplateTag, VerbResult,
 };
 
 /// A stream that a response is made of.
@@ -88,6 +88,8 @@ pub trait Daemon: Send + Sync + 'static {
     async fn template(&self, template: &str) -> Result<Template, ApiError>;
     /// Removes a template that nothing depends on; answers its id.
     async fn remove_template(&self, template: &str) -> Result<String, ApiError>;
+    /// What a name leads to, if to anything.
+    async fn template_alias(&self, name: &str) -> Result<TemplateAlias, ApiError>;
     /// Lets every team create sandboxes from a template, or its own alone.
     async fn publish_template(&self, template: &str, public: bool) -> Result<Template, ApiError>;
     /// Builds a template. The stream's last item says how it ended.

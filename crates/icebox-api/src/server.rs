@@ -13,6 +13,7 @@ mod extract;
 mod front;
 mod host;
 mod kernels;
+mod path;
 mod proxy;
 mod sandboxes;
 mod templates;
@@ -130,7 +131,14 @@ impl Server {
     }
 }
 
+/// The front door before the routes, which see what it lets in, as it writes it.
 fn router(front: Front) -> Router {
+    Router::new()
+        .fallback_service(routes())
+        .layer(middleware::from_fn_with_state(front, front::enter))
+}
+
+fn routes() -> Router {
     Router::new()
         .route("/health", get(host::health))
         .route("/version", get(host::version))
@@ -165,7 +173,7 @@ fn router(front: Front) -> Router {
         .route("/sandboxes/{id}/timeout", post(sandboxes::set_lifetime))
         .route("/sandboxes/{id}/metrics", get(sandboxes::metrics))
         .route("/sandboxes/{id}/console", get(sandboxes::console))
-        .route("/sandboxes/{id}/connect", post(e2b::sandboxes::connect))
+        .route("/sandboxes/{id}/connect", post(e2b::sandboxes::connect_v1))
         .route("/v2/sandboxes/{id}/connect", post(e2b::sandboxes::connect))
         .route("/sandboxes/{id}/refreshes", post(e2b::sandboxes::refresh))
         .route("/sandboxes/{id}/network", put(e2b::sandboxes::network))
@@ -193,7 +201,6 @@ fn router(front: Front) -> Router {
         .merge(e2b::absent::routes())
         .fallback(no_such_route)
         .method_not_allowed_fallback(no_such_method)
-        .layer(middleware::from_fn_with_state(front, front::enter))
 }
 
 /// Templates that are built by steps.

@@ -47,7 +47,14 @@ pub use sandbox::{
 pub use space::{Kind, Owner, Part, Place, Stats};
 pub use template::{Template, TemplateKind};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
+
+/// `null` is as good as nothing: clients in some languages write what was not given so.
+fn nullable<'de, T: Default + Deserialize<'de>, D: Deserializer<'de>>(
+    from: D,
+) -> Result<T, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or_default())
+}
 
 /// Which daemon answers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

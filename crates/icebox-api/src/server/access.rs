@@ -1,10 +1,9 @@
 //! `/teams`, `/api-keys` and `/audit`: the administrator's alone.
 
-use axum::extract::Path;
 use http::StatusCode;
 
 use super::Context;
-use super::extract::{Json, Query};
+use super::extract::{Json, Path, Query};
 use crate::ApiError;
 use crate::types::{AuditEntry, AuditRange, ChangeTeam, Key, MadeKey, NewKey, NewTeam, Team};
 

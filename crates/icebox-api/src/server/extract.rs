@@ -44,6 +44,27 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
     }
 }
 
+/// The variable parts of a path.
+pub(super) struct Path<T>(pub(super) T);
+
+impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for Path<T> {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        axum::extract::Path::from_request_parts(parts, state)
+            .await
+            .map(|axum::extract::Path(path)| Self(path))
+            .map_err(|error| {
+                // Ours to answer for if the route has other parts than its handler takes.
+                let code = match error.status().is_client_error() {
+                    true => ErrorCode::Invalid,
+                    false => ErrorCode::Internal,
+                };
+                ApiError::new(code, error.body_text())
+            })
+    }
+}
+
 /// A query string.
 pub(super) struct Query<T>(pub(super) T);
 

@@ -13,7 +13,7 @@ use http::{HeaderMap, StatusCode};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{Edge, cors, e2b, proxy, ui};
+use super::{Edge, cors, e2b, path, proxy, ui};
 use crate::access::{Caller, Premises};
 use crate::types::SandboxDetail;
 use crate::{API_KEY_HEADER, ApiError, Daemon, ErrorCode, TEAM_HEADER};
@@ -21,6 +21,9 @@ use crate::{API_KEY_HEADER, ApiError, Daemon, ErrorCode, TEAM_HEADER};
 /// The user on the other side of a Unix socket, where there is one.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Peer(pub(super) Option<u32>);
+
+/// See [`is_open`].
+const OPEN: [&str; 1] = ["/health"];
 
 /// What a listener leads to.
 #[derive(Clone)]
@@ -88,7 +91,11 @@ impl Front {
 }
 
 /// Decides whose a request is, what it is for, and whether it may pass.
-pub(super) async fn enter(State(front): State<Front>, request: Request, next: Next) -> Response {
+pub(super) async fn enter(
+    State(front): State<Front>,
+    mut request: Request,
+    next: Next,
+) -> Response {
     let caller = match front.caller(&request) {
         Ok(caller) => caller,
         Err(error) => return error.into_response(),
@@ -114,12 +121,20 @@ pub(super) async fn enter(State(front): State<Front>, request: Request, next: Ne
         let context = front.context(caller.unwrap_or(Caller::Anybody));
         return cors::allow(proxy::forward_signed(&context, request).await);
     }
-    let caller = match request.uri().path().starts_with(e2b::builds::UPLOADS) {
-        // Whoever knows the way may go it.
+    if let Some(plain) = path::plain(request.uri()) {
+        *request.uri_mut() = plain;
+    }
+    let caller = match is_open(request.uri().path()) {
         true => Some(caller.unwrap_or(Caller::Anybody)),
         false => caller,
     };
     cors::allow(serve(front, caller, request, next).await)
+}
+
+/// What needs no key, since it tells nothing of anybody: [`Caller::Anybody`] sees the whole daemon, so nothing else that
+/// looks at it may ever be among these. To where archives are put, whoever knows the way may go it.
+fn is_open(path: &str) -> bool {
+    OPEN.contains(&path) || path.starts_with(e2b::builds::UPLOADS)
 }
 
 /// Serves a request that is for the daemon itself.

@@ -35,7 +35,7 @@ use crate::{
     ACCESS_TOKEN_HEADER, AGENT_PORT, API_KEY_HEADER, ApiError, ErrorCode, Pass, Route, TEAM_HEADER,
     TRAFFIC_TOKEN_HEADER,
 };
-use destination::is_host_only;
+use destination::{is_host_only, require_id};
 
 pub(super) use destination::{Destination, destination};
 pub(super) use signed::{forward_signed, is_signed};
@@ -141,6 +141,9 @@ pub(super) async fn forward(
     } else {
         // Older clients append a node name to the id.
         let id = sandbox.split('-').next().unwrap_or_default();
+        if let Err(error) = require_id(id) {
+            return error.into_response();
+        }
         context.daemon.route(id, true).await
     };
     let route = match route {

@@ -1,12 +1,11 @@
 //! `/sandboxes`: create, list, inspect and the verbs.
 
 use axum::body::Body;
-use axum::extract::Path;
 use axum::response::{IntoResponse as _, Response};
 use http::StatusCode;
 use http::header::CONTENT_TYPE;
 
-use super::extract::{Json, Query, WantsSandbox};
+use super::extract::{Json, Path, Query, WantsSandbox};
 use super::{Context, e2b};
 use crate::types::{
     ChangeLifetime, Forked, History, MetricsRange, NewFork, NewSnapshot, Outcome, PauseRequest,
@@ -64,7 +63,7 @@ pub(super) async fn pause(
         .run_verb(move |daemon| async move {
             match keeps_memory {
                 true => daemon.pause(&id).await,
-                false => daemon.stop(&id).await,
+                false => e2b::sandboxes::pause_disk(&*daemon, &id).await,
             }
         })
         .await?;
@@ -79,6 +78,10 @@ pub(super) async fn resume(
     WantsSandbox(wants): WantsSandbox,
     Json(how): Json<ResumeRequest>,
 ) -> Result<Response, ApiError> {
+    if !wants && !context.caller.is_administrator() {
+        let resumed = e2b::sandboxes::resume(context, id, how).await?;
+        return Ok(resumed.into_response());
+    }
     let result = context
         .run_verb(|daemon| async move { daemon.resume(&id, how).await })
         .await?;
@@ -101,13 +104,7 @@ fn e2b_answer(
     }
     match result.outcome {
         Outcome::Changed => Ok(changed(result.sandbox)),
-        Outcome::AlreadyThere => Err(ApiError::new(
-            ErrorCode::AlreadyThere,
-            format!(
-                "sandbox {} is already {}",
-                result.sandbox.listed.sandbox_id, result.sandbox.listed.state
-            ),
-        )),
+        Outcome::AlreadyThere => Err(e2b::sandboxes::already_there(&result.sandbox)),
     }
 }
 
@@ -194,10 +191,10 @@ pub(super) async fn snapshot(
 pub(super) async fn fork(
     context: Context,
     Path(id): Path<String>,
-    Json(new): Json<NewFork>,
+    Json(mut new): Json<NewFork>,
 ) -> Result<(StatusCode, axum::Json<Vec<Forked>>), ApiError> {
     if !context.caller.is_administrator() {
-        e2b::sandboxes::require_running(&context, &id).await?;
+        e2b::sandboxes::check_fork(&context, &id, &mut new).await?;
     }
     let forks = context
         .run_verb(|daemon| async move { daemon.fork(&id, new).await })
@@ -229,6 +226,10 @@ pub(super) async fn set_lifetime(
     WantsSandbox(wants): WantsSandbox,
     Json(change): Json<ChangeLifetime>,
 ) -> Result<Response, ApiError> {
+    if change == ChangeLifetime::default() {
+        return Err(ApiError::new(ErrorCode::Invalid, "timeout is missing")
+            .hint("ask for whole seconds, or `never`"));
+    }
     let sandbox = context
         .run_verb(move |daemon| async move { daemon.set_lifetime(&id, change).await })
         .await?;

@@ -1,11 +1,10 @@
 //! `/templates` and `/builds`.
 
-use axum::extract::Path;
 use axum::response::Response;
 use http::StatusCode;
 
 use super::Context;
-use super::extract::{self, Json};
+use super::extract::{self, Json, Path};
 use crate::types::{BuildSource, ChangeTemplate, NewBuild, Template, TemplateAlias};
 use crate::{ApiError, ErrorCode};
 
@@ -25,11 +24,7 @@ pub(super) async fn alias(
     context: Context,
     Path(alias): Path<String>,
 ) -> Result<axum::Json<TemplateAlias>, ApiError> {
-    let template = context.daemon.template(&alias).await?;
-    Ok(axum::Json(TemplateAlias {
-        template_id: template.template_id,
-        public: false,
-    }))
+    context.daemon.template_alias(&alias).await.map(axum::Json)
 }
 
 /// One that is in use is 400: E2B's answer.

@@ -12,10 +12,13 @@ pub struct NetworkConfig {
     /// Whether its ports other than the agent's serve anybody. If not, they ask for a token.
     pub allow_public_traffic: Option<bool>,
     /// Addresses, networks and domains that it may reach although [`deny_out`](Self::deny_out) says otherwise.
+    #[serde(deserialize_with = "super::nullable")]
     pub allow_out: Vec<String>,
     /// Addresses and networks that it may not reach.
+    #[serde(deserialize_with = "super::nullable")]
     pub deny_out: Vec<String>,
     /// Its name servers.
+    #[serde(deserialize_with = "super::nullable")]
     pub dns_servers: Vec<String>,
     /// What is done to its requests, by host.
     pub rules: Option<serde_json::Value>,
@@ -24,6 +27,7 @@ pub struct NetworkConfig {
     /// The `Host` that its servers see.
     pub mask_request_host: Option<String>,
     /// Ports that speak TLS themselves.
+    #[serde(deserialize_with = "super::nullable")]
     pub https_ports: Vec<u16>,
     /// Whether it reaches public addresses, where the network is replaced as a whole.
     #[serde(rename = "allow_internet_access")]

@@ -48,7 +48,10 @@ pub struct StartBuild {
     pub from_image: Option<String>,
     /// The template to begin with.
     pub from_template: Option<String>,
+    /// How to get into the registry that the image is in, which nothing is taken from here.
+    pub from_image_registry: Option<serde_json::Value>,
     /// What to do, in order.
+    #[serde(deserialize_with = "super::nullable")]
     pub steps: Vec<BuildStep>,
     /// What runs in every sandbox that is made from the template.
     pub start_cmd: Option<String>,

@@ -36,10 +36,18 @@ pub struct NewSandbox {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vmm: Option<String>,
     /// Variables of every later command.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(
+        default,
+        deserialize_with = "super::nullable",
+        skip_serializing_if = "BTreeMap::is_empty"
+    )]
     pub env_vars: BTreeMap<String, String>,
     /// Labels; the daemon keeps and returns them.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(
+        default,
+        deserialize_with = "super::nullable",
+        skip_serializing_if = "BTreeMap::is_empty"
+    )]
     pub metadata: BTreeMap<String, String>,
     /// What becomes of its past.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -73,7 +81,11 @@ pub struct NewSandbox {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub iam: Option<serde_json::Value>,
     /// E2B's volumes, likewise.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(
+        default,
+        deserialize_with = "super::nullable",
+        skip_serializing_if = "Vec::is_empty"
+    )]
     pub volume_mounts: Vec<serde_json::Value>,
 }
 
@@ -344,12 +356,23 @@ pub struct VerbResult {
 }
 
 /// How to resume. An empty body means the newest generation.
+///
+/// E2B's clients ask with the last three, and are those who have a key and do not ask for the sandbox in the answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ResumeRequest {
     /// The generation to resume. One older than the newest disk sets that disk aside as a branch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub generation: Option<u32>,
+    /// For how many seconds it runs. Absent: 15.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<i64>,
+    /// Whether it is paused when its time is over, or killed. Absent: as before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub auto_pause: Option<bool>,
+    /// Whether what its memory was goes on. If not, its disk is booted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<bool>,
 }
 
 /// What to call a snapshot.

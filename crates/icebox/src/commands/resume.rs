@@ -19,6 +19,7 @@ pub(crate) struct Args {
 pub(crate) async fn run(context: &Context, args: &Args) -> Ended {
     let how = ResumeRequest {
         generation: args.generation,
+        ..ResumeRequest::default()
     };
     verb::each(context, &args.sandboxes, "resumed", async |sandbox| {
         context.client.resume(&sandbox, &how).await

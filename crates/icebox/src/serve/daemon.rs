@@ -13,7 +13,7 @@ use icebox_api::types::{
     Limit, MadeKey, MetricsRange, NewBuild, NewFork, NewKernel, NewKey, NewRecipe, NewSandbox,
     NewSnapshot, NewTeam, Outcome, RemoveTags, Report, RequestedBuild, ResumeRequest,
     RollbackRequest, SandboxDetail, SandboxMetric, Snapshot, StartBuild, Stats, Team, TeamLimits,
-    Template, TemplateTag, VerbResult,
+    Template, TemplateAlias, TemplateTag, VerbResult,
 };
 use icebox_api::{ApiError, BoxStream, Daemon, ErrorCode, Pass, Route};
 use icebox_engine::id::{GenerationNo, SandboxId};
@@ -58,6 +58,7 @@ impl Icebox {
             translate::Beside {
                 domain: self.domain.as_deref(),
                 limits: format!("{}: {}", limits.mechanism, limits.detail),
+                built_as: self.recipes.name_of(&view.record.spec.template),
                 usage,
             },
         )
@@ -431,6 +432,23 @@ impl Daemon for Icebox {
             .inspect_template(template)
             .map_err(|error| translate::error(&error))?;
         Ok(self.measured(&template, unusable).await)
+    }
+
+    async fn template_alias(&self, name: &str) -> Result<TemplateAlias, ApiError> {
+        if let Some(template_id) = self.recipes.find(&self.engine, name) {
+            return Ok(TemplateAlias {
+                template_id,
+                public: false,
+            });
+        }
+        let found = self
+            .engine
+            .inspect_template(translate::template_reference(name));
+        let (template, _flaw) = found.map_err(|error| translate::error(&error))?;
+        Ok(TemplateAlias {
+            template_id: template.id.to_string(),
+            public: template.public,
+        })
     }
 
     async fn remove_template(&self, template: &str) -> Result<String, ApiError> {

@@ -19,13 +19,14 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use http::StatusCode;
 use icebox_api::types::{
     AssignTags, AssignedTags, BuildState, BuildStatus, NewRecipe, RemoveTags, RequestedBuild,
     StartBuild, TemplateTag,
 };
 use icebox_api::{ApiError, ErrorCode};
 use icebox_engine::host::Egress;
-use icebox_engine::id::Team;
+use icebox_engine::id::{Team, TemplateId};
 use icebox_engine::{Engine, Scope, unit::Geometry};
 
 use super::translate;
@@ -89,6 +90,20 @@ impl Recipes {
             return None;
         }
         self.families.resolve(&team(engine), &read(engine, wanted))
+    }
+
+    /// The id of what has this name, whether or not it is built yet, if it is one that is built by steps.
+    pub(super) fn find(&self, engine: &Engine, wanted: &str) -> Option<String> {
+        if names_a_team(engine, wanted) {
+            return None;
+        }
+        let reference = read(engine, wanted);
+        self.families.find(&team(engine), reference.name)
+    }
+
+    /// The name that a template was built under, without tags.
+    pub(super) fn name_of(&self, template: &TemplateId) -> Option<String> {
+        self.families.name_of(template.as_str())
     }
 
     /// What a template is called, with tags.
@@ -164,6 +179,7 @@ impl Recipes {
         what: StartBuild,
     ) -> Result<(), ApiError> {
         let build = self.build(engine, id)?;
+        self.require_no_registry(engine, &what)?;
         let run = Run::new(engine.clone(), Arc::clone(self), Arc::clone(&build), what)?;
         if !build.log.begin() {
             return Err(ApiError::new(
@@ -173,6 +189,25 @@ impl Recipes {
         }
         tokio::spawn(run.carry_out());
         Ok(())
+    }
+
+    /// Refuses to begin with an image from elsewhere: those that there are here are templates.
+    fn require_no_registry(&self, engine: &Engine, what: &StartBuild) -> Result<(), ApiError> {
+        let (Some(image), None) = (&what.from_image, &what.from_template) else {
+            return Ok(());
+        };
+        let is_unknown = |error: &ApiError| error.body().error_code == Some(ErrorCode::NotFound);
+        let found = self.base(engine, image_name(image));
+        if what.from_image_registry.is_none() && !found.as_ref().is_err_and(is_unknown) {
+            return found.map(drop);
+        }
+        let message =
+            format!("images are not taken from registries here, so there is no {image:?}");
+        Err(ApiError::new(ErrorCode::Unsupported, message)
+            .status(StatusCode::NOT_IMPLEMENTED)
+            .hint(
+                "begin with a template, or build one of the image's name: `icebox template build`",
+            ))
     }
 
     /// How a build goes, with at most `limit` lines of its log.
@@ -295,6 +330,11 @@ fn team(engine: &Engine) -> Team {
 /// What a user's words mean among those names. Another team's are not among them.
 fn read<'a>(engine: &Engine, text: &'a str) -> Reference<'a> {
     Reference::read(translate::of_own(engine.scope(), text))
+}
+
+/// An image's name says where it comes from; here that is this host: E2B's `e2bdev/base` is `base`.
+fn image_name(image: &str) -> &str {
+    image.rsplit('/').next().unwrap_or(image)
 }
 
 async fn remove_unless_used(engine: &Engine, templates: Vec<String>) {

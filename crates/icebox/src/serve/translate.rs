@@ -228,6 +228,8 @@ pub(super) fn geometry(
 pub(super) struct Beside<'a> {
     pub(super) domain: Option<&'a str>,
     pub(super) limits: String,
+    /// The name that its template was built under by steps, if it was.
+    pub(super) built_as: Option<String>,
     pub(super) usage: Option<&'a Usage>,
 }
 
@@ -296,7 +298,7 @@ pub(super) fn sandbox(view: &SandboxView, beside: Beside<'_>) -> SandboxDetail {
     let running = matches!(record.rests, v1::Rest::Running);
     let (allocated_bytes, shared_bytes) = sizes(beside.usage);
     SandboxDetail {
-        listed: listed(view),
+        listed: listed(view, beside.built_as),
         envd_access_token: (!record.spec.doors.agent_open)
             .then(|| record.token.expose().to_owned()),
         traffic_access_token: traffic_token(record),
@@ -425,13 +427,13 @@ fn state(record: &v1::Sandbox) -> State {
     }
 }
 
-fn listed(view: &SandboxView) -> ListedSandbox {
+fn listed(view: &SandboxView, built_as: Option<String>) -> ListedSandbox {
     let record = &view.record;
     ListedSandbox {
         sandbox_id: record.id.to_string(),
         template_id: record.spec.template.to_string(),
         client_id: CLIENT_ID.to_owned(),
-        alias: Some(record.spec.template_name.clone()),
+        alias: Some(built_as.unwrap_or_else(|| record.spec.template_name.clone())),
         name: record.name.as_ref().map(ToString::to_string),
         team: record.spec.team.to_string(),
         started_at: record.created_at,

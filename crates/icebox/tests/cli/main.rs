@@ -6,6 +6,7 @@
     reason = "a test fails by panicking, in helpers too"
 )]
 
+mod contract;
 mod copy;
 mod daemon;
 mod dashboard;

@@ -1,14 +1,13 @@
 //! Templates that are built by steps: E2B's third version of builds.
 
 use axum::body::Body;
-use axum::extract::Path;
 use axum::response::{IntoResponse as _, Response};
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use http::{HeaderMap, StatusCode, header};
 use serde::Deserialize;
 
 use crate::server::Context;
-use crate::server::extract::{Json, Query};
+use crate::server::extract::{Json, Path, Query};
 use crate::types::{
     AssignTags, AssignedTags, BuildStatus, FilesUpload, NewRecipe, RemoveTags, RequestedBuild,
     StartBuild, TemplateTag,
@@ -58,9 +57,10 @@ pub(in crate::server) async fn put_files(
 
 pub(in crate::server) async fn start(
     context: Context,
-    Path((_template, build)): Path<(String, String)>,
+    Path((template, build)): Path<(String, String)>,
     Json(what): Json<StartBuild>,
 ) -> Result<Response, ApiError> {
+    of_template(&template, context.daemon.build_status(&build, 0, 0).await?)?;
     context.daemon.start_build(&build, what).await?;
     Ok(StatusCode::ACCEPTED.into_response())
 }
@@ -75,14 +75,25 @@ pub(in crate::server) struct Lines {
 
 pub(in crate::server) async fn status(
     context: Context,
-    Path((_template, build)): Path<(String, String)>,
+    Path((template, build)): Path<(String, String)>,
     Query(lines): Query<Lines>,
 ) -> Result<axum::Json<BuildStatus>, ApiError> {
     let limit = lines.limit.unwrap_or(LINES).min(LINES);
     let status = context
         .daemon
         .build_status(&build, lines.logs_offset, limit);
-    status.await.map(axum::Json)
+    of_template(&template, status.await?).map(axum::Json)
+}
+
+/// A build, if it is one of this template.
+fn of_template(template: &str, build: BuildStatus) -> Result<BuildStatus, ApiError> {
+    match build.template_id == template {
+        true => Ok(build),
+        false => Err(ApiError::new(
+            ErrorCode::NotFound,
+            format!("template {template:?} has no build {:?}", build.build_id),
+        )),
+    }
 }
 
 pub(in crate::server) async fn tags(

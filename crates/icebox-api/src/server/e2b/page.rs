@@ -64,6 +64,8 @@ impl Asked {
                 })?;
                 self.limit = Some(limit);
             }
+            // None that was given, but what clients make of none.
+            "nextToken" if value.is_empty() => {}
             "nextToken" => {
                 let after = Position::parse(value);
                 let after = after

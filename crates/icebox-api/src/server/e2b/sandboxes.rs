@@ -2,21 +2,23 @@
 
 use std::net::IpAddr;
 
-use axum::extract::{Path, RawQuery};
+use axum::extract::RawQuery;
 use futures_util::StreamExt as _;
 use http::StatusCode;
 use jiff::{SignedDuration, Timestamp};
 
 use super::absent::not_here;
 use crate::server::Context;
-use crate::server::extract::Json;
+use crate::server::extract::{Json, Path};
 use crate::types::{
-    ChangeLifetime, ConnectRequest, Event, Limit, LogEntry, Logs, NetworkConfig, NewSandbox,
-    Outcome, RefreshRequest, ResumeRequest, SandboxDetail, State as SandboxState,
+    ChangeLifetime, ConnectRequest, Event, Limit, LogEntry, Logs, NetworkConfig, NewFork,
+    NewSandbox, OnTimeout, Outcome, RefreshRequest, ResumeRequest, SandboxDetail,
+    State as SandboxState, VerbResult,
 };
 use crate::{ApiError, Daemon, ErrorCode};
 
-/// How long a sandbox runs that nobody gave a time, in seconds: what each version of the route says.
+/// How long a sandbox runs that nobody gave a time, in seconds: what each version of the routes says. Those that have one
+/// version are of the first.
 const RUNS: i64 = 300;
 const RUNS_V1: i64 = 15;
 /// The least that a refresh gives.
@@ -127,11 +129,14 @@ fn says_something(value: &serde_json::Value) -> bool {
     }
 }
 
-/// Refuses what E2B forks only while it runs. One that is paused in this moment is forked all the same, which harms nobody.
-pub(in crate::server) async fn require_running(
+/// A fork as E2B has it: it runs for a while, and is of what runs. One that is paused in this moment is forked all the
+/// same, which harms nobody.
+pub(in crate::server) async fn check_fork(
     context: &Context,
     id: &str,
+    new: &mut NewFork,
 ) -> Result<(), ApiError> {
+    new.timeout.get_or_insert(RUNS_V1);
     let found = context.daemon.inspect(id, false).await?;
     if found.listed.state == SandboxState::Running {
         return Ok(());
@@ -170,6 +175,19 @@ pub(in crate::server) async fn network(
     }
 }
 
+/// `POST /sandboxes/{id}/connect`, whose clients always say for how long.
+pub(in crate::server) async fn connect_v1(
+    context: Context,
+    id: Path<String>,
+    Json(how): Json<ConnectRequest>,
+) -> Created {
+    if how.timeout.is_none() {
+        return Err(ApiError::new(ErrorCode::Invalid, "timeout is missing")
+            .hint("ask for whole seconds, or use /v2, where there is a default"));
+    }
+    connect(context, id, Json(how)).await
+}
+
 /// `POST /v2/sandboxes/{id}/connect` and its predecessor: 200 for one that runs, which then runs at least so long; 201 for
 /// one that was paused, which is resumed.
 pub(in crate::server) async fn connect(
@@ -195,34 +213,108 @@ async fn bring(
     let seconds = how.timeout.unwrap_or(RUNS);
     require_time(seconds)?;
     let found = daemon.inspect(id, false).await?;
-    // Whatever its name leads to by then.
-    let id = &found.listed.sandbox_id;
-    let is_leaving = matches!(found.listed.verb.as_deref(), Some("pausing" | "stopping"));
-    if found.listed.state == SandboxState::Running && !is_leaving {
+    if is_awake(&found) {
         return Ok((run_at_least(daemon, found, seconds).await?, false));
     }
-    let timeout = ChangeLifetime {
+    let lifetime = ChangeLifetime {
         timeout: Some(Limit::Seconds(seconds)),
         ..ChangeLifetime::default()
     };
-    // Before it runs, since the time that it had may be over at once.
-    let asleep = match found.lifecycle.is_none_or(|it| it.timeout.is_none()) {
-        true => daemon.inspect(id, false).await?,
-        false => daemon.set_lifetime(id, timeout).await?,
-    };
-    let keeps_memory = how.memory != Some(false);
-    let woken = match asleep.listed.state {
-        SandboxState::Stopped => daemon.start(id).await?,
-        SandboxState::Paused if !keeps_memory => {
-            daemon.stop(id).await?;
-            daemon.start(id).await?
-        }
-        _ => daemon.resume(id, ResumeRequest::default()).await?,
-    };
+    let woken = wake(daemon, &found, lifetime, how.memory != Some(false)).await?;
     match woken.outcome {
         Outcome::Changed => Ok((woken.sandbox, true)),
         // Somebody else was faster.
         Outcome::AlreadyThere => Ok((run_at_least(daemon, woken.sandbox, seconds).await?, false)),
+    }
+}
+
+/// Whether it runs, and is about to go on with that.
+fn is_awake(sandbox: &SandboxDetail) -> bool {
+    let is_leaving = matches!(sandbox.listed.verb.as_deref(), Some("pausing" | "stopping"));
+    sandbox.listed.state == SandboxState::Running && !is_leaving
+}
+
+/// Has a sandbox run that rests, with its memory or without.
+async fn wake(
+    daemon: &dyn Daemon,
+    found: &SandboxDetail,
+    lifetime: ChangeLifetime,
+    keeps_memory: bool,
+) -> Result<VerbResult, ApiError> {
+    // Whatever its name leads to by then.
+    let id = &found.listed.sandbox_id;
+    // Before it runs, since the time that it had may be over at once.
+    let asleep = match found.lifecycle.is_none_or(|it| it.timeout.is_none()) {
+        true => daemon.inspect(id, false).await?,
+        false => daemon.set_lifetime(id, lifetime).await?,
+    };
+    match asleep.listed.state {
+        SandboxState::Stopped => daemon.start(id).await,
+        SandboxState::Paused if !keeps_memory => {
+            daemon.stop(id).await?;
+            daemon.start(id).await
+        }
+        _ => daemon.resume(id, ResumeRequest::default()).await,
+    }
+}
+
+/// `POST /sandboxes/{id}/resume` as E2B has it: of whatever rests, for so many seconds, and a conflict if it runs.
+pub(in crate::server) async fn resume(context: Context, id: String, how: ResumeRequest) -> Created {
+    let seconds = how.timeout.unwrap_or(RUNS_V1);
+    require_time(seconds)?;
+    let lifetime = ChangeLifetime {
+        timeout: Some(Limit::Seconds(seconds)),
+        on_timeout: how.auto_pause.map(|pauses| match pauses {
+            true => OnTimeout::Pause,
+            false => OnTimeout::Kill,
+        }),
+        ..ChangeLifetime::default()
+    };
+    let keeps_memory = how.memory != Some(false);
+    let woken = context
+        .run_verb(move |daemon| async move {
+            let found = daemon.inspect(&id, false).await?;
+            match is_awake(&found) {
+                true => Ok(VerbResult {
+                    outcome: Outcome::AlreadyThere,
+                    sandbox: found,
+                    hint: None,
+                }),
+                false => wake(&*daemon, &found, lifetime, keeps_memory).await,
+            }
+        })
+        .await?;
+    match woken.outcome {
+        Outcome::Changed => {
+            let sandbox = context.shown(woken.sandbox);
+            Ok((StatusCode::CREATED, axum::Json(sandbox)))
+        }
+        Outcome::AlreadyThere => Err(already_there(&woken.sandbox)),
+    }
+}
+
+/// What E2B has a conflict for, and our own verbs a success.
+pub(in crate::server) fn already_there(sandbox: &SandboxDetail) -> ApiError {
+    let (id, state) = (&sandbox.listed.sandbox_id, sandbox.listed.state);
+    ApiError::new(
+        ErrorCode::AlreadyThere,
+        format!("sandbox {id} is already {state}"),
+    )
+}
+
+/// Pauses without the memory, which is a stop. What is paused has nothing to lose by being asked again: its memory stays.
+pub(in crate::server) async fn pause_disk(
+    daemon: &dyn Daemon,
+    id: &str,
+) -> Result<VerbResult, ApiError> {
+    let found = daemon.inspect(id, false).await?;
+    match found.listed.state {
+        SandboxState::Paused => Ok(VerbResult {
+            outcome: Outcome::AlreadyThere,
+            sandbox: found,
+            hint: None,
+        }),
+        _ => daemon.stop(id).await,
     }
 }
 

@@ -5,7 +5,7 @@ use axum::response::Response;
 
 use super::page::{Asked, Position};
 use crate::ApiError;
-use crate::server::Context;
+use crate::server::{Context, path};
 use crate::types::{Snapshot, SnapshotInfo, Template, TemplateKind};
 
 /// The tag of what was given none.
@@ -18,7 +18,7 @@ pub(in crate::server) async fn list(
     let (mut sandbox, mut name, mut page) = (None, None, Asked::default());
     for (key, value) in form_urlencoded::parse(query.unwrap_or_default().as_bytes()) {
         match &*key {
-            "sandboxID" => sandbox = Some(value.into_owned()),
+            "sandboxID" => sandbox = Some(path::sandbox_id(&value).to_owned()),
             "name" => name = Some(value.into_owned()),
             _ => page.take(&key, &value)?,
         }

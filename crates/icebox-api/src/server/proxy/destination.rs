@@ -4,6 +4,7 @@ use http::Uri;
 use http::header::{self, HeaderMap, HeaderValue};
 use percent_encoding::percent_decode_str;
 
+use crate::server::path::is_id;
 use crate::{ApiError, ErrorCode, SANDBOX_ID_HEADER, SANDBOX_PORT_HEADER};
 
 /// Agent paths that only the daemon itself may use, E2B's and ours.
@@ -41,13 +42,9 @@ pub(in crate::server) fn destination(
         .or_else(|| uri.host())
         .unwrap_or_default();
     if let Some((port, id)) = host_label(host) {
-        if id.is_empty()
-            || !id
-                .bytes()
-                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit())
-        {
-            return Err(ApiError::new(ErrorCode::Invalid, "Invalid sandbox ID"));
-        }
+        // Older clients append a node's name to the id.
+        let id = id.split('-').next().unwrap_or_default();
+        require_id(id)?;
         return Ok(Some(Destination {
             sandbox: id.to_owned(),
             port: parse_port(port)?,
@@ -83,6 +80,14 @@ fn host_label(host: &str) -> Option<(&str, &str)> {
     let (label, _) = host.split_once('.')?;
     let (port, id) = label.split_once('-')?;
     (!port.is_empty() && port.bytes().all(|b| b.is_ascii_digit())).then_some((port, id))
+}
+
+/// Refuses what can be no sandbox's id.
+pub(super) fn require_id(text: &str) -> Result<(), ApiError> {
+    match is_id(text) {
+        true => Ok(()),
+        false => Err(ApiError::new(ErrorCode::Invalid, "Invalid sandbox ID")),
+    }
 }
 
 fn parse_port(text: &str) -> Result<u16, ApiError> {
@@ -150,6 +155,14 @@ mod tests {
                 Err("missing header e2b-sandbox-id".to_owned())
             );
         }
+        assert_eq!(
+            find("8000-iabc-6532622b.example.org", &[]),
+            to("iabc", 8000)
+        );
+        assert_eq!(
+            find("8000-.example.org", &[]),
+            Err("Invalid sandbox ID".to_owned())
+        );
         assert_eq!(
             find("8000-iABC.example.org", &[]),
             Err("Invalid sandbox ID".to_owned())

@@ -16,8 +16,8 @@ use icebox_api::types::{
     ChangeTeam, DrainReport, Event, Forked, GcReport, GcRequest, History, Kernel, KernelEvent, Key,
     MadeKey, MetricsRange, NewBuild, NewFork, NewKernel, NewKey, NewRecipe, NewSandbox,
     NewSnapshot, NewTeam, RemoveTags, Report, RequestedBuild, ResumeRequest, RollbackRequest,
-    SandboxDetail, SandboxMetric, Snapshot, StartBuild, Stats, Team, Template, TemplateTag,
-    VerbResult,
+    SandboxDetail, SandboxMetric, Snapshot, StartBuild, Stats, Team, Template, TemplateAlias,
+    TemplateTag, VerbResult,
 };
 use icebox_api::{ApiError, BoxStream, Daemon, ErrorBody, Route};
 use jiff::Timestamp;
@@ -321,6 +321,10 @@ impl Daemon for Audited {
 
     async fn template(&self, template: &str) -> Result<Template, ApiError> {
         self.daemon.template(template).await
+    }
+
+    async fn template_alias(&self, name: &str) -> Result<TemplateAlias, ApiError> {
+        self.daemon.template_alias(name).await
     }
 
     async fn remove_template(&self, template: &str) -> Result<String, ApiError> {

@@ -199,6 +199,13 @@ impl Families {
         Some(tags.collect())
     }
 
+    pub(super) fn name_of(&self, template: &str) -> Option<String> {
+        let known = lock(&self.known);
+        let leads = |family: &Family| family.tags.values().any(|it| it.template == template);
+        let (name, _) = known.iter().find(|(_, family)| leads(family))?;
+        Some(name.rsplit('/').next().unwrap_or(name).to_owned())
+    }
+
     pub(super) fn names_of(&self, template: &str) -> Vec<String> {
         let known = lock(&self.known);
         let names = known.iter().flat_map(|(name, family)| {

@@ -70,8 +70,7 @@ impl Run {
     ) -> Result<Self, ApiError> {
         let from = match (&what.from_template, &what.from_image) {
             (Some(template), _) => template.as_str(),
-            // An image's name says where it comes from; here that is this host: E2B's `e2bdev/base` is `base`.
-            (None, Some(image)) => image.rsplit('/').next().unwrap_or(image),
+            (None, Some(image)) => super::image_name(image),
             (None, None) => {
                 let message = "a build begins with a template, `fromTemplate`, or an image";
                 return Err(ApiError::new(ErrorCode::Invalid, message));
@@ -351,7 +350,7 @@ impl Run {
 
 impl Recipes {
     /// The template of ours that a build begins with.
-    fn base(&self, engine: &Engine, wanted: &str) -> Result<String, ApiError> {
+    pub(super) fn base(&self, engine: &Engine, wanted: &str) -> Result<String, ApiError> {
         let resolved = self.resolve(engine, wanted);
         let wanted = resolved
             .as_deref()
