@@ -70,7 +70,7 @@ const fork = {
     fields: [{ name: 'count', label: 'How many', type: 'number', value: 1, min: 1, max: 100, required: true }],
     action: 'Fork',
     submit: async ({ count }) => {
-      const forks = await during(sandbox.sandboxID, 'fork', () => ask('POST', at(sandbox.sandboxID, '/fork'), { count }));
+      const forks = await during(sandbox.sandboxID, 'fork', () => ask('POST', at(sandbox.sandboxID, '/fork'), { count }, REPRESENTATION));
       const failed = forks.find((it) => it.error);
       if (failed) throw new Error(`${plural(forks.filter((it) => it.sandbox).length, 'fork')} made; then: ${failed.error.message}`);
       say(`${plural(forks.length, 'fork')} of ${sandbox.title} made.`);

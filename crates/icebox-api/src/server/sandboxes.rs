@@ -191,9 +191,10 @@ pub(super) async fn snapshot(
 pub(super) async fn fork(
     context: Context,
     Path(id): Path<String>,
+    WantsSandbox(wants): WantsSandbox,
     Json(mut new): Json<NewFork>,
 ) -> Result<(StatusCode, axum::Json<Vec<Forked>>), ApiError> {
-    if !context.caller.is_administrator() {
+    if !wants && !context.caller.is_administrator() {
         e2b::sandboxes::check_fork(&context, &id, &mut new).await?;
     }
     let forks = context
