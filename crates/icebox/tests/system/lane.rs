@@ -1,0 +1,110 @@
+//! Lanes: sites that work at the same time. Tests of one take turns.
+
+use std::collections::BTreeSet;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use crate::sdk;
+use crate::site::{Driver, Site};
+
+/// A site that tests share, started by the first that needs it. Whoever waits with the lowest number is next, so that tests
+/// run in their order however many wait at once.
+pub(crate) struct Lane {
+    start: fn() -> Site,
+    queue: Mutex<Queue>,
+    freed: Condvar,
+    site: Mutex<Option<Site>>,
+}
+
+#[derive(Default)]
+struct Queue {
+    busy: bool,
+    waiting: BTreeSet<usize>,
+}
+
+/// A lane for each driver, and one for other people's programs.
+static LANES: [Lane; Driver::ALL.len() + 1] = [
+    Lane::new(|| Site::with_templates(Driver::DmSnapshot)),
+    Lane::new(|| Site::with_templates(Driver::Zfs)),
+    Lane::new(|| Site::with_templates(Driver::Reflink)),
+    Lane::new(|| Site::with_templates(Driver::Qcow2)),
+    Lane::new(sdk::site),
+];
+
+/// The lane of a driver's tests.
+pub(crate) fn of_driver(driver: Driver) -> &'static Lane {
+    &LANES[driver as usize]
+}
+
+/// The lane of tests of other people's programs.
+pub(crate) fn of_programs() -> &'static Lane {
+    &LANES[Driver::ALL.len()]
+}
+
+/// Ends every lane's site. Unless a test failed, nothing may be left of it on the host.
+pub(crate) fn finish(failed: bool) {
+    for lane in &LANES {
+        let site = locked(&lane.site).take();
+        // A failed test's site is only removed: what is left there is told already.
+        let finish = if failed { drop } else { Site::finish };
+        site.into_iter().for_each(finish);
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Lane {
+    const fn new(start: fn() -> Site) -> Self {
+        Self {
+            start,
+            queue: Mutex::new(Queue {
+                busy: false,
+                waiting: BTreeSet::new(),
+            }),
+            freed: Condvar::new(),
+            site: Mutex::new(None),
+        }
+    }
+
+    /// Runs the `number`th test on this lane's site, between two looks at the host, when it is its turn.
+    pub(crate) fn run(&self, number: usize, test: impl FnOnce(&mut Site)) {
+        let mut queue = locked(&self.queue);
+        queue.waiting.insert(number);
+        let mut queue = self
+            .freed
+            .wait_while(queue, |queue| {
+                queue.busy || queue.waiting.first() != Some(&number)
+            })
+            .unwrap_or_else(PoisonError::into_inner);
+        queue.waiting.remove(&number);
+        queue.busy = true;
+        drop(queue);
+        let tried = catch_unwind(AssertUnwindSafe(|| self.run_now(test)));
+        locked(&self.queue).busy = false;
+        self.freed.notify_all();
+        if let Err(panic) = tried {
+            resume_unwind(panic);
+        }
+    }
+
+    fn run_now(&self, test: impl FnOnce(&mut Site)) {
+        let mut slot = locked(&self.site);
+        let site = slot.get_or_insert_with(self.start);
+        let tried = catch_unwind(AssertUnwindSafe(|| {
+            let before = site.marks();
+            test(site);
+            before.assert_same(&site.marks());
+        }));
+        if let Err(panic) = tried {
+            let said = site.said();
+            let lines: Vec<_> = said.lines().collect();
+            let last = lines.len().saturating_sub(40);
+            eprintln!("the daemon's last words:\n{}", lines[last..].join("\n"));
+            // What a failed test has left is no ground for the next.
+            *slot = None;
+            resume_unwind(panic);
+        }
+    }
+}
