@@ -29,6 +29,7 @@ mod phase;
 mod sandbox;
 mod silence;
 mod space;
+mod standstill;
 mod steps;
 mod team;
 mod undone;

@@ -677,6 +677,9 @@ impl Sandbox {
             tracing::warn!(sandbox = %self.id(), error = %Chained(&error), "its guest still stands for want of room");
             false
         });
+        if went_on {
+            self.tell_time_soon();
+        }
         let Some(stall) = &mut self.stall else {
             return went_on;
         };

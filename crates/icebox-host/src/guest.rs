@@ -225,6 +225,10 @@ impl Guest for AgentGuests {
         Ok(running.iter().any(|process| !of_template(&process.tag)))
     }
 
+    async fn set_clock(&self, at: GuestAddress, token: &Secret) -> Result<(), HostError> {
+        set_clock_right(&client(at, token)).await
+    }
+
     async fn sync(&self, at: GuestAddress, token: &Secret) -> Result<(), HostError> {
         quiesce(at, token, Trim::No).await
     }

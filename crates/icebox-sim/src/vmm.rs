@@ -147,6 +147,7 @@ impl Vmm for SimVmm {
         let vm = Vm {
             process,
             vcpus,
+            knows_time: false,
             wedged: false,
             head,
             opened,
@@ -261,6 +262,7 @@ impl Machine for SimMachine {
         self.with(|vm| {
             if vm.vcpus == Vcpus::Running {
                 vm.vcpus = Vcpus::Paused;
+                vm.knows_time = false;
             }
         })
         .await

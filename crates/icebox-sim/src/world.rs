@@ -76,6 +76,8 @@ pub(crate) struct Vm {
     pub(crate) process: ProcessIdentity,
     pub(crate) vcpus: Vcpus,
     pub(crate) wedged: bool,
+    /// Whether it has been told the time since it stood still.
+    pub(crate) knows_time: bool,
     pub(crate) head: HeadId,
     /// The layers that it has open.
     pub(crate) opened: Vec<LayerId>,
@@ -464,6 +466,13 @@ impl World {
         }
     }
 
+    /// Whether a sandbox's guest has the host's time: not if it stood still and was not told.
+    #[must_use]
+    pub fn knows_time(&self, sandbox: &SandboxId) -> bool {
+        let state = self.lock();
+        state.vms.get(sandbox).is_some_and(|vm| vm.knows_time)
+    }
+
     /// Makes `resume_vcpus` fail from now on, or work again.
     pub fn stick_vcpus(&self, stuck: bool) {
         self.lock().vcpus_stuck = stuck;
@@ -490,6 +499,7 @@ impl World {
         state.left = Some(Bytes(0));
         if let Some(vm) = state.vms.get_mut(sandbox) {
             vm.vcpus = Vcpus::Stalled;
+            vm.knows_time = false;
             vm.stalled.send_replace(true);
         }
     }

@@ -11,7 +11,7 @@ use icebox_engine::host::GuestOrigin;
 use icebox_engine::id::GenerationNo;
 use icebox_engine::manifest::v1::Point;
 use icebox_engine::{Engine, Error, Outcome, Phase};
-use icebox_sim::fault::{Fault, Kind, When};
+use icebox_sim::fault::{Fault, Injector, Kind, When, inject};
 use icebox_sim::{FreezeBy, World};
 use stories::{story, story_of_faults};
 use support::{create, import_image, leave_nothing, life, open, run};
@@ -197,4 +197,57 @@ fn inv_05_inv_30_a_daemon_that_finds_a_guest_unwelcomed_goes_on_asking() {
             leave_nothing(&world, &engine).await;
         });
     }
+}
+
+#[test]
+fn a_guest_that_stood_still_has_the_hosts_time_again() {
+    story(async |world, engine| {
+        let id = create(engine, "a").await;
+        assert!(world.knows_time(&id), "it was told when it was welcomed");
+        engine.snapshot("a", "copy".parse().unwrap()).await.unwrap();
+        assert!(world.knows_time(&id), "as soon as its snapshot is there");
+        world.fail_next_save();
+        engine.pause("a").await.unwrap_err();
+        a_while().await;
+        assert!(world.knows_time(&id), "after a pause that failed");
+        world.stall(&id);
+        a_while().await;
+        assert!(!world.knows_time(&id));
+        world.set_left(None);
+        a_while().await;
+        assert!(world.knows_time(&id), "when there is room again");
+    });
+}
+
+#[test]
+fn a_guest_that_a_killed_daemon_left_standing_has_the_hosts_time_again() {
+    let (world, injector) = (World::new(), Injector::new());
+    let host = || inject(world.host(FreezeBy::Vmm), &injector);
+    let id = life(async || {
+        let engine = open(host()).await;
+        import_image(&world, &engine).await;
+        let id = create(&engine, "a").await;
+        injector.arm(None);
+        engine.snapshot("a", "one".parse().unwrap()).await.unwrap();
+        let at = injector.trace().iter().position(|it| *it == "machine.save");
+        injector.arm(Some(Fault {
+            at: at.unwrap(),
+            when: When::After,
+            kind: Kind::Crash,
+        }));
+        tokio::select! {
+            biased;
+            () = injector.reached() => {}
+            done = engine.snapshot("a", "two".parse().unwrap()) => panic!("{done:?}"),
+        }
+        id
+    });
+    assert!(!world.knows_time(&id));
+    injector.arm(None);
+    life(async || {
+        let engine = open(host()).await;
+        a_while().await;
+        assert!(world.knows_time(&id));
+        leave_nothing(&world, &engine).await;
+    });
 }

@@ -98,6 +98,9 @@ pub trait Guest: Send + Sync {
     /// Whether commands run in the guest that somebody started there: not what its template brought with it.
     async fn is_working(&self, at: GuestAddress, token: &Secret) -> Result<bool, HostError>;
 
+    /// Sets the guest's clock to the host's, after it stood still while the time went on. Best effort.
+    async fn set_clock(&self, at: GuestAddress, token: &Secret) -> Result<(), HostError>;
+
     /// Asks the guest to write out what it has cached, before its VMM is ended. Best effort.
     async fn sync(&self, at: GuestAddress, token: &Secret) -> Result<(), HostError>;
 }

@@ -11,7 +11,7 @@
 //! be resumed break the sandbox, since nobody may call it running (INV-02).
 
 use futures_util::FutureExt as _;
-use futures_util::future::join;
+use futures_util::future::{OptionFuture, join};
 
 use crate::deadline::{self, within};
 use crate::error::Error;
@@ -96,6 +96,7 @@ impl Sandbox {
         let begin = steps.time("begin-freeze", self.begin_freeze(Some(&attempt.into)));
         let (prepared, freeze) = join(prepare, begin).await;
         steps.append(&beside);
+        let answers = prepared.is_ok();
         if let Err(error) = prepared {
             tracing::info!(sandbox = %self.id(), error = %Chained(&error), "the guest did not prepare for the capture");
         }
@@ -160,7 +161,11 @@ impl Sandbox {
             captured_at,
         };
         let published = self.publish_capture(&attempt.into, freeze, &capture, document(&capture));
-        steps.time("publish", published).await?;
+        let published = steps.time("publish", published);
+        // Who did not answer before does not hold the verb up again.
+        let time = OptionFuture::from((then == Then::RunsOn && answers).then(|| self.tell_time()));
+        let (published, _) = join(published, time).await;
+        published?;
         Ok(capture)
     }
 
@@ -202,6 +207,7 @@ impl Sandbox {
             Ok(()) => Ok(()),
             Err(_) => resume().await,
         };
+        self.tell_time_soon();
         // A VMM that has ended is no guest that stands still: the task notices its end by itself.
         if let Err(error) = resumed
             && machine.exited().now_or_never().is_none()

@@ -126,6 +126,7 @@ impl Sandbox {
                 machine.resume_vcpus(),
             )
             .await?;
+            self.tell_time_soon();
         }
         self.enter_guest(machine);
         self.schedule_checkpoint_of_adopted();
