@@ -4,10 +4,11 @@ use std::error::Error;
 use std::fmt;
 
 use http::{HeaderValue, StatusCode};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// What a client may branch on beyond the HTTP status.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ErrorCode {
     /// The request itself is not acceptable.
@@ -46,7 +47,7 @@ pub enum ErrorCode {
 }
 
 /// An error as it is on the wire.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ErrorBody {
     /// The HTTP status, again: E2B's JavaScript SDK reads it here.
     pub code: u16,

@@ -7,14 +7,17 @@
 mod access;
 mod connections;
 mod cors;
+mod docs;
 mod e2b;
 mod events;
 mod extract;
 mod front;
 mod host;
 mod kernels;
+mod openapi;
 mod path;
 mod proxy;
+mod routes;
 mod sandboxes;
 mod templates;
 mod ui;
@@ -25,7 +28,6 @@ use std::time::Duration;
 use axum::Router;
 use axum::extract::Request;
 use axum::middleware;
-use axum::routing::{delete, get, patch, post, put};
 use axum::serve::Listener;
 use http::StatusCode;
 use tokio::net::UnixListener;
@@ -139,84 +141,11 @@ fn router(front: Front) -> Router {
 }
 
 fn routes() -> Router {
-    Router::new()
-        .route("/health", get(host::health))
-        .route("/version", get(host::version))
-        .route("/doctor", get(host::doctor))
-        .route("/stats", get(host::stats))
-        .route("/gc", post(host::gc))
-        .route("/drain", post(host::drain))
-        .route("/events", get(events::events))
-        .route(
-            "/sandboxes",
-            get(sandboxes::list).post(e2b::sandboxes::create_v1),
-        )
-        .route(
-            "/v2/sandboxes",
-            get(e2b::list::list).post(e2b::sandboxes::create),
-        )
-        .route(
-            "/sandboxes/{id}",
-            get(sandboxes::inspect).delete(sandboxes::destroy),
-        )
-        .route("/sandboxes/{id}/pause", post(sandboxes::pause))
-        .route("/sandboxes/{id}/resume", post(sandboxes::resume))
-        .route("/sandboxes/{id}/stop", post(sandboxes::stop))
-        .route("/sandboxes/{id}/start", post(sandboxes::start))
-        .route("/sandboxes/{id}/checkpoints", post(sandboxes::checkpoint))
-        .route("/sandboxes/{id}/rollback", post(sandboxes::rollback))
-        .route("/sandboxes/{id}/history", get(sandboxes::history))
-        .route("/sandboxes/{id}/history/{point}", delete(sandboxes::forget))
-        .route("/sandboxes/{id}/snapshots", post(sandboxes::snapshot))
-        .route("/sandboxes/{id}/fork", post(sandboxes::fork))
-        .route("/sandboxes/{id}/flatten", post(sandboxes::flatten))
-        .route("/sandboxes/{id}/timeout", post(sandboxes::set_lifetime))
-        .route("/sandboxes/{id}/metrics", get(sandboxes::metrics))
-        .route("/sandboxes/{id}/console", get(sandboxes::console))
-        .route("/sandboxes/{id}/connect", post(e2b::sandboxes::connect_v1))
-        .route("/v2/sandboxes/{id}/connect", post(e2b::sandboxes::connect))
-        .route("/sandboxes/{id}/refreshes", post(e2b::sandboxes::refresh))
-        .route("/sandboxes/{id}/network", put(e2b::sandboxes::network))
-        .route("/sandboxes/{id}/logs", get(e2b::sandboxes::logs))
-        .route("/v2/sandboxes/{id}/logs", get(e2b::sandboxes::logs))
-        .route("/snapshots", get(e2b::snapshots::list))
-        .merge(builds())
-        .route("/templates/aliases/{alias}", get(templates::alias))
-        .route("/templates", get(templates::list))
-        .route("/templates/{id}", get(templates::inspect))
-        .route(
-            "/templates/{id}",
-            delete(templates::remove).patch(templates::change),
-        )
-        .route("/teams", get(access::teams).post(access::create_team))
-        .route(
-            "/teams/{name}",
-            patch(access::change_team).delete(access::remove_team),
-        )
-        .route("/api-keys", get(access::keys).post(access::create_key))
-        .route("/api-keys/{id}", delete(access::remove_key))
-        .route("/audit", get(access::audit))
-        .route("/builds", post(templates::build))
-        .route("/kernels", get(kernels::list).post(kernels::import))
+    routes::all()
+        .router
         .merge(e2b::absent::routes())
         .fallback(no_such_route)
         .method_not_allowed_fallback(no_such_method)
-}
-
-/// Templates that are built by steps.
-fn builds() -> Router {
-    use e2b::builds;
-    Router::new()
-        .route("/v3/templates", post(builds::request))
-        .route("/templates/{id}/files/{hash}", get(builds::files))
-        .route("/uploads/{way}", put(builds::put_files))
-        .route("/v2/templates/{id}/builds/{build}", post(builds::start))
-        .route("/templates/{id}/builds/{build}/status", get(builds::status))
-        .route(
-            "/templates/tags",
-            post(builds::assign_tags).delete(builds::remove_tags),
-        )
-        .route("/templates/{id}/tags", get(builds::tags))
 }
 
 async fn no_such_route(request: Request) -> ApiError {

@@ -47,6 +47,7 @@ pub use sandbox::{
 pub use space::{Kind, Owner, Part, Place, Stats};
 pub use template::{Template, TemplateKind};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 
 /// `null` is as good as nothing: clients in some languages write what was not given so.
@@ -57,7 +58,7 @@ fn nullable<'de, T: Default + Deserialize<'de>, D: Deserializer<'de>>(
 }
 
 /// Which daemon answers.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Version {
     /// The daemon's version.
     pub version: String,

@@ -13,7 +13,7 @@ use http::{HeaderMap, StatusCode};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{Edge, cors, e2b, path, proxy, ui};
+use super::{Edge, cors, e2b, path, proxy, routes, ui};
 use crate::access::{Caller, Premises};
 use crate::types::SandboxDetail;
 use crate::{API_KEY_HEADER, ApiError, Daemon, ErrorCode, TEAM_HEADER};
@@ -21,9 +21,6 @@ use crate::{API_KEY_HEADER, ApiError, Daemon, ErrorCode, TEAM_HEADER};
 /// The user on the other side of a Unix socket, where there is one.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Peer(pub(super) Option<u32>);
-
-/// See [`is_open`].
-const OPEN: [&str; 1] = ["/health"];
 
 /// What a listener leads to.
 #[derive(Clone)]
@@ -134,7 +131,7 @@ pub(super) async fn enter(
 /// What needs no key, since it tells nothing of anybody: [`Caller::Anybody`] sees the whole daemon, so nothing else that
 /// looks at it may ever be among these. To where archives are put, whoever knows the way may go it.
 fn is_open(path: &str) -> bool {
-    OPEN.contains(&path) || path.starts_with(e2b::builds::UPLOADS)
+    routes::OPEN.contains(&path) || path.starts_with(e2b::builds::UPLOADS)
 }
 
 /// Serves a request that is for the daemon itself.

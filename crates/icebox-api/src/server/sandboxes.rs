@@ -13,8 +13,9 @@ use crate::types::{
 };
 use crate::{ApiError, ErrorCode};
 
-#[derive(serde::Deserialize)]
+#[derive(serde::Deserialize, schemars::JsonSchema)]
 pub(super) struct Wanted {
+    /// With what they occupy, which takes a look at files.
     #[serde(default)]
     space: bool,
 }

@@ -1,10 +1,11 @@
 //! Teams, keys and the audit log.
 
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 
 /// What a team may have at once. What is left out is not bounded.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TeamLimits {
     /// Sandboxes, whether or not they run.
@@ -29,7 +30,7 @@ pub struct TeamLimits {
 }
 
 /// What a team has, counted as [`TeamLimits`] are.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TeamUse {
     /// Sandboxes, whether or not they run.
@@ -47,7 +48,7 @@ pub struct TeamUse {
 }
 
 /// A team: whose sandboxes, templates and keys are.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Team {
     /// Its name, which is its identity and never changes.
@@ -63,7 +64,7 @@ pub struct Team {
 }
 
 /// A team to create.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct NewTeam {
     /// Its name.
     #[serde(default)]
@@ -74,7 +75,7 @@ pub struct NewTeam {
 }
 
 /// Other limits for a team: a number bounds, `null` bounds no longer, what is left out stays.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ChangeTeam {
     /// See [`TeamLimits::sandboxes`].
@@ -139,7 +140,7 @@ fn said<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Option<u64>>, D::Er
 }
 
 /// A key, as it is kept: what it is cannot be had from it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Key {
     /// Its id.
@@ -158,7 +159,7 @@ pub struct Key {
 }
 
 /// A key to make.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct NewKey {
     /// What to call it.
     #[serde(default)]
@@ -166,7 +167,7 @@ pub struct NewKey {
 }
 
 /// A key that was made just now: the only time that it is told.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct MadeKey {
     /// The key itself.
     pub key: String,
@@ -184,14 +185,14 @@ impl std::fmt::Debug for MadeKey {
 }
 
 /// Whether every team may create sandboxes from a template.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ChangeTemplate {
     /// That.
     pub public: bool,
 }
 
 /// Which entries of the audit log to read.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct AuditRange {
     /// Those after this number.
     #[serde(default)]
@@ -202,7 +203,7 @@ pub struct AuditRange {
 }
 
 /// One change that somebody asked for.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct AuditEntry {
     /// Its place in the order. Numbers are never used again.
     pub sequence: u64,

@@ -1,12 +1,13 @@
 //! Building templates.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Template;
 use crate::ErrorBody;
 
 /// Where a root filesystem comes from. Paths are the daemon's.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum BuildSource {
     /// A Debian suite, from packages.
@@ -27,7 +28,7 @@ pub enum BuildSource {
 }
 
 /// What to build.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct NewBuild {
     /// The template's name. Never overwrites one.
@@ -56,7 +57,7 @@ pub struct NewBuild {
 }
 
 /// One line of a build's response.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", tag = "event")]
 pub enum BuildEvent {
     /// A new stage began.

@@ -1,12 +1,13 @@
 //! What only E2B's API has: requests of its SDKs that our own commands never make.
 
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::State;
 
 /// What a new sandbox may reach and who may reach it, in E2B's words.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct NetworkConfig {
     /// Whether its ports other than the agent's serve anybody. If not, they ask for a token.
@@ -65,7 +66,7 @@ impl NetworkConfig {
 }
 
 /// Connects to a sandbox, which is resumed for that if it is paused.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct ConnectRequest {
     /// For how many seconds it runs at least, from now on.
@@ -75,7 +76,7 @@ pub struct ConnectRequest {
 }
 
 /// Makes a sandbox run longer.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct RefreshRequest {
     /// For how many seconds it runs at least, from now on.
@@ -83,7 +84,7 @@ pub struct RefreshRequest {
 }
 
 /// How to pause.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct PauseRequest {
     /// Whether the memory is kept. If not, the sandbox is stopped.
@@ -91,7 +92,7 @@ pub struct PauseRequest {
 }
 
 /// How much of a paused sandbox is kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum PauseMode {
     /// Memory and disk.
@@ -101,7 +102,7 @@ pub enum PauseMode {
 }
 
 /// A snapshot in a list.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct SnapshotInfo {
     /// What a sandbox is created from it by.
     #[serde(rename = "snapshotID")]
@@ -111,7 +112,7 @@ pub struct SnapshotInfo {
 }
 
 /// What happened to a sandbox, a line of its log.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct LogEntry {
     /// When.
     pub timestamp: Timestamp,
@@ -124,7 +125,7 @@ pub struct LogEntry {
 }
 
 /// What happened to a sandbox.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Logs {
     /// In the order that was asked for.
     pub logs: Vec<LogEntry>,
@@ -146,7 +147,7 @@ pub struct SandboxQuery {
 }
 
 /// What a name leads to.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct TemplateAlias {
     /// The template.
     #[serde(rename = "templateID")]

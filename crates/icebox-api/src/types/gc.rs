@@ -1,9 +1,10 @@
 //! Removing what nothing reaches.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// What to do.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct GcRequest {
     /// Only tell.
@@ -12,7 +13,7 @@ pub struct GcRequest {
 }
 
 /// One thing that nothing reaches.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Garbage {
     /// What it is, in words: `layer l…`.
@@ -23,7 +24,7 @@ pub struct Garbage {
 }
 
 /// What was removed, or would be.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct GcReport {
     /// Whether it only tells.

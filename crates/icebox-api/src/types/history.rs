@@ -1,12 +1,13 @@
 //! A sandbox's past, and going back to it.
 
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{State, Vmm};
 
 /// What becomes of a sandbox's past. What it does not say is the daemon's to say.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct HistoryPolicy {
     /// How many of the newest generations are kept, and of the newest branches. At least 1. Signed so that a negative
@@ -22,7 +23,7 @@ pub struct HistoryPolicy {
 }
 
 /// Every point that a sandbox can go back to.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct History {
     /// The sandbox's id.
@@ -37,7 +38,7 @@ pub struct History {
 }
 
 /// Where a sandbox is in its history.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Now {
     /// Where it rests.
@@ -52,7 +53,7 @@ pub struct Now {
 }
 
 /// A generation: memory, devices and disk of one instant.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PastGeneration {
     /// Its number within the sandbox.
@@ -86,7 +87,7 @@ pub struct PastGeneration {
 }
 
 /// A branch: a disk that was set aside.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PastBranch {
     /// Its name within the sandbox.
@@ -102,7 +103,7 @@ pub struct PastBranch {
 }
 
 /// Where to go back to.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RollbackRequest {
     /// A generation's number, or a branch's name.

@@ -1,11 +1,12 @@
 //! Kernels.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::ErrorBody;
 
 /// Where a kernel comes from.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum KernelSource {
     /// The distribution's own package, downloaded and unpacked, never installed.
@@ -22,14 +23,14 @@ pub enum KernelSource {
 }
 
 /// What to import.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct NewKernel {
     /// From where.
     pub source: KernelSource,
 }
 
 /// An imported kernel.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Kernel {
     /// Its digest.
@@ -45,7 +46,7 @@ pub struct Kernel {
 }
 
 /// One line of an import's response.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", tag = "event")]
 pub enum KernelEvent {
     /// A new stage began.

@@ -1,9 +1,10 @@
 //! Lifetimes: when sandboxes end by themselves, and begin to.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// What becomes of a sandbox whose time is over. E2B's words.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OnTimeout {
     /// It is paused.
@@ -25,7 +26,7 @@ impl std::fmt::Display for OnTimeout {
 }
 
 /// A time: whole seconds, or `"never"`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Limit {
     /// So many seconds. Signed so that a negative number is refused by us, with words.
@@ -40,7 +41,7 @@ impl Limit {
 }
 
 /// The word for it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Never {
     /// `never`
@@ -48,7 +49,7 @@ pub enum Never {
 }
 
 /// Whether a request for a paused sandbox resumes it, as E2B writes it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct AutoResume {
     /// Whether it does.
     #[serde(default)]
@@ -56,7 +57,7 @@ pub struct AutoResume {
 }
 
 /// What to change of a sandbox's lifetime. What is absent stays; times that are given begin anew.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ChangeLifetime {
     /// How long the sandbox runs, from now and from each later start or resume on, whatever happens in it. E2B's time-out.
@@ -74,7 +75,7 @@ pub struct ChangeLifetime {
 }
 
 /// A sandbox's lifetime, in E2B's form.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Lifecycle {
     /// Whether a request for it resumes it when it is paused.
@@ -90,7 +91,7 @@ pub struct Lifecycle {
 }
 
 /// What a drain did.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DrainReport {
     /// The sandboxes that were paused, by name or else id.
     pub paused: Vec<String>,
@@ -99,7 +100,7 @@ pub struct DrainReport {
 }
 
 /// A sandbox that runs on.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct NotDrained {
     /// Its name, or else its id.
     pub sandbox: String,

@@ -1,10 +1,11 @@
 //! What sandboxes use.
 
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// How fine samples are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Resolution {
     /// Seconds, of the last ten minutes.
     #[serde(rename = "1s")]
@@ -18,7 +19,7 @@ pub enum Resolution {
 }
 
 /// Which samples. E2B has the first two.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct MetricsRange {
     /// Not before this, in seconds since 1970.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -33,7 +34,7 @@ pub struct MetricsRange {
 
 /// What a sandbox used for a while. E2B's `SandboxMetric`, with our fields added; seen from the host, so memory is what
 /// the guest and its VMM occupy there, and the guest's caches are part of it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct SandboxMetric {
     /// The end of that while.

@@ -1,10 +1,11 @@
 //! Templates that are built by steps in a sandbox: E2B's third version of builds.
 
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// A template that is to be built.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct NewRecipe {
     /// Its name, which may have a tag: `name:tag`.
@@ -21,7 +22,7 @@ pub struct NewRecipe {
 }
 
 /// A build that waits for its steps.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RequestedBuild {
     /// The template.
@@ -41,7 +42,7 @@ pub struct RequestedBuild {
 }
 
 /// What a build is to do.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct StartBuild {
     /// The image to begin with: there has to be a template of that name.
@@ -60,7 +61,7 @@ pub struct StartBuild {
 }
 
 /// One thing that a build does.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct BuildStep {
     /// `COPY`, `RUN`, `ENV`, `WORKDIR` or `USER`.
@@ -75,7 +76,7 @@ pub struct BuildStep {
 }
 
 /// Where to put an archive that a build needs.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct FilesUpload {
     /// Whether it is there already.
     pub present: bool,
@@ -85,7 +86,7 @@ pub struct FilesUpload {
 }
 
 /// How far a build is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum BuildState {
     /// It has not been told what to do.
@@ -99,7 +100,7 @@ pub enum BuildState {
 }
 
 /// A line of a build's log.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct BuildLogEntry {
     /// When it was written.
     pub timestamp: Timestamp,
@@ -113,7 +114,7 @@ pub struct BuildLogEntry {
 }
 
 /// Why a build failed.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct BuildReason {
     /// For people.
     pub message: String,
@@ -123,7 +124,7 @@ pub struct BuildReason {
 }
 
 /// How a build goes.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct BuildStatus {
     /// Always empty: the lines are in [`log_entries`](Self::log_entries).
@@ -144,7 +145,7 @@ pub struct BuildStatus {
 }
 
 /// A tag of a template.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TemplateTag {
     /// The tag.
@@ -157,7 +158,7 @@ pub struct TemplateTag {
 }
 
 /// Gives tags to what another tag leads to.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct AssignTags {
     /// `name:tag`; without a tag the default one.
     pub target: String,
@@ -166,7 +167,7 @@ pub struct AssignTags {
 }
 
 /// Tags that were given.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AssignedTags {
     /// All of them.
@@ -177,7 +178,7 @@ pub struct AssignedTags {
 }
 
 /// Takes tags from a template.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RemoveTags {
     /// The template's name.
     pub name: String,

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// What to create. E2B's `NewSandbox`, with our fields added.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct NewSandbox {
     /// The template's name, id or unique prefix.
@@ -109,7 +110,7 @@ fn base() -> String {
 }
 
 /// Where a sandbox rests. E2B knows the first two.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
     /// A VMM runs it.
@@ -134,7 +135,7 @@ impl std::fmt::Display for State {
 }
 
 /// A sandbox in a list. E2B's `ListedSandbox`, with our fields added; `endAt` is absent while a sandbox has no end.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ListedSandbox {
     /// The sandbox's id.
@@ -189,7 +190,7 @@ pub struct ListedSandbox {
 }
 
 /// Everything about one sandbox. E2B's `SandboxDetail` and `Sandbox`, with our fields added.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct SandboxDetail {
     /// What a list shows.
@@ -265,7 +266,7 @@ pub struct SandboxDetail {
 }
 
 /// How a verb went.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct LastVerb {
     /// Which.
@@ -283,7 +284,7 @@ pub struct LastVerb {
 }
 
 /// What runs a sandbox.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Vmm {
     /// `qemu`, `cloud-hypervisor`, `firecracker`.
@@ -297,7 +298,7 @@ pub struct Vmm {
 }
 
 /// What one pause wrote.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Generation {
     /// Its number within the sandbox.
@@ -311,7 +312,7 @@ pub struct Generation {
 }
 
 /// A generation that cannot be resumed.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Unusable {
     /// Its number within the sandbox.
@@ -323,7 +324,7 @@ pub struct Unusable {
 }
 
 /// A disk that was set aside.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Branch {
     /// Its name.
@@ -333,7 +334,7 @@ pub struct Branch {
 }
 
 /// Whether a verb changed anything.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
     /// It did.
@@ -343,7 +344,7 @@ pub enum Outcome {
 }
 
 /// What our own verbs answer, and E2B's when asked with `Prefer: return=representation`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct VerbResult {
     /// Whether anything changed.
@@ -358,7 +359,7 @@ pub struct VerbResult {
 /// How to resume. An empty body means the newest generation.
 ///
 /// E2B's clients ask with the last three, and are those who have a key and do not ask for the sandbox in the answer.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ResumeRequest {
     /// The generation to resume. One older than the newest disk sets that disk aside as a branch.
@@ -376,7 +377,7 @@ pub struct ResumeRequest {
 }
 
 /// What to call a snapshot.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct NewSnapshot {
     /// The new template's name. Never overwrites one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -387,7 +388,7 @@ pub struct NewSnapshot {
 }
 
 /// A snapshot that was taken: a template.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Snapshot {
     /// The template's id.
     #[serde(rename = "snapshotID")]
@@ -399,7 +400,7 @@ pub struct Snapshot {
 }
 
 /// How many forks.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct NewFork {
     /// From 1 to 100.
     #[serde(default = "one")]
@@ -414,7 +415,7 @@ fn one() -> i64 {
 }
 
 /// One fork: made, or why not.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Forked {
     /// It runs.

@@ -1,9 +1,10 @@
 //! What everything occupies. All sizes are allocated bytes, not the lengths of sparse files (INV-27).
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// One object that a sandbox or template needs.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Part {
     /// What it is, in words: `layer l…`.
@@ -16,7 +17,7 @@ pub struct Part {
 }
 
 /// A place where data are kept.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Place {
     /// In words: `the file system of /var/lib/icebox`.
@@ -30,7 +31,7 @@ pub struct Place {
 }
 
 /// All objects of one kind.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Kind {
     /// `bases`, `layers`, `memories`, `sandboxes` (their heads and directories), `templates`.
@@ -42,7 +43,7 @@ pub struct Kind {
 }
 
 /// A sandbox or template.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Owner {
     /// Its id.
@@ -56,7 +57,7 @@ pub struct Owner {
 }
 
 /// What the whole installation occupies.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Stats {
     /// Where data are kept, and how much room is there.

@@ -4,6 +4,7 @@ use axum::body::Body;
 use axum::response::{IntoResponse as _, Response};
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use http::{HeaderMap, StatusCode, header};
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::server::Context;
@@ -65,11 +66,13 @@ pub(in crate::server) async fn start(
     Ok(StatusCode::ACCEPTED.into_response())
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub(in crate::server) struct Lines {
+    /// How many lines of its log to leave out.
     #[serde(default)]
     logs_offset: usize,
+    /// How many lines to have at most, up to 100.
     limit: Option<usize>,
 }
 
