@@ -72,8 +72,19 @@ struct FormatHeader {
 pub struct FileStore {
     layout: Layout,
     turns: Turns,
-    /// Holds the flock. Closed on exec, so a VMM that outlives the daemon does not keep the tree locked.
-    _lock: File,
+    _lock: Lock,
+}
+
+/// Holds the flock. Closed on exec, so a VMM that outlives the daemon does not keep the tree locked.
+struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // A child of this process that has not come to its exec has the file open, too.
+        if let Err(error) = self.0.unlock() {
+            tracing::warn!(%error, "the data directory stays locked until this process ends");
+        }
+    }
 }
 
 impl FileStore {
@@ -115,7 +126,7 @@ impl FileStore {
         Ok(Self {
             layout,
             turns: Turns::new(),
-            _lock: lock,
+            _lock: Lock(lock),
         })
     }
 
