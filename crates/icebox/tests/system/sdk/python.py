@@ -35,6 +35,12 @@ from e2b import (
 )
 from e2b.sandbox.commands.command_handle import PtySize
 
+try:
+    import e2b_code_interpreter as interpreter
+except ImportError:
+    # Of one release there is none here.
+    interpreter = None
+
 API = os.environ["E2B_API_URL"]
 KEY = os.environ["E2B_API_KEY"]
 RUN = os.environ["ICEBOX_SDK_RUN"]
@@ -329,7 +335,15 @@ def forks_begin_where_their_sandbox_is(box):
             assert timedelta(seconds=60) < left <= timedelta(seconds=120), left
             ids = fork.commands.run("echo $E2B_SANDBOX_ID").stdout.strip()
             assert ids == fork.sandbox_id
+        # What opens one of them opens no other, and what is signed with it is its own.
+        token = api("GET", f"/sandboxes/{box.sandbox_id}")[2]["envdAccessToken"]
+        for opened, id in [(True, box.sandbox_id), (False, forks[0].sandbox_id), (False, forks[1].sandbox_id)]:
+            headers = {"E2b-Sandbox-Id": id, "E2b-Sandbox-Port": "49983", "X-Access-Token": token}
+            status = ask("GET", API + "/files?path=/home/user/forked", headers)[0]
+            assert status == (200 if opened else 401), (id, status)
         forks[0].files.write("/home/user/forked", "other")
+        assert ask("GET", box.download_url("forked"))[2].decode() == RUN
+        assert ask("GET", forks[0].download_url("forked"))[2] == b"other"
         assert box.files.read("/home/user/forked") == RUN
         assert box.get_info().end_at == before
     finally:
@@ -597,6 +611,54 @@ def an_open_sandbox_has_no_token(_):
     status, _, body = ask("GET", API + "/files?path=/etc/hostname", headers)
     assert status == 200 and body, (status, body)
     api("DELETE", f"/sandboxes/{made['sandboxID']}")
+
+
+@row
+def code_runs_in_contexts(_):
+    if not interpreter:
+        return
+    box = interpreter.Sandbox.create("base", timeout=300)
+    with open(os.path.join(os.path.dirname(__file__), "interpreter.py")) as source:
+        box.files.write("/home/user/interpreter.py", source.read())
+    box.commands.run("python3 interpreter.py", background=True)
+    headers = {"E2b-Sandbox-Id": box.sandbox_id, "E2b-Sandbox-Port": "49999"}
+    until("it listens", lambda: ask("GET", API + "/contexts", headers)[0] == 200)
+    code_is_run(box, interpreter)
+
+
+def code_is_run(box, interpreter):
+    first = box.run_code("import sys; x = 20; print('said'); print('warned', file=sys.stderr); x + 1")
+    assert first.text == "21" and first.execution_count == 1, first
+    assert "".join(first.logs.stdout) == "said\n" and "".join(first.logs.stderr) == "warned\n", first.logs
+    assert box.run_code("x * 2").text == "40"
+    # What is said comes when it is, not when all is said.
+    said = []
+    begun = time.monotonic()
+    slow = "import time\nfor n in range(3):\n    print(n)\n    time.sleep(1)"
+    box.run_code(slow, on_stdout=lambda it: said.append(time.monotonic() - begun))
+    ended = time.monotonic() - begun
+    assert said and ended - said[0] > 1.5, (said, ended)
+    failed = box.run_code("1 / 0").error
+    assert failed.name == "ZeroDivisionError" and "<cell>" in failed.traceback, failed
+    assert box.run_code("import os; os.environ['GIVEN']", envs={"GIVEN": "given"}).text == "'given'"
+    context = box.create_code_context(cwd="/tmp")
+    assert context.cwd == "/tmp" and context.id in [it.id for it in box.list_code_contexts()]
+    assert box.run_code("import os; os.getcwd()", context=context).text == "'/tmp'"
+    assert box.run_code("x", context=context).error.name == "NameError"
+    box.run_code("x = 1", context=context)
+    box.restart_code_context(context)
+    assert box.run_code("x", context=context).error.name == "NameError"
+    box.remove_code_context(context)
+    raises(NotFoundException, lambda: box.run_code("x", context=context))
+    large = box.run_code("print('x' * 1_000_000)").logs.stdout
+    assert sum(map(len, large)) == 1_000_001
+    raises(TimeoutException, lambda: box.run_code("import time; time.sleep(30)", timeout=1), "timed out")
+    # A sandbox that is killed is told from code that has ended.
+    endless = "import time\nprint('begun', flush=True)\ntime.sleep(600)"
+    killer = interpreter.Sandbox.connect(box.sandbox_id)
+    other = box.create_code_context()
+    killed = lambda: box.run_code(endless, context=other, on_stdout=lambda _: killer.kill())
+    raises(TimeoutException, killed, "killed")
 
 
 @row
