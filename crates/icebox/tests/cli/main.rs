@@ -10,6 +10,7 @@ mod contract;
 mod copy;
 mod daemon;
 mod dashboard;
+mod document;
 mod edge;
 mod exec;
 mod lifecycle;

@@ -9,6 +9,8 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::JoinHandle;
 
+use icebox_host::guest_image::fixture;
+
 /// A command of ours, with nothing of the caller's environment that could change what it does.
 pub(crate) fn icebox() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_icebox"));
@@ -280,6 +282,29 @@ pub(crate) fn request(address: &str, line: &str, headers: &str, body: &str) -> S
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     answer
+}
+
+/// A Python of its own that has a package, made once.
+pub(crate) fn python(package: &str) -> PathBuf {
+    let cache = fixture::cache_dir().join("python");
+    std::fs::create_dir_all(&cache).unwrap();
+    let lock = std::fs::File::create(cache.join(format!("{package}.lock"))).unwrap();
+    lock.lock().unwrap();
+    let (home, done) = (cache.join(package), cache.join(format!("{package}.done")));
+    if !done.exists() {
+        std::fs::remove_dir_all(&home).unwrap_or_default();
+        succeed(Command::new("python3").args(["-m", "venv"]).arg(&home));
+        let mut pip = Command::new(home.join("bin/pip"));
+        pip.args(["install", "--quiet", "--disable-pip-version-check"]);
+        succeed(pip.arg(package));
+        std::fs::write(done, "").unwrap();
+    }
+    home
+}
+
+fn succeed(command: &mut Command) {
+    let status = command.status();
+    assert!(status.is_ok_and(|it| it.success()), "{command:?}");
 }
 
 /// Sends a signal with the system's own tool.
