@@ -1,12 +1,14 @@
 //! What handlers take from requests, with refusals in our own form.
 
 use std::convert::Infallible;
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt as _, stream};
+use http::StatusCode;
 use http::header::CONTENT_TYPE;
 use http::request::Parts;
 use http_body_util::{BodyExt as _, Limited};
@@ -19,6 +21,9 @@ use crate::{ApiError, ErrorCode};
 /// The largest request body that a REST route reads. The largest legitimate one is a create with its environment.
 const BODY_MAX: usize = 1 << 20;
 
+/// How long such a body may take to come. Nothing is held meanwhile but a place among the connections.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// A JSON body. An empty one, or `null`, reads as `{}`, whatever its content type: clients send either.
 pub(super) struct Json<T>(pub(super) T);
 
@@ -26,9 +31,14 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
-        let body = Limited::new(request.into_body(), BODY_MAX)
-            .collect()
+        let body = Limited::new(request.into_body(), BODY_MAX).collect();
+        let body = tokio::time::timeout(BODY_TIMEOUT, body)
             .await
+            .map_err(|_| {
+                let seconds = BODY_TIMEOUT.as_secs();
+                let message = format!("the request body did not come within {seconds} s");
+                ApiError::new(ErrorCode::Timeout, message).status(StatusCode::REQUEST_TIMEOUT)
+            })?
             .map_err(|error| {
                 ApiError::from_error(ErrorCode::Invalid, error.as_ref())
                     .hint(format!("a request body has at most {BODY_MAX} bytes"))
@@ -140,4 +150,31 @@ fn answer<E: Into<axum::BoxError>>(
         Body::from_stream(lines),
     )
         .into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn read(pieces: impl Stream<Item = &'static str> + Send + 'static) -> Result<u16, u16> {
+        let body = Body::from_stream(pieces.map(Ok::<_, Infallible>));
+        let read = Json::<u16>::from_request(Request::new(body), &()).await;
+        read.map(|Json(read)| read)
+            .map_err(|error| error.status_code().as_u16())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_that_does_not_come_is_not_waited_for() {
+        assert_eq!(read(stream::iter(["1", "2"])).await, Ok(12));
+        let begun = tokio::time::Instant::now();
+        let dawdling = stream::iter(["1"]).chain(stream::pending());
+        assert_eq!(read(dawdling).await, Err(408));
+        assert_eq!(begun.elapsed(), BODY_TIMEOUT);
+        // However often a little of it does.
+        let dripping = stream::unfold((), |()| async {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            Some((" ", ()))
+        });
+        assert_eq!(read(dripping).await, Err(408));
+    }
 }

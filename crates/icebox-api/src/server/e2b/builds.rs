@@ -1,5 +1,7 @@
 //! Templates that are built by steps: E2B's third version of builds.
 
+use std::time::Duration;
+
 use axum::body::Body;
 use axum::response::{IntoResponse as _, Response};
 use futures_util::{StreamExt as _, TryStreamExt as _};
@@ -17,6 +19,8 @@ use crate::{ApiError, ErrorCode};
 
 /// Where archives are put. Whoever knows the rest of the way may: SDKs send no key there.
 pub(in crate::server) const UPLOADS: &str = "/uploads/";
+/// How long an archive may not go on coming.
+const SILENCE: Duration = Duration::from_secs(60);
 /// The most lines of a log in one answer.
 const LINES: usize = 100;
 
@@ -52,6 +56,11 @@ pub(in crate::server) async fn put_files(
     body: Body,
 ) -> Result<StatusCode, ApiError> {
     let content = body.into_data_stream().map_err(std::io::Error::other);
+    // As long as it comes at all: whoever knows the way may be far away.
+    let content = tokio_stream::StreamExt::timeout(content, SILENCE).map(|piece| match piece {
+        Ok(piece) => piece,
+        Err(silence) => Err(std::io::Error::new(std::io::ErrorKind::TimedOut, silence)),
+    });
     context.daemon.put_files(&way, content.boxed()).await?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -3,13 +3,14 @@
 
 use jiff::Timestamp;
 use jiff::civil::date;
+use jiff::tz::TimeZone;
 
 use crate::types::{ListedSandbox, OnTimeout, PauseMode, SandboxDetail, State};
 
 /// The end of a sandbox that has none. Not the last day of the calendar: clients move it to their own time zone.
 pub(super) fn never() -> Timestamp {
     let end = date(9999, 1, 1).at(0, 0, 0, 0);
-    end.in_tz("UTC")
+    end.to_zoned(TimeZone::UTC)
         .map_or(Timestamp::MAX, |end| end.timestamp())
 }
 
@@ -39,5 +40,15 @@ pub(super) fn state(state: State) -> State {
     match state {
         State::Stopped => State::Paused,
         state => state,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_has_no_end_ends_when_every_client_can_say() {
+        assert_eq!(never().to_string(), "9999-01-01T00:00:00Z");
     }
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
+use http::StatusCode;
 use icebox_api::{ApiError, BoxStream, ErrorCode};
 use icebox_engine::host::Secret;
 use icebox_engine::id::Digest;
@@ -69,12 +70,12 @@ impl Files {
             .filter(|(_, since)| since.elapsed() < ADMITTED)
             .map(|(digest, _)| digest)
             .ok_or_else(|| ApiError::new(ErrorCode::NotFound, "nothing is to be put here"))?;
-        let failed = |error: io::Error| {
-            let code = match error.kind() {
-                io::ErrorKind::StorageFull => ErrorCode::Exhausted,
-                _ => ErrorCode::Internal,
-            };
-            ApiError::from_error(code, &error)
+        let failed = |error: io::Error| match error.kind() {
+            io::ErrorKind::StorageFull => ApiError::from_error(ErrorCode::Exhausted, &error),
+            io::ErrorKind::TimedOut => ApiError::from_error(ErrorCode::Timeout, &error)
+                .status(StatusCode::REQUEST_TIMEOUT)
+                .hint("the archive stopped coming: send it again"),
+            _ => ApiError::from_error(ErrorCode::Internal, &error),
         };
         self.prune();
         let stored = async {
