@@ -75,6 +75,15 @@ pub(crate) struct Entry {
     pub(crate) mailbox: Mailbox,
 }
 
+/// A sandbox, with what is only known of everything together.
+pub(crate) struct Seen {
+    pub(crate) entry: Entry,
+    /// How many layers lie under its disk.
+    pub(crate) layers: usize,
+    /// See [`Catalog::generation_flaws`].
+    pub(crate) unusable: BTreeMap<GenerationNo, String>,
+}
+
 impl Entry {
     /// Why the sandbox's newest disk is lost, if it is.
     pub(crate) fn disk_lost(&self) -> Option<&str> {
@@ -324,25 +333,6 @@ impl Catalog {
         let layers: Vec<_> = layers.map(Object::Layer).collect();
         let pin = self.pin_in(&mut inner, layers);
         Some(DeepChain { links, _pin: pin })
-    }
-
-    /// How many layers lie under a sandbox's disk.
-    pub(crate) fn depth(&self, record: &Sandbox) -> usize {
-        let inner = lock(&self.inner);
-        let head = record.holds.iter().find_map(|hold| match hold {
-            Hold::Head { over, .. } => Some(over.clone()),
-            _ => None,
-        });
-        let under = head.or_else(|| match record.rests {
-            Rest::Paused { generation } => {
-                let entry = inner.sandboxes.get(&record.id)?;
-                let generation = entry.generations.get(&generation)?;
-                Some(Under::Layer(generation.capture.layer.clone()))
-            }
-            _ => None,
-        });
-        let chain = under.and_then(|under| inner.chain(&under, Bytes(0)).ok());
-        chain.map_or(0, |chain| chain.layers.len())
     }
 
     // Templates.
@@ -680,20 +670,23 @@ impl Catalog {
         lock(&self.inner).sandboxes.values().cloned().collect()
     }
 
-    /// Finds a sandbox by name, id or unique prefix of an id.
-    pub(crate) fn sandbox(&self, scope: &Scope, wanted: &str) -> Result<Entry, Error> {
+    /// The sandboxes of `scope`, all as they are at one moment.
+    pub(crate) fn look(&self, scope: &Scope) -> Vec<Seen> {
         let inner = lock(&self.inner);
         let entries = inner.sandboxes.values();
-        let named = entries
-            .filter(|entry| scope.owns(&entry.record.spec.team))
-            .map(|entry| Named {
-                id: entry.record.id.as_str(),
-                name: entry.record.name.as_ref(),
-                team: &entry.record.spec.team,
-                value: entry,
-            });
-        let hint = "`icebox ls` lists the sandboxes there are";
-        find("sandbox", scope, wanted, named, hint).cloned()
+        let own = entries.filter(|entry| scope.owns(&entry.record.spec.team));
+        own.map(|entry| inner.seen(entry)).collect()
+    }
+
+    /// One sandbox, found as [`sandbox`](Self::sandbox) finds it.
+    pub(crate) fn look_at(&self, scope: &Scope, wanted: &str) -> Result<Seen, Error> {
+        let inner = lock(&self.inner);
+        inner.find(scope, wanted).map(|entry| inner.seen(entry))
+    }
+
+    /// Finds a sandbox by name, id or unique prefix of an id.
+    pub(crate) fn sandbox(&self, scope: &Scope, wanted: &str) -> Result<Entry, Error> {
+        lock(&self.inner).find(scope, wanted).cloned()
     }
 
     /// The sandbox that has this id, whosever it is.
@@ -826,19 +819,7 @@ impl Catalog {
 
     /// Which generations of a sandbox cannot be used, and why.
     pub(crate) fn generation_flaws(&self, record: &Sandbox) -> BTreeMap<GenerationNo, String> {
-        let inner = lock(&self.inner);
-        if inner.flawed.is_empty() {
-            return BTreeMap::new();
-        }
-        let readable = inner.sandboxes.get(&record.id).map(|it| &it.generations);
-        let flaw = |number: &GenerationNo| match readable.and_then(|it| it.get(number)) {
-            Some(generation) => inner.generation_flaw(&record.id, generation),
-            None => inner.flaw([Object::Generation(record.id.clone(), *number)]),
-        };
-        let flaws = record.generations.iter();
-        flaws
-            .filter_map(|number| Some((*number, flaw(number)?)))
-            .collect()
+        lock(&self.inner).generation_flaws(record)
     }
 
     /// Whether an object was forgotten and may still exist.
@@ -853,6 +834,28 @@ impl Catalog {
 }
 
 impl Inner {
+    fn find(&self, scope: &Scope, wanted: &str) -> Result<&Entry, Error> {
+        let entries = self.sandboxes.values();
+        let named = entries
+            .filter(|entry| scope.owns(&entry.record.spec.team))
+            .map(|entry| Named {
+                id: entry.record.id.as_str(),
+                name: entry.record.name.as_ref(),
+                team: &entry.record.spec.team,
+                value: entry,
+            });
+        let hint = "`icebox ls` lists the sandboxes there are";
+        find("sandbox", scope, wanted, named, hint)
+    }
+
+    fn seen(&self, entry: &Entry) -> Seen {
+        Seen {
+            layers: self.depth(entry),
+            unusable: self.generation_flaws(&entry.record),
+            entry: entry.clone(),
+        }
+    }
+
     fn counts_as_running(&self, record: &Sandbox) -> bool {
         record.rests == Rest::Running || self.starting.contains_key(&record.id)
     }
@@ -1099,6 +1102,44 @@ impl Inner {
         needed
             .iter()
             .find_map(|object| self.flawed.get(object).cloned())
+    }
+
+    fn generation_flaws(&self, record: &Sandbox) -> BTreeMap<GenerationNo, String> {
+        if self.flawed.is_empty() {
+            return BTreeMap::new();
+        }
+        let readable = self.sandboxes.get(&record.id).map(|it| &it.generations);
+        let flaw = |number: &GenerationNo| match readable.and_then(|it| it.get(number)) {
+            Some(generation) => self.generation_flaw(&record.id, generation),
+            None => self.flaw([Object::Generation(record.id.clone(), *number)]),
+        };
+        let flaws = record.generations.iter();
+        flaws
+            .filter_map(|number| Some((*number, flaw(number)?)))
+            .collect()
+    }
+
+    /// How many layers lie under a sandbox's disk.
+    fn depth(&self, entry: &Entry) -> usize {
+        let record = &entry.record;
+        let head = record.holds.iter().find_map(|hold| match hold {
+            Hold::Head { over, .. } => Some(over),
+            _ => None,
+        });
+        let mut next = match (head, &record.rests) {
+            (Some(Under::Layer(layer)), _) => Some(layer),
+            (None, Rest::Paused { generation }) => {
+                let generation = entry.generations.get(generation);
+                generation.map(|it| &it.capture.layer)
+            }
+            _ => None,
+        };
+        let mut layers = 0;
+        while let Some(stored) = next.and_then(|layer| self.layers.get(layer)) {
+            layers += 1;
+            next = stored.layer.parent.as_ref();
+        }
+        layers
     }
 
     fn generation_flaw(&self, sandbox: &SandboxId, generation: &Generation) -> Option<String> {

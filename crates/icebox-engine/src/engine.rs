@@ -18,7 +18,7 @@ use jiff::Timestamp;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::catalog::{Entry, display_name};
+use crate::catalog::{Entry, Seen, display_name};
 use crate::collect::{self, Plan};
 use crate::error::Error;
 use crate::event::Events;
@@ -547,31 +547,28 @@ impl Engine {
     /// All sandboxes that this handle finds.
     #[must_use]
     pub fn list(&self) -> Vec<SandboxView> {
-        self.shared
-            .catalog
-            .sandboxes()
-            .into_iter()
-            .filter(|entry| self.scope.owns(&entry.record.spec.team))
-            .map(|entry| self.view(entry))
-            .collect()
+        let seen = self.shared.catalog.look(&self.scope).into_iter();
+        seen.map(|seen| self.view(seen)).collect()
     }
 
     /// One sandbox, by name, id or unique prefix of an id.
     pub fn inspect(&self, wanted: &str) -> Result<SandboxView, Error> {
-        self.shared
-            .catalog
-            .sandbox(&self.scope, wanted)
-            .map(|entry| self.view(entry))
+        let seen = self.shared.catalog.look_at(&self.scope, wanted);
+        seen.map(|seen| self.view(seen))
     }
 
-    fn view(&self, entry: Entry) -> SandboxView {
+    fn view(&self, seen: Seen) -> SandboxView {
+        let Seen {
+            entry,
+            layers,
+            unusable,
+        } = seen;
         let host_address = self.shared.host.network.host_address(entry.record.slot);
-        let unusable = self.shared.catalog.generation_flaws(&entry.record);
         let usable = |generation: &Generation| !unusable.contains_key(&generation.number);
         let disk_lost = entry.disk_lost().map(ToOwned::to_owned);
         let generations = entry.generations.into_values().filter(usable).collect();
         SandboxView {
-            layers: self.shared.catalog.depth(&entry.record),
+            layers,
             record: entry.record,
             generations,
             unusable,

@@ -52,12 +52,26 @@ pub(super) struct Icebox {
 
 impl Icebox {
     fn detail(&self, view: &SandboxView, usage: Option<&Usage>) -> SandboxDetail {
+        self.detail_within(&self.limits(), view, usage)
+    }
+
+    /// Which limits the host enforces, or why none: the same for all sandboxes.
+    fn limits(&self) -> String {
         let limits = self.engine.host().boxes.limits_in_force();
+        format!("{}: {}", limits.mechanism, limits.detail)
+    }
+
+    fn detail_within(
+        &self,
+        limits: &str,
+        view: &SandboxView,
+        usage: Option<&Usage>,
+    ) -> SandboxDetail {
         translate::sandbox(
             view,
             translate::Beside {
                 domain: self.domain.as_deref(),
-                limits: format!("{}: {}", limits.mechanism, limits.detail),
+                limits,
                 built_as: self.recipes.name_of(&view.record.spec.template),
                 usage,
             },
@@ -168,9 +182,10 @@ impl Daemon for Icebox {
             false => BTreeMap::new(),
         };
         let usage = |view: &SandboxView| usages.get(&Object::Sandbox(view.record.id.clone()));
+        let limits = self.limits();
         let details = views.iter().map(|view| SandboxDetail {
             last_verb: None,
-            ..self.detail(view, usage(view))
+            ..self.detail_within(&limits, view, usage(view))
         });
         Ok(details.collect())
     }

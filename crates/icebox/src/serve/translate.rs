@@ -227,7 +227,7 @@ pub(super) fn geometry(
 /// What is not in a sandbox's record.
 pub(super) struct Beside<'a> {
     pub(super) domain: Option<&'a str>,
-    pub(super) limits: String,
+    pub(super) limits: &'a str,
     /// The name that its template was built under by steps, if it was.
     pub(super) built_as: Option<String>,
     pub(super) usage: Option<&'a Usage>,
@@ -312,7 +312,7 @@ pub(super) fn sandbox(view: &SandboxView, beside: Beside<'_>) -> SandboxDetail {
             v1::Hold::Vmm { process } => process.as_ref().map(|process| process.pid),
             _ => None,
         }),
-        limits: running.then_some(beside.limits),
+        limits: running.then(|| beside.limits.to_owned()),
         allocated_bytes,
         shared_bytes,
         parts: parts(beside.usage),

@@ -2,7 +2,9 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
+use std::sync::mpsc;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -120,4 +122,82 @@ fn two_hundred_sandboxes_made_at_once_are_all_there() {
     let mut listed: Vec<_> = listed.lines().map(ToOwned::to_owned).collect();
     listed.sort();
     assert_eq!(listed, made);
+    lists_are_quick(&address, &header, made.len());
+}
+
+/// A list of all of them is answered at once; or, where everything takes long, in not much more than it takes to read the
+/// answer and to write it again.
+fn lists_are_quick(address: &str, header: &str, count: usize) {
+    const ROUNDS: usize = 200;
+    const AT_ONCE: Duration = Duration::from_millis(10);
+    const NOT_MUCH: u32 = 3;
+    let (mut lists, mut floors) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        let begun = Instant::now();
+        let said = request(address, "GET /sandboxes", header, "");
+        lists.push(begun.elapsed());
+        let (_, body) = said.split_once("\r\n\r\n").unwrap();
+        let begun = Instant::now();
+        let all: Vec<Value> = serde_json::from_str(body).unwrap();
+        assert_eq!(serde_json::to_string(&all).unwrap().len(), body.len());
+        floors.push(begun.elapsed());
+        assert_eq!(all.len(), count);
+    }
+    lists.sort();
+    floors.sort();
+    let (slowest, usual, floor) = (
+        lists[ROUNDS * 99 / 100],
+        lists[ROUNDS / 2],
+        floors[ROUNDS / 2],
+    );
+    println!(
+        "lists of {count}: p50 {usual:?}, p99 {slowest:?}; reading and writing one: {floor:?}"
+    );
+    assert!(
+        slowest < AT_ONCE || usual < NOT_MUCH * floor,
+        "p99 {slowest:?}, p50 {usual:?}, beside {floor:?}"
+    );
+}
+
+#[test]
+fn every_request_that_was_begun_is_answered_when_the_daemon_is_restarted() {
+    const CLIENTS: usize = 20;
+    const BEFORE: usize = 60;
+    let daemon = Daemon::start().with_template();
+    let (address, key) = (daemon.address(), daemon.api_key());
+    let body = r#"{"templateID":"base"}"#;
+    let create = format!(
+        "POST /v2/sandboxes HTTP/1.1\r\nhost: h\r\nconnection: close\r\nx-api-key: {key}\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    // Asks for sandboxes until nobody is there to ask. Who is not let in has begun nothing.
+    let client = |made: mpsc::Sender<()>| {
+        while let Ok(mut stream) = TcpStream::connect(&address) {
+            stream.write_all(create.as_bytes()).ok();
+            let mut answer = Vec::new();
+            stream.read_to_end(&mut answer).ok();
+            if answer.is_empty() {
+                return;
+            }
+            let answer = String::from_utf8(answer).unwrap();
+            assert!(answer.starts_with("HTTP/1.1 201 "), "{answer}");
+            let (_, body) = answer.split_once("\r\n\r\n").unwrap();
+            serde_json::from_str::<Value>(body).unwrap_or_else(|error| panic!("{error}: {answer}"));
+            made.send(()).ok();
+        }
+    };
+    let (status, log) = thread::scope(|scope| {
+        let (made, answers) = mpsc::channel();
+        for _ in 0..CLIENTS {
+            let (client, made) = (&client, made.clone());
+            scope.spawn(move || client(made));
+        }
+        drop(made);
+        for _ in 0..BEFORE {
+            answers.recv().unwrap();
+        }
+        daemon.stop()
+    });
+    assert!(status.success(), "{log}");
+    assert!(!log.contains("cut connections"), "{log}");
 }
