@@ -69,15 +69,23 @@ static FILES: LazyLock<Vec<File>> = LazyLock::new(|| {
         "chart.js",
         "dialog.js",
         "dom.js",
+        "envd.js",
         "events.js",
+        "files.js",
         "format.js",
+        "history.js",
         "icon.svg",
         "index.html",
+        "lineage.js",
         "live.js",
+        "run.js",
         "sandbox.js",
         "sandboxes.js",
         "style.css",
+        "templates.js",
+        "terminal.js",
         "verbs.js",
+        "vt.js",
     ];
     let files = files.into_iter();
     files

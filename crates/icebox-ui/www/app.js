@@ -3,13 +3,17 @@
 import { ask, session, why } from './api.js';
 import { button, h, setChildren, setText } from './dom.js';
 import { events } from './events.js';
+import { lineage } from './lineage.js';
 import { live, start, stop, watch } from './live.js';
 import { sandbox } from './sandbox.js';
 import { sandboxes } from './sandboxes.js';
+import { templates } from './templates.js';
 
 /** The first part of the address leads to a view: `view(root, rest, signal)` fills the root, and returns its title. */
 const VIEWS = {
   sandboxes: { label: 'Sandboxes', show: (root, rest, signal) => (rest.length ? sandbox : sandboxes)(root, rest, signal) },
+  templates: { label: 'Templates', show: templates },
+  lineage: { label: 'Lineage', show: lineage },
   events: { label: 'Events', show: events },
 };
 

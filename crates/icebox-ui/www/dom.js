@@ -64,7 +64,7 @@ export function table(caption, columns) {
   const body = h('tbody');
   const head = columns.map((name) => {
     const number = name.startsWith('#');
-    return h('th', { scope: 'col', class: number && 'number' }, number ? name.slice(1) : name);
+    return h('th', { scope: 'col', class: (number && 'number') || (name === 'Actions' && 'number') }, number ? name.slice(1) : name);
   });
   const element = h('div', { class: 'scroll', tabindex: '0', role: 'region', 'aria-label': caption },
     h('table', {}, h('caption', { class: 'hidden' }, caption), h('thead', {}, h('tr', {}, head)), body));

@@ -6,6 +6,8 @@ import { ask, lines, send, shown } from './api.js';
 const EVENTS_KEPT = 1000;
 /** Events that come together lead to one look. */
 const GATHER_MS = 80;
+/** While a verb is under way. */
+const VERB_MS = 1000;
 const RETRY_MS = [250, 500, 1000, 2000, 4000];
 
 /** Everything that views show. `state` is `connecting`, `live` or `lost`. */
@@ -17,6 +19,7 @@ let gathering;
 let looking = false;
 let lookAgain = false;
 let newest;
+let verbs;
 
 /** Calls `listener` now and whenever something changes, until the signal is aborted. With what happened, if something did. */
 export function watch(listener, signal) {
@@ -39,6 +42,7 @@ export function start() {
 export function stop() {
   running?.abort();
   clearTimeout(gathering);
+  clearTimeout(verbs);
   gathering = undefined;
   newest = undefined;
   Object.assign(live, { state: 'connecting', loaded: false, sandboxes: [], templates: [], events: [] });
@@ -84,6 +88,9 @@ async function look() {
       live.templates = templates;
       live.loaded = true;
       changed();
+      // Verbs of others are announced when they have ended, not when they begin.
+      clearTimeout(verbs);
+      if (live.sandboxes.some((it) => it.verb)) verbs = setTimeout(refresh, VERB_MS);
     } while (lookAgain);
   } catch (error) {
     // The stream of events breaks for the same reason, and looks again when it is back.

@@ -4,13 +4,21 @@ import { inspect, part, send, why } from './api.js';
 import { charts } from './chart.js';
 import { h, setText } from './dom.js';
 import { eventList } from './events.js';
-import { bytes, clock, mib, plural, micros, ago } from './format.js';
+import { files } from './files.js';
+import { ago, bytes, clock, micros, mib, plural } from './format.js';
+import { history } from './history.js';
 import { live, watch } from './live.js';
+import { run } from './run.js';
+import { terminal } from './terminal.js';
 import { at, buttons, stateOf } from './verbs.js';
 
 /** Parts of the view: `show(root, sandbox, signal)`, and whether a part is shown anew when the sandbox's state changes. */
 const PARTS = {
   overview: { label: 'Overview', show: overview },
+  terminal: { label: 'Terminal', show: terminal, again: true },
+  run: { label: 'Run', show: run, again: true },
+  files: { label: 'Files', show: files, again: true },
+  history: { label: 'History', show: history },
   events: { label: 'Events', show: (root, sandbox, signal) => eventList(root, signal, sandbox.sandboxID) },
   console: { label: 'Console', show: console_ },
 };

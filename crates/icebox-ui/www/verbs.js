@@ -63,7 +63,7 @@ const snapshot = {
 };
 
 const fork = {
-  verb: 'fork', label: 'Fork', from: ['running'],
+  verb: 'fork', label: 'Fork', from: ['running', 'paused'],
   run: (sandbox) => form({
     title: `Fork ${sandbox.title}`,
     text: 'Sandboxes are made that go on from this instant, each by itself. They share what none of them changes.',

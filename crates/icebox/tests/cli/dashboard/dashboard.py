@@ -1,6 +1,9 @@
 """Every action of the dashboard, clicked in Chromium, against a daemon whose host is simulated: it has the template `base`,
 and a sandbox `web` at whose address an agent answers."""
 
+import re
+from pathlib import Path
+
 from page import KEY, URL, expect, run
 
 
@@ -111,10 +114,229 @@ def the_list_follows_what_others_do(it):
     it.picture("events")
 
 
+def templates_are_built_and_removed(it):
+    it.sign_in()
+    it.link("Templates")
+    it.heading("Templates")
+    it.click("Build from packages")
+    it.dialog().get_by_label("Name").fill("tools")
+    it.dialog().get_by_label("Packages").fill("python3 git")
+    it.picture("build")
+    it.click("Build", it.dialog())
+    log = it.page.get_by_label("Log of the build of tools")
+    expect(log).to_contain_text("simulating a root image")
+    expect(it.page.get_by_role("article").locator(".pill")).to_have_text("ready")
+    # A name that is taken is refused, in the log as in the API.
+    it.expected.append("409")
+    it.click("Build from packages")
+    it.dialog().get_by_label("Name").fill("tools")
+    it.click("Build", it.dialog())
+    expect(it.page.get_by_role("article").first.locator(".pill")).to_have_text("error")
+    it.click("Build on a template")
+    it.dialog().get_by_label("Name").fill("steps")
+    it.dialog().get_by_label("Begins as").select_option("tools")
+    it.dialog().get_by_label("Steps").fill("ENV COLOUR=blue\nmake")
+    it.click("Cancel", it.dialog())
+    it.picture("templates")
+    it.click("Create a sandbox from tools")
+    it.dialog().get_by_label("Name").fill("fresh")
+    it.click("Create", it.dialog())
+    it.heading("fresh")
+    it.link("Templates")
+    it.expected.append("400")
+    it.click("Remove tools")
+    it.click("Remove", it.dialog())
+    expect(it.dialog().get_by_role("alert")).to_contain_text("fresh")
+    it.click("Cancel", it.dialog())
+    it.link("Sandboxes")
+    it.click("Destroy fresh")
+    it.click("Destroy", it.dialog())
+    expect(it.row("fresh")).to_have_count(0)
+    it.link("Templates")
+    it.click("Remove tools")
+    it.click("Remove", it.dialog())
+    expect(it.row("tools")).to_have_count(0)
+
+
+def a_sandbox_goes_back_to_a_point_of_its_past(it):
+    it.sign_in()
+    it.click("New sandbox")
+    it.dialog().get_by_label("Name").fill("past")
+    it.click("Create", it.dialog())
+    it.heading("past")
+    it.link("History")
+    expect(it.page.get_by_text("Nothing to go back to yet")).to_be_visible()
+    it.click("Save point")
+    expect(it.row("generation 1")).to_contain_text("checkpoint")
+    it.click("Pause")
+    it.state("paused")
+    expect(it.row("generation 2")).to_contain_text("here")
+    it.click("Resume")
+    it.state("running")
+    it.click("Go back to generation 1")
+    it.click("Go back", it.dialog())
+    expect(it.page.get_by_text("past is back at generation 1.")).to_be_visible()
+    expect(it.page.get_by_text("on from generation 1")).to_be_visible()
+    it.picture("history")
+    it.click("Forget generation 2")
+    it.click("Forget", it.dialog())
+    expect(it.row("generation 2")).to_have_count(0)
+
+
+def the_lineage_is_a_picture(it):
+    it.sign_in()
+    it.link("web")
+    it.click("Snapshot")
+    it.dialog().get_by_label("Name").fill("web-warm")
+    it.click("Snapshot", it.dialog())
+    expect(it.page.get_by_text("web-warm is a template now.")).to_be_visible()
+    it.click("Fork")
+    it.dialog().get_by_label("How many").fill("2")
+    it.click("Fork", it.dialog())
+    expect(it.page.get_by_text("2 forks of web made.")).to_be_visible()
+    it.link("Templates")
+    it.click("Create a sandbox from web-warm")
+    it.dialog().get_by_label("Name").fill("grandchild")
+    it.click("Create", it.dialog())
+    it.heading("grandchild")
+    it.link("Lineage")
+    tree = it.page.get_by_label("Picture of the lineage")
+    expect(tree.get_by_role("link", name="sandbox web, running")).to_have_count(1)
+    expect(tree.get_by_role("link", name="fork of web")).to_have_count(2)
+    expect(tree.get_by_role("link", name="snapshot template web-warm, snapshot")).to_have_attribute("aria-label", re.compile("of web$"))
+    it.picture("lineage")
+    grandchild = tree.get_by_role("link", name="sandbox grandchild")
+    expect(grandchild).to_have_attribute("aria-label", re.compile("KiB, from web-warm$"))
+    grandchild.focus()
+    it.page.keyboard.press("Enter")
+    it.heading("grandchild")
+
+
+def files_are_listed_put_fetched_moved_and_removed(it):
+    place = Path.cwd() / "files"
+    place.mkdir()
+    (place / "<i>name").write_text("text")
+    it.sign_in()
+    it.link("web")
+    it.link("Files")
+    it.page.get_by_label("Directory", exact=True).fill(str(place))
+    it.click("Go")
+    expect(it.row("<i>name")).to_contain_text("4 B")
+    content = bytes(range(256)) * 4096
+    it.page.get_by_label("Files to upload").set_input_files(
+        {"name": "data.bin", "mimeType": "application/octet-stream", "buffer": content}
+    )
+    expect(it.page.get_by_text("data.bin is uploaded.")).to_be_visible()
+    expect(it.row("data.bin")).to_contain_text("1.0 MiB")
+    assert (place / "data.bin").read_bytes() == content
+    with it.page.expect_download() as download:
+        it.click("Download data.bin")
+    assert Path(download.value.path()).read_bytes() == content
+    it.click("New directory")
+    it.dialog().get_by_label("Name").fill("inner")
+    it.click("Make", it.dialog())
+    it.click("Move data.bin")
+    it.dialog().get_by_label("To").fill(str(place / "inner/moved.bin"))
+    it.click("Move", it.dialog())
+    expect(it.row("data.bin")).to_have_count(0)
+    it.picture("files")
+    it.click("inner/")
+    expect(it.row("moved.bin")).to_be_visible()
+    it.click("Remove moved.bin")
+    it.click("Remove", it.dialog())
+    expect(it.row("moved.bin")).to_have_count(0)
+    assert list((place / "inner").iterdir()) == []
+    it.expected.append("404")
+    it.page.get_by_label("Directory", exact=True).fill("/no/such/place")
+    it.page.keyboard.press("Enter")
+    expect(it.page.get_by_text("No such file or directory")).to_be_visible()
+
+
+def a_command_is_run(it):
+    it.sign_in()
+    it.link("web")
+    it.link("Run")
+    command = it.page.get_by_label("Command")
+    command.fill("echo out; echo '<b>err</b>' >&2; exit 3")
+    it.click("Run")
+    expect(it.page.get_by_text("exit status 3")).to_be_visible()
+    expect(it.page.locator(".output .stdout")).to_have_text("out\n")
+    expect(it.page.locator(".output .stderr")).to_have_text("<b>err</b>\n")
+    it.picture("run")
+    command.fill("sleep 1000")
+    it.page.keyboard.press("Enter")
+    it.click("End it")
+    expect(it.page.get_by_text("signal: killed")).to_be_visible()
+
+
+def a_terminal_is_a_terminal(it):
+    it.sign_in()
+    it.link("web")
+    it.link("Terminal")
+    terminal = it.page.get_by_role("textbox", name="Terminal of web")
+    expect(terminal).to_be_focused()
+    screen = it.page.locator(".tty")
+    typed = lambda text: it.page.keyboard.type(text + "\n")
+    typed("PS1='> '; clear; echo $((6 * 7)) $TERM $COLUMNS")
+    expect(screen).to_contain_text(re.compile(r"42 xterm-256color \d{2,3}\s"))
+    typed("printf '\\e[1;31mred\\e[0m \\e[38;5;33mblue\\e[0m \\e[7mback\\e[0m <b>no</b>\\n'")
+    expect(screen.locator(".bold.fg-1")).to_have_text("red")
+    expect(screen.get_by_text("<b>no</b>").last).to_be_visible()
+    typed("for i in $(seq 1 200); do echo line-$i; done")
+    expect(screen.get_by_text("line-200", exact=True)).to_be_visible()
+    expect(screen.get_by_text("line-7", exact=True)).to_have_count(1)
+    typed("printf 'a\\tb\\rX\\n\\e[3Cy\\e[2Dz\\n'; printf '12345\\e[3D\\e[Kend\\n'")
+    expect(screen).to_contain_text("12end")
+    it.picture("terminal")
+    # A program that takes the whole screen gives it back.
+    typed("printf '\\e[?1049h\\e[2J\\e[5;5Hfull'; read; printf '\\e[?1049l'")
+    expect(screen).to_contain_text("    full")
+    expect(screen.locator(".lines").last.get_by_text("12end")).to_have_count(0)
+    it.page.keyboard.press("Enter")
+    expect(screen.locator(".lines").last.get_by_text("12end").last).to_be_visible()
+    it.page.keyboard.press("Control+l")
+    # Not sooner: it would be thrown away with what is typed ahead.
+    typed("echo begun; cat")
+    expect(screen.get_by_text("begun", exact=True)).to_be_visible()
+    it.page.keyboard.press("Control+c")
+    typed("echo ended with $?")
+    expect(screen).to_contain_text("ended with 130")
+    # A shell outlives the view, and a pause.
+    typed("KEPT=kept")
+    it.link("Overview")
+    it.link("Terminal")
+    typed("echo it is $KEPT")
+    expect(screen).to_contain_text("it is kept")
+    # A pause cuts what is connected.
+    it.expected += ["502", "ERR_INCOMPLETE_CHUNKED_ENCODING"]
+    it.click("Pause")
+    it.state("paused")
+    expect(it.page.get_by_text("A terminal can be had while web runs.")).to_be_visible()
+    it.click("Resume")
+    it.state("running")
+    expect(terminal).to_be_focused()
+    typed("echo still $KEPT")
+    expect(screen).to_contain_text("still kept")
+    typed("exit 3")
+    expect(it.page.get_by_text("The shell has ended: exit status 3")).to_be_visible()
+    it.click("Connect again")
+    expect(it.page.get_by_role("button", name="Connect again")).to_be_hidden()
+    typed("echo another")
+    expect(screen.get_by_text("another", exact=True)).to_be_visible()
+    it.page.keyboard.press("Shift+Tab")
+    expect(terminal).not_to_be_focused()
+
+
 STORIES = [
     a_key_is_needed_and_kept_for_the_tab_alone,
     a_sandbox_is_created_and_taken_through_its_verbs,
     the_list_follows_what_others_do,
+    templates_are_built_and_removed,
+    a_sandbox_goes_back_to_a_point_of_its_past,
+    the_lineage_is_a_picture,
+    files_are_listed_put_fetched_moved_and_removed,
+    a_command_is_run,
+    a_terminal_is_a_terminal,
 ]
 
 if __name__ == "__main__":
