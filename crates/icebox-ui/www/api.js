@@ -30,6 +30,7 @@ export const session = {
     sessionStorage.setItem(KEY, key);
   },
   end() {
+    window.dispatchEvent(new Event('icebox:signing-out'));
     sessionStorage.removeItem(KEY);
     tokens.clear();
     window.dispatchEvent(new Event('icebox:signed-out'));
@@ -47,10 +48,11 @@ async function refusal(answer) {
 }
 
 /** Sends a request, and returns the answer if it is a success. */
-export async function send(method, path, { body, headers = {}, signal, key = session.key } = {}) {
+export async function send(method, path, { body, headers = {}, signal, keepalive, key = session.key } = {}) {
   const answer = await fetch(path, {
     method,
     signal,
+    keepalive,
     cache: 'no-store',
     credentials: 'omit',
     headers: { 'X-API-Key': key ?? '', ...headers },

@@ -21,6 +21,7 @@ const main = document.querySelector('#main');
 const nav = document.querySelector('#nav');
 const corner = document.querySelector('#session');
 let shown;
+let signedIn;
 
 const where = () => location.hash.replace(/^#\/?/, '').split('/').filter(Boolean).map(decodeURIComponent);
 
@@ -53,10 +54,14 @@ function route() {
     else link.removeAttribute('aria-current');
   }
   // Who comes by keyboard or by ear is where the news is.
-  if (again) main.focus({ preventScroll: false });
+  if (again) {
+    main.focus({ preventScroll: true });
+    scrollTo(0, 0);
+  }
 }
 
 function begin() {
+  signedIn = new AbortController();
   start();
   nav.replaceChildren(...Object.entries(VIEWS).map(([name, { label }]) => h('a', { href: `#/${name}`, 'data-view': name }, label)));
   nav.hidden = false;
@@ -67,11 +72,12 @@ function begin() {
   watch(() => {
     setText(state, words[live.state]);
     state.dataset.state = live.state;
-  }, new AbortController().signal);
+  }, signedIn.signal);
   route();
 }
 
 function signIn() {
+  signedIn?.abort();
   stop();
   shown?.controller.abort();
   shown = undefined;

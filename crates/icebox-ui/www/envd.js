@@ -11,9 +11,9 @@ const encoder = new TextEncoder();
 const decoder = new TextDecoder();
 
 /** Asks once. */
-export async function call(id, method, message, { signal } = {}) {
+export async function call(id, method, message, options = {}) {
   const headers = { ...(await toAgent(id)), 'Content-Type': JSON_TYPE, 'Connect-Protocol-Version': '1' };
-  const answer = await send('POST', `/${method}`, { headers, body: JSON.stringify(message), signal });
+  const answer = await send('POST', `/${method}`, { headers, body: JSON.stringify(message), ...options });
   return answer.json();
 }
 

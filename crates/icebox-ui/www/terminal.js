@@ -287,4 +287,13 @@ export function terminal(root, { sandboxID: id, title, state }, signal) {
   input.focus({ preventScroll: true });
 }
 
-window.addEventListener('icebox:signed-out', () => sessions.clear());
+/** Shells end with the page that they belong to, as they do when a window is closed. */
+function hangUp() {
+  for (const { id, pid, open } of sessions.values()) {
+    // Nobody is there any more who could be told of a failure.
+    if (open) call(id, `${SERVICE}/SendSignal`, { process: { pid }, signal: 'SIGNAL_SIGHUP' }, { keepalive: true }).catch(() => {});
+  }
+  sessions.clear();
+}
+window.addEventListener('pagehide', hangUp);
+window.addEventListener('icebox:signing-out', hangUp);

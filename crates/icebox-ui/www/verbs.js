@@ -3,13 +3,13 @@
 import { ask, part } from './api.js';
 import { attempt, form, say } from './dialog.js';
 import { button, h } from './dom.js';
-import { plural } from './format.js';
+import { clock, plural } from './format.js';
 import { during, live } from './live.js';
 
 const DOING = {
   create: 'creating', pause: 'pausing', resume: 'resuming', stop: 'stopping', start: 'starting', snapshot: 'snapshotting',
   fork: 'forking', checkpoint: 'saving a point', rollback: 'rolling back', flatten: 'flattening', destroy: 'destroying',
-  forget: 'forgetting',
+  forget: 'forgetting', timeout: 'changing',
 };
 
 /** The verb under way, whoever asked for it. */
@@ -92,6 +92,34 @@ const flatten = {
   }),
 };
 
+/** A few sizes of time for sandboxes that end by themselves. */
+const ENDS = [
+  ['never', 'Never'], ['idle:600', 'Paused after 10 min without use'], ['idle:3600', 'Paused after 1 h without use'],
+  ['kill:600', 'Destroyed after 10 min'], ['kill:3600', 'Destroyed after 1 h'], ['kill:86400', 'Destroyed after 1 d'],
+];
+
+function lifetime(choice) {
+  const [kind, seconds] = choice.split(':');
+  if (kind === 'idle') return { timeout: 'never', idleTimeout: Number(seconds), onTimeout: 'pause', autoResume: { enabled: true } };
+  if (kind === 'kill') return { timeout: Number(seconds), onTimeout: 'kill' };
+  return { timeout: 'never' };
+}
+
+const limit = {
+  verb: 'timeout', label: 'Time limit', from: ['running', 'paused', 'stopped'],
+  run: (sandbox) => form({
+    title: `When ${sandbox.title} ends`,
+    text: sandbox.endAt ? `It ends at ${clock(sandbox.endAt)} as it is now. A new limit begins now.` : 'A limit begins now.',
+    fields: [{ name: 'ends', label: 'Ends by itself', options: ENDS, value: 'never' }],
+    action: 'Set',
+    submit: async ({ ends }) => {
+      const change = { idleTimeout: 'never', ...lifetime(ends) };
+      await during(sandbox.sandboxID, 'timeout', () => ask('POST', at(sandbox.sandboxID, '/timeout'), change));
+      say(`The time limit of ${sandbox.title} is changed.`);
+    },
+  }),
+};
+
 const destroy = {
   verb: 'destroy', label: 'Destroy', from: ['running', 'paused', 'stopped', 'broken'], danger: true,
   run: (sandbox) => form({
@@ -112,7 +140,7 @@ const ALL = [
   plain('start', 'Start', ['stopped']),
   plain('stop', 'Stop', ['running', 'paused']),
   plain('checkpoint', 'Save point', ['running']),
-  snapshot, fork, flatten, destroy,
+  snapshot, fork, flatten, limit, destroy,
 ];
 
 /**
@@ -140,19 +168,6 @@ export function buttons(only) {
       if (focused) element.querySelector('button:not([disabled])')?.focus();
     },
   };
-}
-
-/** A few sizes of time for sandboxes that end by themselves. */
-const ENDS = [
-  ['never', 'Never'], ['idle:600', 'Paused after 10 min without use'], ['idle:3600', 'Paused after 1 h without use'],
-  ['kill:600', 'Destroyed after 10 min'], ['kill:3600', 'Destroyed after 1 h'], ['kill:86400', 'Destroyed after 1 d'],
-];
-
-function lifetime(choice) {
-  const [kind, seconds] = choice.split(':');
-  if (kind === 'idle') return { timeout: 'never', idleTimeout: Number(seconds), onTimeout: 'pause', autoResume: { enabled: true } };
-  if (kind === 'kill') return { timeout: Number(seconds), onTimeout: 'kill' };
-  return { timeout: 'never' };
 }
 
 function labels(text) {

@@ -2,6 +2,7 @@
 and a sandbox `web` at whose address an agent answers."""
 
 import re
+import time
 from pathlib import Path
 
 from page import KEY, URL, expect, run
@@ -70,6 +71,10 @@ def a_sandbox_is_created_and_taken_through_its_verbs(it):
     it.dialog().get_by_label("How many").fill("2")
     it.click("Fork", it.dialog())
     expect(it.page.get_by_text("2 forks of box made.")).to_be_visible()
+    it.click("Time limit")
+    it.dialog().get_by_label("Ends by itself").select_option("Destroyed after 1 h")
+    it.click("Set", it.dialog())
+    expect(it.page.get_by_text(re.compile("ends \\d"))).to_be_visible()
     it.link("Events", it.page.get_by_role("navigation", name="Parts"))
     expect(it.page.get_by_text("sandbox.checkpointed").first).to_be_visible()
     it.link("Console")
@@ -269,6 +274,18 @@ def a_command_is_run(it):
     expect(it.page.get_by_text("signal: killed")).to_be_visible()
 
 
+def processes(it):
+    """What runs in the sandbox, as its agent says."""
+    token = it.page.request.get(f"{URL}/sandboxes/web", headers={"X-API-Key": KEY}).json()
+    headers = {
+        "E2b-Sandbox-Id": token["sandboxID"],
+        "E2b-Sandbox-Port": "49983",
+        "X-Access-Token": token["envdAccessToken"],
+    }
+    listed = it.page.request.post(f"{URL}/process.Process/List", headers=headers, data={})
+    return [it["config"]["cmd"] for it in listed.json().get("processes", [])]
+
+
 def a_terminal_is_a_terminal(it):
     it.sign_in()
     it.link("web")
@@ -325,6 +342,12 @@ def a_terminal_is_a_terminal(it):
     expect(screen.get_by_text("another", exact=True)).to_be_visible()
     it.page.keyboard.press("Shift+Tab")
     expect(terminal).not_to_be_focused()
+    # Shells end with the page that they were for.
+    assert processes(it) == ["/bin/bash"]
+    it.click("Sign out")
+    deadline = time.monotonic() + 10
+    while processes(it):
+        assert time.monotonic() < deadline, "the shell goes on"
 
 
 STORIES = [
