@@ -119,6 +119,22 @@ def the_list_follows_what_others_do(it):
     it.picture("events")
 
 
+def the_stream_of_events_is_taken_up_where_it_broke(it):
+    asked = []
+    event = '{"sequence":1,"time":"2026-01-01T00:00:00Z","event":"sandbox.created","detail":"said before it broke"}\n'
+
+    def answer(route):
+        asked.append(route.request.url)
+        if len(asked) == 1:
+            route.fulfill(content_type="application/x-ndjson", body=event)
+        else:
+            route.continue_()
+
+    it.page.route("**/events?follow=true*", answer)
+    it.sign_in()
+    assert len(asked) == 2 and asked[1].endswith("&since=1"), asked
+
+
 def templates_are_built_and_removed(it):
     it.sign_in()
     it.link("Templates")
@@ -354,6 +370,7 @@ STORIES = [
     a_key_is_needed_and_kept_for_the_tab_alone,
     a_sandbox_is_created_and_taken_through_its_verbs,
     the_list_follows_what_others_do,
+    the_stream_of_events_is_taken_up_where_it_broke,
     templates_are_built_and_removed,
     a_sandbox_goes_back_to_a_point_of_its_past,
     the_lineage_is_a_picture,
