@@ -105,7 +105,7 @@ pub(super) async fn enter(
             return proxy::forward(&context, destination, request).await;
         }
         Ok(None) => {}
-        Err(error) => return error.into_response(),
+        Err(error) => return cors::allow(error.into_response()),
     }
     if let Some(page) = ui::answer(&request) {
         return page;

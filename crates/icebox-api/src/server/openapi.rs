@@ -16,6 +16,9 @@ use crate::{API_KEY_HEADER, ErrorBody};
 /// Where components of a document are, as references name them.
 const SCHEMAS: &str = "/components/schemas";
 
+/// What operations are about, in the order to read about them.
+const SUBJECTS: [&str; 4] = ["sandboxes", "templates", "teams and keys", "the daemon"];
+
 type SchemaOf = fn(&mut SchemaGenerator) -> Schema;
 
 /// What a message carries.
@@ -245,11 +248,16 @@ impl Operation {
         words.collect::<Vec<_>>().join("_")
     }
 
-    /// What it is about: the first word of its path that is no version.
+    /// What it is about, one of [`SUBJECTS`].
     fn tag(&self) -> &'static str {
         let mut words = self.path.split('/').filter(|word| !word.is_empty());
         let is_version = |word: &&str| !matches!(*word, "v2" | "v3");
-        words.find(is_version).unwrap_or_default()
+        match words.find(is_version).unwrap_or_default() {
+            "sandboxes" | "snapshots" | "events" => SUBJECTS[0],
+            "templates" | "builds" | "uploads" | "kernels" => SUBJECTS[1],
+            "teams" | "api-keys" | "audit" => SUBJECTS[2],
+            _ => SUBJECTS[3],
+        }
     }
 }
 
@@ -352,6 +360,7 @@ pub(super) fn document(operations: &[Operation]) -> Value {
         },
         "servers": [{"url": "/"}],
         "security": [{"key": []}],
+        "tags": SUBJECTS.map(|name| json!({"name": name})),
         "paths": paths,
         "components": {
             "schemas": schemas,
@@ -413,6 +422,8 @@ mod tests {
         let operation = get("/v2/sandboxes/{sandboxID}/logs", "Logs");
         assert_eq!(operation.id(), "get_v2_sandboxes_sandboxID_logs");
         assert_eq!(operation.tag(), "sandboxes");
+        assert_eq!(post("/builds", "Builds").tag(), "templates");
+        assert_eq!(get("/docs", "This").tag(), "the daemon");
         assert_eq!(variables(operation.path).collect::<Vec<_>>(), ["sandboxID"]);
     }
 }

@@ -29,7 +29,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-use super::Context;
+use super::{Context, cors};
 use crate::key::KeyHash;
 use crate::{
     ACCESS_TOKEN_HEADER, AGENT_PORT, API_KEY_HEADER, ApiError, ErrorCode, Pass, Route, TEAM_HEADER,
@@ -73,24 +73,25 @@ struct NotReachable<'a> {
     code: u16,
 }
 
-fn not_found(sandbox: &str) -> Response {
+/// A refusal. Pages may read it, as they may what the sandbox itself would have said.
+fn refusal(status: StatusCode, sandbox_id: &str, message: &str, port: Option<u16>) -> Response {
     let body = NotReachable {
-        sandbox_id: sandbox,
-        message: "The sandbox was not found",
-        port: None,
-        code: StatusCode::BAD_GATEWAY.as_u16(),
+        sandbox_id,
+        message,
+        port,
+        code: status.as_u16(),
     };
-    (StatusCode::BAD_GATEWAY, axum::Json(body)).into_response()
+    cors::allow((status, axum::Json(body)).into_response())
+}
+
+fn not_found(sandbox: &str) -> Response {
+    let message = "The sandbox was not found";
+    refusal(StatusCode::BAD_GATEWAY, sandbox, message, None)
 }
 
 fn not_open(sandbox: &str, port: u16) -> Response {
-    let body = NotReachable {
-        sandbox_id: sandbox,
-        message: "The sandbox is running but port is not open",
-        port: Some(port),
-        code: StatusCode::BAD_GATEWAY.as_u16(),
-    };
-    (StatusCode::BAD_GATEWAY, axum::Json(body)).into_response()
+    let message = "The sandbox is running but port is not open";
+    refusal(StatusCode::BAD_GATEWAY, sandbox, message, Some(port))
 }
 
 /// Whether a request may pass to the ports of a sandbox that are not the agent's. What is compared are hashes, so timing
@@ -104,13 +105,8 @@ fn admits(route: &Route, headers: &HeaderMap) -> bool {
 }
 
 fn not_admitted(sandbox: &str) -> Response {
-    let body = NotReachable {
-        sandbox_id: sandbox,
-        message: "The sandbox asks for its traffic access token, which is missing or another's",
-        port: None,
-        code: StatusCode::FORBIDDEN.as_u16(),
-    };
-    (StatusCode::FORBIDDEN, axum::Json(body)).into_response()
+    let message = "The sandbox asks for its traffic access token, which is missing or another's";
+    refusal(StatusCode::FORBIDDEN, sandbox, message, None)
 }
 
 /// Carries one request to a sandbox, and its answer back.
@@ -142,7 +138,7 @@ pub(super) async fn forward(
         // Older clients append a node name to the id.
         let id = sandbox.split('-').next().unwrap_or_default();
         if let Err(error) = require_id(id) {
-            return error.into_response();
+            return cors::allow(error.into_response());
         }
         context.daemon.route(id, true).await
     };

@@ -205,6 +205,7 @@ fn paths_and_ids_are_taken_as_clients_write_them() {
         let answer = routed(id);
         assert_eq!(answer.status, 400, "{id}: {}", answer.body);
         assert_eq!(answer.body["message"], "Invalid sandbox ID");
+        assert!(answer.head.contains("access-control-allow-origin: *"));
     }
     for written in [id.clone(), format!("{id}-6532622b")] {
         let answer = routed(&written);
@@ -214,6 +215,7 @@ fn paths_and_ids_are_taken_as_clients_write_them() {
             (answer.status, &answer.body["sandboxId"]),
             (502, &json!(id))
         );
+        assert!(answer.head.contains("access-control-allow-origin: *"));
     }
     assert_eq!(
         client
