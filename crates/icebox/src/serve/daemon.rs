@@ -143,11 +143,11 @@ impl Icebox {
         })
     }
 
-    /// With the names that it has beside its own.
+    /// With the names that it has beside its own, which nobody gave it then and comes last.
     fn named(&self, mut template: Template) -> Template {
-        let names = self.recipes.names_of(&template.template_id);
-        template.names.extend(names);
-        template
+        let mut names = self.recipes.names_of(&template.template_id);
+        names.append(&mut template.names);
+        Template { names, ..template }
     }
 
     /// A template with what it occupies. A size that cannot be had is left out.
@@ -250,18 +250,29 @@ impl Daemon for Icebox {
     }
 
     async fn snapshot(&self, sandbox: &str, new: NewSnapshot) -> Result<Snapshot, ApiError> {
-        let name = match new.name.as_deref() {
-            Some(name) => {
+        let wanted = new.name.as_deref();
+        // A tag is a team's own. Administrators do not say whose they mean, and have names alone.
+        let tagged = match (wanted, self.engine.scope()) {
+            (Some(wanted), Scope::Team(_)) => self.recipes.name_for_tag(&self.engine, wanted)?,
+            _ => None,
+        };
+        let tag = wanted.filter(|_| tagged.is_some());
+        let name = match (tagged, wanted) {
+            (Some(name), _) => name,
+            (None, Some(name)) => {
                 let name = translate::of_own(self.engine.scope(), name);
                 translate::name(translate::template_reference(name))?
             }
-            None => translate::name(&format!("snapshot-{}", SandboxId::random()))?,
+            (None, None) => translate::name(&format!("snapshot-{}", SandboxId::random()))?,
         };
-        if new.memory == Some(false) {
-            let template = self.engine.flatten(sandbox, name).await;
-            return self.snapshotted(template).await;
+        let template = match new.memory {
+            Some(false) => self.engine.flatten(sandbox, name).await,
+            _ => self.engine.snapshot(sandbox, name).await,
+        };
+        if let (Some(tag), Ok(template)) = (tag, &template) {
+            let tagged = self.recipes.tag_snapshot(&self.engine, tag, &template.id);
+            tagged.await?;
         }
-        let template = self.engine.snapshot(sandbox, name).await;
         self.snapshotted(template).await
     }
 

@@ -26,7 +26,8 @@ use icebox_api::types::{
 };
 use icebox_api::{ApiError, ErrorCode};
 use icebox_engine::host::Egress;
-use icebox_engine::id::{Team, TemplateId};
+use icebox_engine::id::{Name, Team, TemplateId};
+use icebox_engine::manifest::v1::Template;
 use icebox_engine::{Engine, Scope, unit::Geometry};
 
 use super::translate;
@@ -120,19 +121,7 @@ impl Recipes {
         let wanted = read(engine, &new.name);
         let name = translate::name(wanted.name)?;
         let team = team(engine);
-        let is_ours = self.families.find(&team, name.as_str()).is_some();
-        if !is_ours
-            && engine
-                .templates()
-                .iter()
-                .any(|it| it.team == team && it.name == name)
-        {
-            return Err(ApiError::new(
-                ErrorCode::AlreadyExists,
-                format!("a template called {name} exists, and was not built by steps"),
-            )
-            .hint("choose another name, or remove the template first"));
-        }
+        self.require_own_name(engine, &name)?;
         let mut tags = vec![wanted.tag_or_default().to_owned()];
         for tag in new.tags.iter().flatten() {
             if !tags.contains(tag) {
@@ -169,6 +158,56 @@ impl Recipes {
         builds.insert(build.id.clone(), Arc::new(build));
         forget_oldest(&mut builds);
         Ok(requested)
+    }
+
+    /// Refuses a name that a template has which has no tags.
+    fn require_own_name(&self, engine: &Engine, name: &Name) -> Result<(), ApiError> {
+        let team = team(engine);
+        let is_ours = self.families.find(&team, name.as_str()).is_some();
+        let has = |it: &Template| it.team == team && it.name == *name;
+        if is_ours || !engine.templates().iter().any(has) {
+            return Ok(());
+        }
+        Err(ApiError::new(
+            ErrorCode::AlreadyExists,
+            format!("a template called {name} exists, and was not built by steps"),
+        )
+        .hint("choose another name, or remove the template first"))
+    }
+
+    /// What a snapshot is called that is to be had by a name with a tag; `None` if that is no name with a tag.
+    ///
+    /// # Errors
+    /// It can be nothing's name, or is another template's.
+    pub(super) fn name_for_tag(
+        &self,
+        engine: &Engine,
+        wanted: &str,
+    ) -> Result<Option<Name>, ApiError> {
+        let reference = read(engine, wanted);
+        let Some(tag) = reference.other_tag() else {
+            return Ok(None);
+        };
+        translate::name(tag)?;
+        self.require_own_name(engine, &translate::name(reference.name)?)?;
+        own_name(reference.name, &family::uuid()).map(Some)
+    }
+
+    /// Has a name with a tag lead to a snapshot, whatever it led to before.
+    pub(super) async fn tag_snapshot(
+        &self,
+        engine: &Engine,
+        wanted: &str,
+        template: &TemplateId,
+    ) -> Result<(), ApiError> {
+        let (team, reference) = (team(engine), read(engine, wanted));
+        let tags = [reference.tag_or_default().to_owned()];
+        let families = &self.families;
+        families.id_of(&team, reference.name).map_err(not_kept)?;
+        let build = family::uuid();
+        let before = families.built(&team, reference.name, &tags, template.as_str(), &build);
+        remove_unless_used(engine, before.map_err(not_kept)?).await;
+        Ok(())
     }
 
     /// Tells a build what to do, and lets it begin.
@@ -294,7 +333,8 @@ impl Recipes {
         Ok(())
     }
 
-    /// Removes a template with everything that was built under its name; `None` if it was not built by steps.
+    /// Removes a template with everything that was built under its name, or only what a tag of it leads to; `None` if it
+    /// was not built by steps.
     pub(super) async fn remove(
         &self,
         engine: &Engine,
@@ -305,6 +345,10 @@ impl Recipes {
         }
         let reference = read(engine, wanted);
         let id = self.families.find(&team(engine), reference.name)?;
+        if let Some(tag) = reference.other_tag() {
+            let removed = self.remove_tagged(engine, &reference, tag).await;
+            return Some(removed);
+        }
         for template in self.families.templates(&id) {
             if let Err(error) = engine.remove_template(&template).await {
                 let error = translate::error(&error);
@@ -315,6 +359,44 @@ impl Recipes {
         }
         Some(self.families.remove(&id).map(|()| id).map_err(not_kept))
     }
+}
+
+impl Recipes {
+    /// Removes what a tag leads to, unless another one does, too; and the tag; and with the last of them the name.
+    async fn remove_tagged(
+        &self,
+        engine: &Engine,
+        wanted: &Reference<'_>,
+        tag: &str,
+    ) -> Result<String, ApiError> {
+        let (team, families) = (team(engine), &self.families);
+        let template = families.resolve(&team, wanted);
+        let template = template.ok_or_else(|| unknown(&format!("{}:{tag}", wanted.name)))?;
+        if families.names_of(&template).len() == 1
+            && let Err(error) = engine.remove_template(&template).await
+        {
+            let error = translate::error(&error);
+            if error.body().error_code != Some(ErrorCode::NotFound) {
+                return Err(error);
+            }
+        }
+        let untagged = families.untag(&team, wanted.name, &[tag.to_owned()]);
+        untagged.map_err(not_kept)?;
+        if let Some(id) = families.find(&team, wanted.name)
+            && families.tags(&team, wanted).is_some_and(|it| it.is_empty())
+        {
+            families.remove(&id).map_err(not_kept)?;
+        }
+        Ok(template)
+    }
+}
+
+/// What a template is itself called that has its name and tag in a family: no other one's name.
+fn own_name(family: &str, build: &str) -> Result<Name, ApiError> {
+    let short = build.get(..8).unwrap_or(build);
+    // Leaves room for the rest of a name.
+    let family: String = family.chars().take(40).collect();
+    translate::name(&format!("{family}.{short}"))
 }
 
 /// Whether an administrator means what a team has, which is known by what it is itself called.

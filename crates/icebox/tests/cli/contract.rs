@@ -340,3 +340,47 @@ fn names_lead_to_what_is_built_under_them_and_builds_are_their_templates() {
         assert_eq!(answer.status, wanted, "{line} {body}: {}", answer.body);
     }
 }
+
+#[test]
+fn snapshots_have_names_with_tags_and_each_is_removed_by_itself() {
+    let daemon = Daemon::start().with_template();
+    let client = Client::of(&daemon);
+    let id = client.create(&json!({}));
+    let take = |name: &str| {
+        let body = json!({ "name": name }).to_string();
+        client.ask(&format!("POST /sandboxes/{id}/snapshots"), &body)
+    };
+    let remove = |name: &str| {
+        let name = name.replace('/', "%2F").replace(':', "%3A");
+        client.ask(&format!("DELETE /templates/{name}"), "").status
+    };
+    for tag in ["v1", "v2"] {
+        let taken = take(&format!("snap:{tag}"));
+        assert_eq!(taken.status, 201, "{}", taken.body);
+        assert_eq!(taken.body["names"][0], format!("snap:{tag}"));
+    }
+    assert_eq!(take("base:v1").status, 409);
+    assert_eq!(take("snap:V1").status, 400);
+    assert_eq!(take("a:b:c").status, 400);
+    let named = client.ask("GET /snapshots?name=snap%3Av2", "");
+    assert_eq!(named.body.as_array().map(Vec::len), Some(1));
+    let of_tag = client.create(&json!({"templateID": "default/snap:v1"}));
+    let shown = client.ask(&format!("GET /sandboxes/{of_tag}"), "");
+    assert_eq!(shown.body["alias"], "snap");
+    assert_eq!(
+        client
+            .ask(&format!("DELETE /sandboxes/{of_tag}"), "")
+            .status,
+        204
+    );
+    // What is taken again by the same name is another one.
+    let before = client.ask("GET /templates/snap%3Av1", "");
+    assert_eq!(take("snap:v1").status, 201);
+    let after = client.ask("GET /templates/snap%3Av1", "");
+    assert_ne!(before.body["templateID"], after.body["templateID"]);
+    assert_eq!(remove("default/snap:v1"), 204);
+    assert_eq!(remove("default/snap:v1"), 404);
+    assert_eq!(client.ask("GET /templates/snap%3Av2", "").status, 200);
+    assert_eq!(remove("snap:v2"), 204);
+    assert_eq!(client.ask("GET /templates/aliases/snap", "").status, 404);
+}

@@ -41,6 +41,11 @@ impl<'a> Reference<'a> {
         }
     }
 
+    /// The tag, if it is one that has to be named.
+    pub(super) fn other_tag(&self) -> Option<&'a str> {
+        self.tag.filter(|tag| *tag != DEFAULT)
+    }
+
     pub(super) fn tag_or_default(&self) -> &'a str {
         self.tag.unwrap_or(DEFAULT)
     }

@@ -328,11 +328,7 @@ impl Run {
 
     async fn finish(&self, sandbox: &SandboxView, defaults: Defaults) -> Result<(), ApiError> {
         let (engine, build) = (&self.engine, &self.build);
-        let short = build.id.get(..8).unwrap_or(&build.id);
-        let mut name = build.name.clone();
-        // Leaves room for the rest of a name.
-        name.truncate(40);
-        let name = translate::name(&format!("{name}.{short}"))?;
+        let name = super::own_name(&build.name, &build.id)?;
         let id = sandbox.record.id.as_str();
         let template = engine.snapshot_with(id, name, defaults).await;
         let template = template.map_err(|error| translate::error(&error))?;
