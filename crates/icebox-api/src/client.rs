@@ -22,10 +22,10 @@ use tokio_util::io::StreamReader;
 
 use crate::types::{
     AuditEntry, AuditRange, BuildEvent, ChangeLifetime, ChangeTeam, ChangeTemplate, DrainReport,
-    Event, Forked, GcReport, GcRequest, History, Kernel, KernelEvent, Key, MadeKey, MetricsRange,
-    NewBuild, NewFork, NewKernel, NewKey, NewSandbox, NewSnapshot, NewTeam, Report, Resolution,
-    ResumeRequest, RollbackRequest, SandboxDetail, SandboxMetric, Snapshot, Stats, Team, Template,
-    VerbResult, Version,
+    Event, Forked, GcReport, GcRequest, History, HostVmm, Kernel, KernelEvent, Key, MadeKey,
+    MetricsRange, NewBuild, NewFork, NewKernel, NewKey, NewSandbox, NewSnapshot, NewTeam, Report,
+    Resolution, ResumeRequest, RollbackRequest, SandboxDetail, SandboxMetric, Snapshot, Stats,
+    Team, Template, VerbResult, Version,
 };
 use crate::{ErrorBody, ErrorCode, TEAM_HEADER};
 
@@ -337,6 +337,11 @@ impl Client {
         new: &NewBuild,
     ) -> Result<impl Stream<Item = Result<BuildEvent, ClientError>> + use<>, ClientError> {
         self.lines(Method::POST, "/builds", to_json(new)).await
+    }
+
+    /// The VMMs that run sandboxes on the daemon's host.
+    pub async fn vmms(&self) -> Result<Vec<HostVmm>, ClientError> {
+        self.get("/vmms").await
     }
 
     /// All kernels.

@@ -11,11 +11,11 @@ use futures_util::Stream;
 use crate::ApiError;
 use crate::types::{
     AssignTags, AssignedTags, AuditEntry, AuditRange, BuildEvent, BuildStatus, ChangeLifetime,
-    ChangeTeam, DrainReport, Event, Forked, GcReport, GcRequest, History, Kernel, KernelEvent, Key,
-    MadeKey, MetricsRange, NewBuild, NewFork, NewKernel, NewKey, NewRecipe, NewSandbox,
-    NewSnapshot, NewTeam, RemoveTags, Report, RequestedBuild, ResumeRequest, RollbackRequest,
-    SandboxDetail, SandboxMetric, Snapshot, StartBuild, Stats, Team, Template, TemplateAlias,
-    TemplateTag, VerbResult,
+    ChangeTeam, DrainReport, Event, Forked, GcReport, GcRequest, History, HostVmm, Kernel,
+    KernelEvent, Key, MadeKey, MetricsRange, NewBuild, NewFork, NewKernel, NewKey, NewRecipe,
+    NewSandbox, NewSnapshot, NewTeam, RemoveTags, Report, RequestedBuild, ResumeRequest,
+    RollbackRequest, SandboxDetail, SandboxMetric, Snapshot, StartBuild, Stats, Team, Template,
+    TemplateAlias, TemplateTag, VerbResult,
 };
 
 /// A stream that a response is made of.
@@ -120,6 +120,9 @@ pub trait Daemon: Send + Sync + 'static {
     async fn assign_tags(&self, asked: AssignTags) -> Result<AssignedTags, ApiError>;
     /// Takes some away.
     async fn remove_tags(&self, asked: RemoveTags) -> Result<(), ApiError>;
+
+    /// The VMMs that run sandboxes here, the default first.
+    async fn vmms(&self) -> Result<Vec<HostVmm>, ApiError>;
 
     /// All kernels.
     async fn kernels(&self) -> Result<Vec<Kernel>, ApiError>;

@@ -21,6 +21,7 @@ mod routes;
 mod sandboxes;
 mod templates;
 mod ui;
+mod vmms;
 
 use std::sync::Arc;
 use std::time::Duration;

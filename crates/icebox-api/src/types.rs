@@ -17,6 +17,7 @@ mod recipe;
 mod sandbox;
 mod space;
 mod template;
+mod vmm;
 
 pub use access::{
     AuditEntry, AuditRange, ChangeTeam, ChangeTemplate, Key, MadeKey, NewKey, NewTeam, Team,
@@ -46,6 +47,7 @@ pub use sandbox::{
 };
 pub use space::{Kind, Owner, Part, Place, Stats};
 pub use template::{Template, TemplateKind};
+pub use vmm::{HostVmm, VmmAbilities};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};

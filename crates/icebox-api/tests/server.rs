@@ -379,6 +379,9 @@ impl Daemon for Script {
     async fn remove_tags(&self, _: RemoveTags) -> Result<(), ApiError> {
         never()
     }
+    async fn vmms(&self) -> Result<Vec<HostVmm>, ApiError> {
+        Ok(Vec::new())
+    }
     async fn kernels(&self) -> Result<Vec<Kernel>, ApiError> {
         Ok(Vec::new())
     }

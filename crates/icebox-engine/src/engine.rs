@@ -5,6 +5,7 @@
 mod drain;
 mod history;
 mod open;
+mod spec;
 mod templates;
 mod usage;
 
@@ -37,12 +38,10 @@ use crate::merge;
 use crate::metrics::{Resolution, Sample};
 use crate::panics::{caught, internal};
 use crate::phase::Phase;
-use crate::sandbox::{
-    Fate, Origin, Outcome, QUEUE, Request, Sandbox, Shared, find_vmm, find_volume_driver,
-};
+use crate::sandbox::{Fate, Origin, Outcome, QUEUE, Request, Sandbox, Shared};
 use crate::steps::LastVerb;
 use crate::team::{Holdings, Quota, Scope};
-use crate::unit::{Bytes, Geometry};
+use crate::unit::Bytes;
 
 pub use drain::Drained;
 pub use history::{History, PastBranch, PastGeneration};
@@ -51,8 +50,6 @@ pub use usage::{Part, Usage, Usages};
 
 /// How many slots the network is asked to keep ready.
 const SLOTS_READY: usize = 4;
-/// The largest disk: what ext4 has with blocks of 4 KiB unless it is made otherwise, and qcow2 with clusters of 128 KiB.
-const MAX_DISK: Bytes = Bytes::mib(16 << 20);
 /// How many sandboxes are recovered, or forks made, at once.
 const AT_ONCE: usize = 8;
 
@@ -345,106 +342,6 @@ impl Engine {
         self.inspect(id.as_str())
     }
 
-    fn spec(&self, template: &Template, request: &CreateRequest) -> Result<Spec, Error> {
-        let host = &self.shared.host;
-        let first_vmm = || {
-            host.vmms
-                .first()
-                .map(|vmm| vmm.identity().name.clone())
-                .unwrap_or_default()
-        };
-        let first_driver = || {
-            host.volumes
-                .first()
-                .map(|driver| driver.name().to_owned())
-                .unwrap_or_default()
-        };
-        let (captured_vmm, captured_driver) = match &template.content {
-            TemplateContent::Image { .. } => (None, None),
-            TemplateContent::Snapshot { capture } => {
-                let driver = self.shared.catalog.layer_driver(&capture.layer)?;
-                (Some(capture.machine.vmm.name.clone()), Some(driver))
-            }
-        };
-        let vmm = request
-            .vmm
-            .clone()
-            .or(captured_vmm)
-            .unwrap_or_else(first_vmm);
-        let volume_driver = request
-            .volume_driver
-            .clone()
-            .or_else(|| captured_driver.clone())
-            .unwrap_or_else(first_driver);
-        let found = find_vmm(host, &vmm)?;
-        find_volume_driver(host, &volume_driver)?;
-        if let Some(captured) = captured_driver
-            && captured != volume_driver
-        {
-            return Err(Error::Incompatible {
-                what: format!("template {}", template.name),
-                field: "volume driver",
-                captured,
-                here: volume_driver,
-            });
-        }
-        let geometry = Geometry {
-            vcpus: request.vcpus.unwrap_or(template.geometry.vcpus),
-            mem_mib: request.mem_mib.unwrap_or(template.geometry.mem_mib),
-        };
-        check_geometry(
-            geometry,
-            found.capabilities().max_vcpus,
-            self.shared.config.max_mem_mib,
-        )?;
-        let disk_size = request.disk_size.unwrap_or(template.disk_size);
-        if disk_size > MAX_DISK {
-            return Err(Error::Invalid {
-                message: format!("a sandbox cannot have a disk of {disk_size}"),
-                hint: format!("ask for at most {MAX_DISK}"),
-            });
-        }
-        if disk_size < template.disk_size || !disk_size.0.is_multiple_of(512) {
-            return Err(Error::Invalid {
-                message: format!(
-                    "a disk of {disk_size} cannot hold the template's {}",
-                    template.disk_size
-                ),
-                hint: "ask for at least the template's size, in whole sectors of 512 bytes".into(),
-            });
-        }
-        if matches!(template.content, TemplateContent::Snapshot { .. })
-            && (geometry != template.geometry || disk_size != template.disk_size)
-        {
-            return Err(Error::Invalid {
-                message: format!(
-                    "template {} is a snapshot of a machine with {} vCPUs, {} MiB and a disk of {}: it cannot become another",
-                    template.name, template.geometry.vcpus, template.geometry.mem_mib, template.disk_size
-                ),
-                hint: "leave CPUs, memory and disk size out; for another machine, `icebox flatten` a sandbox made from it and create from that template".into(),
-            });
-        }
-        check_history(&request.history)?;
-        let mut env = template.env.clone();
-        env.extend(request.env.clone());
-        Ok(Spec {
-            team: self.scope.team(),
-            template: template.id.clone(),
-            template_name: template.name.to_string(),
-            geometry,
-            disk_size,
-            volume_driver,
-            vmm,
-            kernel: template.kernel.clone(),
-            egress: request.egress,
-            env,
-            login: template.login.clone(),
-            doors: request.doors,
-            metadata: request.metadata.clone(),
-            history: request.history.clone(),
-        })
-    }
-
     /// Boots a stopped sandbox's newest disk.
     pub async fn start(&self, wanted: &str) -> Result<(Outcome, SandboxView), Error> {
         self.with_room(wanted).await?;
@@ -732,25 +629,6 @@ async fn ask<T>(
             TrySendError::Closed(_) => Error::Destroyed,
         })?;
     answer.await.map_err(|_| Error::Destroyed)?
-}
-
-fn check_geometry(geometry: Geometry, max_vcpus: u8, max_mem_mib: u32) -> Result<(), Error> {
-    /// Less does not boot a kernel and an agent.
-    const MIN_MEM_MIB: u32 = 64;
-    let Geometry { vcpus, mem_mib } = geometry;
-    if vcpus == 0 || vcpus > max_vcpus {
-        return Err(Error::Invalid {
-            message: format!("cannot give a sandbox {vcpus} vCPUs"),
-            hint: format!("ask for 1 to {max_vcpus}"),
-        });
-    }
-    if mem_mib < MIN_MEM_MIB || mem_mib > max_mem_mib {
-        return Err(Error::Invalid {
-            message: format!("cannot give a sandbox {mem_mib} MiB of memory"),
-            hint: format!("ask for {MIN_MEM_MIB} to {max_mem_mib}"),
-        });
-    }
-    Ok(())
 }
 
 fn check_history(policy: &HistoryPolicy) -> Result<(), Error> {

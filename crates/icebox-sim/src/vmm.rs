@@ -87,7 +87,10 @@ impl Vmm for SimVmm {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             disk_switch: true,
+            live_save: true,
             differential_save: true,
+            lazy_restore: true,
+            resize: false,
             max_vcpus: 8,
         }
     }

@@ -8,7 +8,7 @@ use crate::commands::reference;
 use crate::commands::{
     attach, audit, checkpoint, completions, copy, create, destroy, doctor, drain, events, exec,
     flatten, fork, gc, history, inspect, kernel, key, list, logs, pause, pool, ps, resume,
-    rollback, shell, snapshot, start, stats, stop, team, template, timeout,
+    rollback, shell, snapshot, start, stats, stop, team, template, timeout, vmm,
 };
 use crate::serve;
 
@@ -105,6 +105,8 @@ pub(crate) enum ClientCommand {
     Template(template::Command),
     #[command(subcommand)]
     Kernel(kernel::Command),
+    #[command(subcommand)]
+    Vmm(vmm::Command),
     #[command(subcommand)]
     Team(team::Command),
     #[command(subcommand)]

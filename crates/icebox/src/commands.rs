@@ -33,6 +33,7 @@ pub(crate) mod stop;
 pub(crate) mod team;
 pub(crate) mod template;
 pub(crate) mod timeout;
+pub(crate) mod vmm;
 
 mod lifetime;
 mod process;
@@ -106,6 +107,7 @@ async fn client(context: &Context, command: ClientCommand) -> Ended {
         ClientCommand::Stats(args) => stats::run(context, &args).await,
         ClientCommand::Events(args) => events::run(context, &args).await,
         ClientCommand::Template(command) => template::run(context, command).await,
+        ClientCommand::Vmm(command) => vmm::run(context, command).await,
         ClientCommand::Kernel(command) => kernel::run(context, command).await,
         ClientCommand::Team(command) => team::run(context, command).await,
         ClientCommand::Key(command) => key::run(context, command).await,

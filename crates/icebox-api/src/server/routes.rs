@@ -7,13 +7,13 @@ use http::header::CONTENT_TYPE;
 use serde_json::{Value, json};
 
 use super::openapi::{self, Routes, delete, get, patch, post, put};
-use super::{access, e2b, events, host, kernels, sandboxes, templates};
+use super::{access, e2b, events, host, kernels, sandboxes, templates, vmms};
 use crate::types::{
     AssignTags, AssignedTags, AuditEntry, AuditRange, BuildEvent, BuildStatus, ChangeLifetime,
     ChangeTeam, ChangeTemplate, ConnectRequest, DrainReport, Event, FilesUpload, Forked, GcReport,
-    GcRequest, History, Kernel, KernelEvent, Key, Logs, MadeKey, MetricsRange, NetworkConfig,
-    NewBuild, NewFork, NewKernel, NewKey, NewRecipe, NewSandbox, NewSnapshot, NewTeam,
-    PauseRequest, RefreshRequest, RemoveTags, Report, RequestedBuild, ResumeRequest,
+    GcRequest, History, HostVmm, Kernel, KernelEvent, Key, Logs, MadeKey, MetricsRange,
+    NetworkConfig, NewBuild, NewFork, NewKernel, NewKey, NewRecipe, NewSandbox, NewSnapshot,
+    NewTeam, PauseRequest, RefreshRequest, RemoveTags, Report, RequestedBuild, ResumeRequest,
     RollbackRequest, SandboxDetail, SandboxMetric, Snapshot, SnapshotInfo, StartBuild, Stats, Team,
     Template, TemplateAlias, TemplateTag, VerbResult, Version,
 };
@@ -447,6 +447,10 @@ fn of_the_host(routes: Routes) -> Routes {
                 .admins()
                 .answers::<DrainReport>(200),
             host::drain,
+        )
+        .add(
+            get("/vmms", "The VMMs that run sandboxes here").answers::<Vec<HostVmm>>(200),
+            vmms::list,
         )
         .add(
             get("/kernels", "All kernels").answers::<Vec<Kernel>>(200),

@@ -54,6 +54,9 @@ pub struct NewBuild {
     /// A shell command that succeeds once the start command is ready.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ready_cmd: Option<String>,
+    /// With a start command: the VMM that it runs on, and so sandboxes created from the template. Absent: the default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vmm: Option<String>,
 }
 
 /// One line of a build's response.

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{Engine, ask, check_geometry};
+use super::spec::check_geometry;
+use super::{Engine, ask};
 use crate::collect;
 use crate::deadline::{self, within};
 use crate::error::Error;

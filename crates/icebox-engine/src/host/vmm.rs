@@ -32,10 +32,17 @@ pub struct VmmIdentity {
 /// What a VMM can do. The engine asks this, never names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capabilities {
-    /// Can switch a running guest's disk to a new head ([`Machine::disk_switch`]).
+    /// Can switch a running guest's disk to a new head ([`Machine::disk_switch`]). Without it, only volume drivers whose
+    /// heads [the host freezes](super::LiveFreeze::ByHost) serve its sandboxes.
     pub disk_switch: bool,
-    /// Can restore a memory that is a base with a diff.
+    /// A guest that was saved can run on.
+    pub live_save: bool,
+    /// Writes and restores a memory that is a base with a diff: a save costs what changed since the restore.
     pub differential_save: bool,
+    /// A restored guest runs before its memory has been read: pages come when it touches them.
+    pub lazy_restore: bool,
+    /// Can give a running guest more or less memory, or more or fewer CPUs.
+    pub resize: bool,
     /// The most virtual CPUs.
     pub max_vcpus: u8,
 }

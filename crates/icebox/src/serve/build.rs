@@ -50,6 +50,7 @@ pub(super) struct Build {
 struct Start {
     command: String,
     ready: Option<String>,
+    vmm: Option<String>,
 }
 
 /// What a build with a start command made on its way, and does not leave.
@@ -77,6 +78,10 @@ impl Build {
             )
             .hint("choose another name, or remove the template first"));
         }
+        if let Some(vmm) = &new.vmm {
+            let there = engine.require_vmm(vmm);
+            there.map_err(|error| translate::error(&error))?;
+        }
         Ok(Self {
             engine,
             workshop,
@@ -87,6 +92,7 @@ impl Build {
             start: new.start_cmd.map(|command| Start {
                 command,
                 ready: new.ready_cmd,
+                vmm: new.vmm,
             }),
         })
     }
@@ -157,6 +163,7 @@ impl Build {
         let request = CreateRequest {
             template: passing.image.id.to_string(),
             name: Some(passing.sandbox.clone()),
+            vmm: start.vmm.clone(),
             ..CreateRequest::default()
         };
         let sandbox = self

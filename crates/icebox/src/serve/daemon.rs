@@ -9,11 +9,11 @@ use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
 use icebox_api::types::{
     AssignTags, AssignedTags, AuditEntry, AuditRange, BuildEvent, BuildStatus, ChangeLifetime,
-    ChangeTeam, DrainReport, Event, Forked, GcReport, GcRequest, History, Kernel, KernelEvent, Key,
-    Limit, MadeKey, MetricsRange, NewBuild, NewFork, NewKernel, NewKey, NewRecipe, NewSandbox,
-    NewSnapshot, NewTeam, Outcome, RemoveTags, Report, RequestedBuild, ResumeRequest,
-    RollbackRequest, SandboxDetail, SandboxMetric, Snapshot, StartBuild, Stats, Team, TeamLimits,
-    Template, TemplateAlias, TemplateTag, VerbResult,
+    ChangeTeam, DrainReport, Event, Forked, GcReport, GcRequest, History, HostVmm, Kernel,
+    KernelEvent, Key, Limit, MadeKey, MetricsRange, NewBuild, NewFork, NewKernel, NewKey,
+    NewRecipe, NewSandbox, NewSnapshot, NewTeam, Outcome, RemoveTags, Report, RequestedBuild,
+    ResumeRequest, RollbackRequest, SandboxDetail, SandboxMetric, Snapshot, StartBuild, Stats,
+    Team, TeamLimits, Template, TemplateAlias, TemplateTag, VerbResult,
 };
 use icebox_api::{ApiError, BoxStream, Daemon, ErrorCode, Pass, Route};
 use icebox_engine::id::{GenerationNo, SandboxId};
@@ -549,6 +549,13 @@ impl Daemon for Icebox {
 
     async fn remove_tags(&self, asked: RemoveTags) -> Result<(), ApiError> {
         self.recipes.untag(&self.engine, &asked).await
+    }
+
+    async fn vmms(&self) -> Result<Vec<HostVmm>, ApiError> {
+        let vmms = self.engine.host().vmms.iter().enumerate();
+        Ok(vmms
+            .map(|(number, vmm)| translate::host_vmm(vmm.as_ref(), number == 0))
+            .collect())
     }
 
     async fn kernels(&self) -> Result<Vec<Kernel>, ApiError> {

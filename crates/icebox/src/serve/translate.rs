@@ -5,12 +5,13 @@
 use std::net::Ipv4Addr;
 
 use icebox_api::types::{
-    Branch, Event, Garbage, GcReport, History, HistoryPolicy, Kind, LastVerb, ListedSandbox,
-    NewSandbox, Now, Outcome, Owner, Part, PastBranch, PastGeneration, Place, SandboxDetail, State,
-    Stats, StepTime, Team, TeamLimits, TeamUse, Template, TemplateKind, Unusable, Vmm,
+    Branch, Event, Garbage, GcReport, History, HistoryPolicy, HostVmm, Kind, LastVerb,
+    ListedSandbox, NewSandbox, Now, Outcome, Owner, Part, PastBranch, PastGeneration, Place,
+    SandboxDetail, State, Stats, StepTime, Team, TeamLimits, TeamUse, Template, TemplateKind,
+    Unusable, Vmm, VmmAbilities,
 };
 use icebox_api::{ApiError, ENVD_VERSION, ErrorCode};
-use icebox_engine::host::{Egress, ErrorKind, HostError, Space, VmmIdentity};
+use icebox_engine::host::{self, Egress, ErrorKind, HostError, Space, VmmIdentity};
 use icebox_engine::id::{Digest, Name};
 use icebox_engine::layout::Object;
 use icebox_engine::manifest::v1;
@@ -481,6 +482,28 @@ fn vmm(identity: &VmmIdentity) -> Vmm {
         version: identity.version.clone(),
         accelerator: identity.accelerator.clone(),
         accelerator_reason: identity.accelerator_reason.clone(),
+    }
+}
+
+/// A VMM of this host.
+pub(super) fn host_vmm(vmm: &dyn host::Vmm, default: bool) -> HostVmm {
+    let (identity, can) = (vmm.identity(), vmm.capabilities());
+    HostVmm {
+        name: identity.name.clone(),
+        default,
+        version: identity.version.clone(),
+        machine: identity.machine.clone(),
+        cpu: identity.cpu.clone(),
+        accelerator: identity.accelerator.clone(),
+        accelerator_reason: identity.accelerator_reason.clone(),
+        abilities: VmmAbilities {
+            live_save: can.live_save,
+            differential_save: can.differential_save,
+            lazy_restore: can.lazy_restore,
+            disk_switch: can.disk_switch,
+            resize: can.resize,
+            max_vcpus: can.max_vcpus,
+        },
     }
 }
 

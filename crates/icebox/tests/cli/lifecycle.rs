@@ -110,6 +110,7 @@ fn json_is_one_document_per_line() {
         .run("--json template ls")
         .run("--json gc")
         .run("--json kernel ls")
+        .run("--json vmm ls")
         .run("--json events --since 0 --no-follow");
     insta::assert_snapshot!(scrub_steps(&transcript.text()));
 }
@@ -165,6 +166,7 @@ fn what_the_host_has() {
     let mut transcript = Transcript::new(&daemon);
     transcript
         .run("doctor")
+        .run("vmm ls")
         .run("kernel ls")
         .run("kernel import");
     insta::assert_snapshot!(transcript.text());

@@ -243,7 +243,10 @@ impl Vmm for Qemu {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             disk_switch: true,
+            live_save: true,
             differential_save: true,
+            lazy_restore: true,
+            resize: false,
             max_vcpus: MAX_VCPUS,
         }
     }

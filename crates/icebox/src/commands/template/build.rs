@@ -54,6 +54,10 @@ pub(crate) struct Args {
     /// With --start-cmd: a shell command that succeeds once it is ready.
     #[arg(long, value_name = "COMMAND", requires = "start_cmd")]
     ready_cmd: Option<String>,
+
+    /// With --start-cmd: run it, and so sandboxes created from the template, on this VMM.
+    #[arg(long, requires = "start_cmd")]
+    vmm: Option<String>,
 }
 
 /// What the root filesystem is made from: exactly one.
@@ -134,6 +138,7 @@ pub(crate) async fn run(context: &Context, mut args: Args) -> Ended {
         memory_mb: args.memory,
         start_cmd: args.start_cmd,
         ready_cmd: args.ready_cmd,
+        vmm: args.vmm,
     };
     let progress = context.output.progress();
     let mut events = std::pin::pin!(context.client.build(&new).await?);

@@ -13,11 +13,11 @@ use futures_util::StreamExt as _;
 use icebox_api::access::Caller;
 use icebox_api::types::{
     AssignTags, AssignedTags, AuditEntry, AuditRange, BuildEvent, BuildStatus, ChangeLifetime,
-    ChangeTeam, DrainReport, Event, Forked, GcReport, GcRequest, History, Kernel, KernelEvent, Key,
-    MadeKey, MetricsRange, NewBuild, NewFork, NewKernel, NewKey, NewRecipe, NewSandbox,
-    NewSnapshot, NewTeam, RemoveTags, Report, RequestedBuild, ResumeRequest, RollbackRequest,
-    SandboxDetail, SandboxMetric, Snapshot, StartBuild, Stats, Team, Template, TemplateAlias,
-    TemplateTag, VerbResult,
+    ChangeTeam, DrainReport, Event, Forked, GcReport, GcRequest, History, HostVmm, Kernel,
+    KernelEvent, Key, MadeKey, MetricsRange, NewBuild, NewFork, NewKernel, NewKey, NewRecipe,
+    NewSandbox, NewSnapshot, NewTeam, RemoveTags, Report, RequestedBuild, ResumeRequest,
+    RollbackRequest, SandboxDetail, SandboxMetric, Snapshot, StartBuild, Stats, Team, Template,
+    TemplateAlias, TemplateTag, VerbResult,
 };
 use icebox_api::{ApiError, BoxStream, Daemon, ErrorBody, Route};
 use jiff::Timestamp;
@@ -371,6 +371,10 @@ impl Daemon for Audited {
                 Err(error)
             }
         }
+    }
+
+    async fn vmms(&self) -> Result<Vec<HostVmm>, ApiError> {
+        self.daemon.vmms().await
     }
 
     async fn kernels(&self) -> Result<Vec<Kernel>, ApiError> {
