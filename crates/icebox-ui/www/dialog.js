@@ -4,13 +4,17 @@ import { why } from './api.js';
 import { button, h } from './dom.js';
 
 const MESSAGE_MS = 6000;
+/** More at once would hide what they are about. */
+const MESSAGES_MAX = 3;
 let ids = 0;
 
 /** Says something for a moment; what went wrong, until it is dismissed. */
 export function say(text, bad = false) {
   const message = h('div', { class: bad ? 'message bad' : 'message' }, h('span', {}, text));
   message.append(button('Dismiss', () => message.remove(), { class: 'quiet' }));
-  document.querySelector('#messages').append(message);
+  const messages = document.querySelector('#messages');
+  messages.append(message);
+  while (messages.childElementCount > MESSAGES_MAX) (messages.querySelector('.message:not(.bad)') ?? messages.firstChild).remove();
   if (!bad) setTimeout(() => message.remove(), MESSAGE_MS);
 }
 

@@ -3,7 +3,7 @@
 import { why } from './api.js';
 import { button, h, setText } from './dom.js';
 import { call, fromBase64, stream } from './envd.js';
-import { span } from './format.js';
+import { micros } from './format.js';
 
 /** What is kept of an output on the page. */
 const SHOWN = 500000;
@@ -48,7 +48,7 @@ export function run(root, { sandboxID: id, title, state }, signal) {
         }
         if (it.end) {
           const how = it.end.exited ? `exit status ${it.end.exitCode ?? 0}` : it.end.status;
-          setText(state_, `Ended after ${span((performance.now() - begun) / 1000)}: ${how}`);
+          setText(state_, `Ended after ${micros(Math.round((performance.now() - begun) * 1000))}: ${how}`);
         }
       }
     } catch (error) {
