@@ -1,8 +1,10 @@
 """Every action of the dashboard, clicked in Chromium, against a daemon whose host is simulated: it has the template `base`,
 and a sandbox `web` at whose address an agent answers."""
 
+import json
 import re
 import time
+import urllib.request
 from pathlib import Path
 
 from page import KEY, URL, expect, run
@@ -284,6 +286,9 @@ def a_command_is_run(it):
     expect(it.page.locator(".output .stdout")).to_have_text("out\n")
     expect(it.page.locator(".output .stderr")).to_have_text("<b>err</b>\n")
     it.picture("run")
+    command.fill("echo $HOME")
+    it.click("Run")
+    expect(it.page.locator(".output")).to_have_text(f"{Path.cwd()}/home\n")
     command.fill("sleep 1000")
     it.page.keyboard.press("Enter")
     it.click("End it")
@@ -379,5 +384,29 @@ STORIES = [
     a_terminal_is_a_terminal,
 ]
 
+
+
+def give_the_guest_a_home():
+    """The agent runs on this host, so its shells would read the profile of whoever runs the tests, and what that
+    starts would be killed with them half-way."""
+    home = Path.cwd() / "home"
+    home.mkdir()
+    asked = urllib.request.Request(f"{URL}/sandboxes/web", headers={"X-API-Key": KEY})
+    web = json.load(urllib.request.urlopen(asked))
+    identity = {"sandbox_id": "web", "template_id": "base", "hostname": "web", "machine_id": "0" * 32}
+    init = {
+        "origin": "boot",
+        "identity": identity,
+        "access_token": web["envdAccessToken"],
+        "env": {"HOME": str(home)},
+        "clock_unix_ns": 0,
+        "entropy": "A" * 64,
+    }
+    agent = f"http://{web['address']}:49983/init"
+    headers = {"X-Access-Token": web["envdAccessToken"], "Content-Type": "application/json"}
+    urllib.request.urlopen(urllib.request.Request(agent, json.dumps(init).encode(), headers)).close()
+
+
 if __name__ == "__main__":
+    give_the_guest_a_home()
     run(*STORIES)
