@@ -121,13 +121,12 @@ fn run(control: &mut UnixStream) -> Result<std::convert::Infallible, Failure> {
             .step(|| format!("enter network namespace {}", namespace.display()))?;
     }
     let files = open_files(&spec.files)?;
-    let stderr = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
-        .open(&spec.stderr)
-        .step(|| format!("open {}", spec.stderr.display()))?;
+    let stderr = open_output(&spec.stderr)?;
     rustix::stdio::dup2_stderr(&stderr).step(|| "redirect stderr".into())?;
+    if let Some(stdout) = &spec.stdout {
+        let stdout = open_output(stdout)?;
+        rustix::stdio::dup2_stdout(&stdout).step(|| "redirect stdout".into())?;
+    }
 
     process::identity_of(std::process::id())
         .and_then(|process| write_pid_file(&spec.pid_file, &process))
@@ -152,6 +151,16 @@ fn run(control: &mut UnixStream) -> Result<std::convert::Infallible, Failure> {
         .env_clear()
         .exec();
     Err(error).step(|| format!("execute {}", spec.program.display()))
+}
+
+/// A FIFO to print into: never waits, and has a reader, so that printing does not fail while no daemon reads.
+fn open_output(path: &Path) -> Result<File, Failure> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
+        .open(path)
+        .step(|| format!("open {}", path.display()))
 }
 
 /// Moves this process into a cgroup by `0`, which means the writer in whatever pid namespace it is.

@@ -66,12 +66,14 @@ pub struct BoxSpec {
     pub file_bytes_max: u64,
     /// Descriptors that the VMM inherits.
     pub files: Vec<OpenFile>,
+    /// Where the VMM's stdout goes, if anywhere: a FIFO like that of stderr. What does not fit into it is lost.
+    pub stdout: Option<PathBuf>,
     /// Where the VMM's stderr goes: a FIFO that somebody else drains.
     pub stderr: PathBuf,
-    /// Files and directories of the host that appear, read-only, in the box.
+    /// Files and directories of the host that appear in the box.
     pub binds: Vec<Bind>,
-    /// Device nodes that appear in the box beside null, zero and urandom, owned by its uid: `/dev/kvm`.
-    pub devices: Vec<PathBuf>,
+    /// Device nodes that appear in the box beside null, zero and urandom, owned by its uid.
+    pub devices: Vec<Node>,
 }
 
 /// One descriptor for the VMM.
@@ -107,15 +109,59 @@ pub enum Source {
     },
 }
 
-/// A host path that the box sees, read-only.
+/// A host path that the box sees.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Bind {
-    /// The host's path. If it is a file of [`BOX_DIRECTORY`], its mode must let everybody read it: the VMM opens it
-    /// by path and has a uid of its own; that nobody else on the host can is the directory's doing.
+    /// The host's path. The VMM opens it by its path in the box, and has a uid of its own. If it is read-only, its mode must
+    /// let everybody read it; that nobody else on the host can is its directory's doing. If it is writable, it must
+    /// belong to that uid.
     pub source: PathBuf,
     /// The absolute path in the box.
     pub target: PathBuf,
+    /// Whether the VMM may write to it.
+    pub writable: bool,
+}
+
+impl Bind {
+    /// What a VMM reads.
+    pub fn read_only(source: impl Into<PathBuf>, target: impl Into<PathBuf>) -> Self {
+        Self {
+            source: source.into(),
+            target: target.into(),
+            writable: false,
+        }
+    }
+
+    /// What a VMM writes to, and nobody else does.
+    pub fn writable(source: impl Into<PathBuf>, target: impl Into<PathBuf>) -> Self {
+        Self {
+            source: source.into(),
+            target: target.into(),
+            writable: true,
+        }
+    }
+}
+
+/// A device of the host that the box has a node of its own for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Node {
+    /// The host's node, or a link to it.
+    pub source: PathBuf,
+    /// The absolute path in the box.
+    pub target: PathBuf,
+}
+
+impl Node {
+    /// A node with the same path in the box.
+    pub fn same(path: impl Into<PathBuf>) -> Self {
+        let path = path.into();
+        Self {
+            source: path.clone(),
+            target: path,
+        }
+    }
 }
 
 /// What the launcher says to the daemon: one JSON document per line.

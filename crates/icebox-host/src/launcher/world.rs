@@ -17,7 +17,7 @@ use rustix::mount::{
 use rustix::process::{chdir, pivot_root};
 
 use super::child::{Failure, Step};
-use super::{BOX_DIRECTORY, Bind, sys};
+use super::{BOX_DIRECTORY, Bind, Node, sys};
 
 /// What any dynamically linked program needs. What the host does not have is left out; a symbolic link (merged /usr)
 /// stays one.
@@ -40,7 +40,7 @@ const TMPFS_OPTIONS: &std::ffi::CStr = c"mode=0755,size=1m,nr_inodes=1024";
 pub(super) fn enter(
     root: &Path,
     binds: &[Bind],
-    devices: &[PathBuf],
+    devices: &[Node],
     uid: u32,
 ) -> Result<(), Failure> {
     sys::unshare_mounts().step(|| "unshare mount namespace".into())?;
@@ -64,28 +64,21 @@ pub(super) fn enter(
         expose_system(root, Path::new(path)).step(|| format!("expose {path} in the box"))?;
     }
     for bind in binds {
-        let readable = |meta: &fs::Metadata| meta.is_dir() || meta.mode() & 0o004 != 0;
         let target = inside(root, &bind.target);
         fs::metadata(&bind.source)
             .and_then(|meta| {
-                if readable(&meta) {
-                    expose(&bind.source, &target, &meta)
-                } else {
-                    Err(io::Error::new(
-                        io::ErrorKind::PermissionDenied,
-                        "its mode keeps the box's uid from reading it; make it 0444 in a private directory",
-                    ))
-                }
+                check_access(bind, &meta, uid)?;
+                expose(&bind.source, &target, &meta, bind.writable)
             })
             .step(|| format!("expose {} in the box", bind.source.display()))?;
     }
     fs::create_dir_all(root.join("dev")).step(|| "create /dev in the box".into())?;
     for path in COMMON_DEVICES {
-        make_device(root, Path::new(path), None).step(|| format!("make {path} in the box"))?;
+        make_device(root, &Node::same(path), None).step(|| format!("make {path} in the box"))?;
     }
-    for path in devices {
-        make_device(root, path, Some(uid))
-            .step(|| format!("make {} in the box", path.display()))?;
+    for node in devices {
+        make_device(root, node, Some(uid))
+            .step(|| format!("make {} in the box", node.target.display()))?;
     }
     mount_remount(
         root,
@@ -116,12 +109,24 @@ fn expose_system(root: &Path, path: &Path) -> io::Result<()> {
     if meta.is_symlink() {
         symlink(fs::read_link(path)?, target)
     } else {
-        expose(path, &target, &meta)
+        expose(path, &target, &meta, false)
     }
 }
 
-/// Binds a file or directory, read-only, to a target that is made for it.
-fn expose(source: &Path, target: &Path, meta: &fs::Metadata) -> io::Result<()> {
+/// Refuses what the VMM could not use, before it says so in its own words.
+fn check_access(bind: &Bind, meta: &fs::Metadata, uid: u32) -> io::Result<()> {
+    let why = match bind.writable {
+        true if meta.uid() != uid => "it does not belong to the box's uid",
+        false if !meta.is_dir() && meta.mode() & 0o004 == 0 => {
+            "its mode keeps the box's uid from reading it; make it 0444 in a private directory"
+        }
+        _ => return Ok(()),
+    };
+    Err(io::Error::new(io::ErrorKind::PermissionDenied, why))
+}
+
+/// Binds a file or directory to a target that is made for it.
+fn expose(source: &Path, target: &Path, meta: &fs::Metadata, writable: bool) -> io::Result<()> {
     if meta.is_dir() {
         fs::create_dir_all(target)?;
     } else {
@@ -133,30 +138,30 @@ fn expose(source: &Path, target: &Path, meta: &fs::Metadata) -> io::Result<()> {
     mount_bind(source, target)?;
     mount_remount(
         target,
-        MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV,
+        if writable {
+            MountFlags::BIND | MountFlags::NOEXEC | MountFlags::NOSUID | MountFlags::NODEV
+        } else {
+            MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV
+        },
         c"",
     )?;
     Ok(())
 }
 
-/// Makes a node of the same device as the host's `path`, for everybody or for one uid.
-fn make_device(root: &Path, path: &Path, owner: Option<u32>) -> io::Result<()> {
-    let meta = fs::metadata(path)?;
-    if !meta.file_type().is_char_device() {
-        return Err(io::Error::other("not a character device"));
-    }
-    let node = inside(root, path);
-    mknodat(
-        CWD,
-        &node,
-        FileType::CharacterDevice,
-        Mode::RUSR | Mode::WUSR,
-        meta.rdev(),
-    )?;
+/// Makes a node of the same device as the host's, for everybody or for one uid.
+fn make_device(root: &Path, node: &Node, owner: Option<u32>) -> io::Result<()> {
+    let meta = fs::metadata(&node.source)?;
+    let kind = match meta.file_type() {
+        kind if kind.is_char_device() => FileType::CharacterDevice,
+        kind if kind.is_block_device() => FileType::BlockDevice,
+        _ => return Err(io::Error::other("not a device")),
+    };
+    let path = inside(root, &node.target);
+    mknodat(CWD, &path, kind, Mode::RUSR | Mode::WUSR, meta.rdev())?;
     match owner {
         // chmod, since mknod applies the umask.
-        None => chmod(&node, Mode::from_raw_mode(0o666))?,
-        Some(uid) => chown(&node, Some(Uid::from_raw(uid)), Some(Gid::from_raw(uid)))?,
+        None => chmod(&path, Mode::from_raw_mode(0o666))?,
+        Some(uid) => chown(&path, Some(Uid::from_raw(uid)), Some(Gid::from_raw(uid)))?,
     }
     Ok(())
 }

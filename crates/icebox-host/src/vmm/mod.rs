@@ -1,17 +1,22 @@
 //! VMMs on Linux: processes that run guests, and what is common to saving their memory.
 //!
-//! A driver implements [`icebox_engine::host::Vmm`]. [`qemu`] is the only one so far. What a guest's memory looks
-//! like on disk, and how changed pages are found from outside the process, does not depend on the VMM and lives in
+//! A driver implements [`icebox_engine::host::Vmm`]. [`qemu`] is the only one so far. What a guest's memory
+//! looks like on disk, and how changed pages are found from outside the process, does not depend on the VMM and lives in
 //! `memory`.
 
+mod console;
 mod memory;
 mod meter;
+mod processes;
 pub mod qemu;
+mod trial;
 
 use std::io;
 use std::path::Path;
 
-use icebox_engine::host::ProcessIdentity;
+use icebox_engine::host::{ErrorKind, HostError, LaunchPlan, ProcessIdentity, Start};
+
+use crate::launcher::Bind;
 
 /// The file of a VMM's runtime directory that says which process it is: its [identity], as JSON, written before it starts.
 ///
@@ -25,4 +30,37 @@ pub(crate) fn read_pid_file(directory: &Path) -> io::Result<Option<ProcessIdenti
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+/// A program outside `/usr` needs its own directory in the box.
+fn program_binds(program: &Path) -> Vec<Bind> {
+    match program.parent() {
+        Some(directory) if !directory.starts_with("/usr") && !directory.starts_with("/bin") => {
+            vec![Bind::read_only(directory, directory)]
+        }
+        _ => Vec::new(),
+    }
+}
+
+/// Refuses a memory of another size than the guest's: a VMM would map part of it, or extend it with nothing (INV-44).
+fn check_memory(plan: &LaunchPlan) -> Result<(), HostError> {
+    let Start::Restore { memory, .. } = &plan.start else {
+        return Ok(());
+    };
+    let length = std::fs::metadata(&memory.base)
+        .map_err(|error| HostError::io(format!("read memory {}", memory.base.display()), error))?
+        .len();
+    let expected = plan.geometry.memory().0;
+    if length == expected {
+        return Ok(());
+    }
+    Err(HostError::new(
+        ErrorKind::Invalid,
+        format!(
+            "memory {} is of a guest with {} MiB, not {} MiB",
+            memory.base.display(),
+            length >> 20,
+            plan.geometry.mem_mib
+        ),
+    ))
 }

@@ -272,6 +272,7 @@ async fn inv_46_a_launcher_whose_daemon_dies_starts_no_vmm() {
         uid: lab.boxes.uid(guest.slot),
         file_bytes_max: 0,
         files: Vec::new(),
+        stdout: None,
         stderr: runtime.join("stderr"),
         binds: Vec::new(),
         devices: Vec::new(),

@@ -9,26 +9,16 @@
 //! another verdict, since what was saved under KVM does not run without. That it does not work is looked at each time.
 
 use std::fmt;
-use std::fs::{self, OpenOptions};
 use std::io;
 use std::path::Path;
-use std::process::Stdio;
 use std::time::Duration;
 
 use icebox_engine::host::{ErrorKind, HostError};
-use tokio::io::AsyncReadExt;
 use tokio::process::Command;
 
 use super::binary::Binary;
 use super::command;
-use crate::fs::{read_bounded, replace_file};
-use crate::launcher;
-
-/// How long a guest may say nothing. A host that stops to run it without an error is only known by that. The longest
-/// silence of one that does run is while its kernel unpacks itself: 0.1 s on hardware, seconds where KVM is emulated.
-const SILENCE_MAX: Duration = Duration::from_secs(10);
-/// How much is read of what a guest says: a kernel's whole boot.
-const OUTPUT_BYTES_MAX: usize = 1 << 20;
+use crate::vmm::trial::{self, SILENCE_MAX, watch};
 
 /// What runs guest code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,8 +92,6 @@ pub(super) async fn choose(
 
 /// The file that remembers what KVM was proven with.
 const PROVEN: &str = "kvm-works";
-/// Bytes of it. Far above what is in it.
-const PROVEN_MAX: u64 = 16 << 10;
 
 /// Runs a guest under KVM, unless that was done since this machine booted. Says what it did, or why KVM does not work.
 async fn prove(
@@ -113,23 +101,12 @@ async fn prove(
     silence: Duration,
     run: &Path,
 ) -> Result<&'static str, String> {
-    let boot = launcher::boot_id().map_err(|error| format!("no boot id: {error}"))?;
-    let proof = serde_json::json!({
-        "boot": boot,
-        "qemu": qemu.path,
-        "version": qemu.version,
-        "kernel": kernel,
-    });
-    let proof = proof.to_string();
-    let known = read_bounded(&run.join(PROVEN), PROVEN_MAX);
-    if known.is_ok_and(|known| known == proof.as_bytes()) {
+    let proof = trial::Proof::of(&qemu.path, &qemu.version, kernel)?;
+    if proof.is_known(run, PROVEN) {
         return Ok(what_ran(kernel));
     }
     let ran = probe(&qemu.path, kernel, device, silence).await?;
-    // Without it, the next daemon looks again.
-    if let Err(error) = replace_file(run, PROVEN, proof.as_bytes()) {
-        tracing::warn!(%error, "that KVM works cannot be remembered");
-    }
+    proof.remember(run, PROVEN);
     Ok(ran)
 }
 
@@ -147,11 +124,7 @@ async fn probe(
     device: &Path,
     silence: Duration,
 ) -> Result<&'static str, String> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(device)
-        .map_err(|error| format!("{} cannot be opened: {error}", device.display()))?;
+    trial::opens(device)?;
     let mut qemu = Command::new(qemu);
     qemu.args([
         "-nodefaults",
@@ -177,11 +150,8 @@ async fn probe(
     match kernel {
         Some(kernel) => {
             qemu.args(["-serial", "chardev:out", "-kernel"]).arg(kernel);
-            qemu.args([
-                "-append",
-                "console=ttyS0 earlyprintk=ttyS0 reboot=t panic=-1 cryptomgr.notests",
-            ]);
-            watch(qemu, b"not syncing: VFS", silence).await?;
+            qemu.args(["-append", trial::COMMAND_LINE]);
+            watch(qemu, trial::NO_ROOT, silence).await?;
         }
         None => {
             qemu.args(["-device", "isa-debugcon,iobase=0x402,chardev=out"]);
@@ -191,82 +161,19 @@ async fn probe(
     Ok(what_ran(kernel))
 }
 
-/// Runs a guest until it says `proof`.
-async fn watch(mut qemu: Command, proof: &[u8], silence: Duration) -> Result<(), String> {
-    let (mut output, mut guest) = io::pipe()
-        .and_then(|(reading, writing)| {
-            let stderr = writing.try_clone()?;
-            qemu.stdin(Stdio::null()).stdout(writing).stderr(stderr);
-            let reading = tokio::net::unix::pipe::Receiver::from_owned_fd(reading.into())?;
-            Ok((reading, qemu.kill_on_drop(true).spawn()?))
-        })
-        .map_err(|error| format!("QEMU cannot be started: {error}"))?;
-    // This process's copies of the writing end: without them, the end of QEMU is the end of the pipe.
-    drop(qemu);
-    let verdict = listen(&mut output, proof, silence).await;
-    if let Err(error) = guest.kill().await {
-        tracing::warn!(%error, "the guest that probed KVM cannot be ended");
-    }
-    verdict
-}
-
-async fn listen(
-    output: &mut tokio::net::unix::pipe::Receiver,
-    proof: &[u8],
-    silence: Duration,
-) -> Result<(), String> {
-    let mut said = Vec::new();
-    loop {
-        let read = tokio::time::timeout(silence, output.read_buf(&mut said)).await;
-        if said.windows(proof.len()).any(|window| window == proof) {
-            return Ok(());
-        }
-        let last = last_line(&said);
-        match read {
-            Err(_) if last.is_empty() => {
-                return Err(format!("a guest under KVM said nothing within {silence:?}"));
-            }
-            Err(_) => {
-                return Err(format!("a guest under KVM stopped after saying {last:?}"));
-            }
-            Ok(Err(error)) => return Err(format!("a guest under KVM cannot be heard: {error}")),
-            Ok(Ok(0)) => return Err(format!("QEMU gave up on KVM: {last}")),
-            Ok(Ok(_)) if last.contains("KVM internal error") => return Err(last),
-            Ok(Ok(_)) if said.len() > OUTPUT_BYTES_MAX => {
-                return Err("a guest under KVM does not stop talking".into());
-            }
-            Ok(Ok(_)) => {}
-        }
-    }
-}
-
-fn last_line(said: &[u8]) -> String {
-    String::from_utf8_lossy(said)
-        .lines()
-        .rfind(|line| !line.trim().is_empty())
-        .map(|line| line.trim().chars().take(200).collect())
-        .unwrap_or_default()
-}
-
 /// What of the CPU a saved state depends on.
 pub(super) fn cpu_identity(accelerator: Accelerator) -> io::Result<String> {
     let model = command::cpu(accelerator);
     match accelerator {
         // The same on every host.
         Accelerator::Tcg => Ok(model.to_owned()),
-        Accelerator::Kvm => {
-            let cpuinfo = fs::read_to_string("/proc/cpuinfo")?;
-            let name = cpuinfo
-                .lines()
-                .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
-                .map_or("unknown", |(_, name)| name);
-            Ok(format!("{model} ({name})"))
-        }
+        Accelerator::Kvm => trial::host_cpu(),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::os::unix::fs::PermissionsExt;
     use std::time::Instant;
 
@@ -308,7 +215,7 @@ mod tests {
         let error = probed("echo 'failed to set MSR 0x10a' >&2; exit 1", kernel)
             .await
             .unwrap_err();
-        assert_eq!(error, "QEMU gave up on KVM: failed to set MSR 0x10a");
+        assert_eq!(error, "the VMM gave up on KVM: failed to set MSR 0x10a");
         let internal = "echo 'KVM internal error. Suberror: 1' >&2; exec sleep 60";
         assert!(
             probed(internal, kernel)

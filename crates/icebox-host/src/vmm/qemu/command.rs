@@ -9,9 +9,10 @@ use icebox_engine::host::{LaunchPlan, Start};
 use icebox_engine::unit::Geometry;
 
 use super::disk::{self, Storage};
-use crate::launcher::{BOX_DIRECTORY, Bind, BoxSpec, OpenFile, Source};
-use crate::vmm::PID_FILE;
+use crate::launcher::{BOX_DIRECTORY, Bind, BoxSpec, Node, OpenFile, Source};
+use crate::vmm::console::{CONSOLE, STDERR};
 use crate::vmm::qemu::Accelerator;
+use crate::vmm::{PID_FILE, program_binds};
 
 /// Which arrangement of devices this program makes. Part of [`VmmIdentity::machine`](icebox_engine::host::VmmIdentity),
 /// so that state saved with another arrangement is refused with an explanation rather than by a crash.
@@ -30,10 +31,6 @@ pub(super) const TRANSLATION_BUFFER_MIB: u32 = 32;
 
 /// Files of one VMM's runtime directory.
 pub(super) const SOCKET: &str = "qmp.sock";
-/// FIFO of the guest's serial console.
-pub(super) const CONSOLE: &str = "console";
-/// FIFO of the VMM's stderr.
-pub(super) const STDERR: &str = "stderr";
 /// The kernel command line, as a QEMU configuration file.
 pub(super) const BOOT_CONFIG: &str = "boot.conf";
 
@@ -108,10 +105,11 @@ pub(super) fn box_spec(
         uid,
         file_bytes_max: storage.head_bytes_max,
         files: command.files,
+        stdout: None,
         stderr: runtime.join(STDERR),
         binds,
         devices: match common.accelerator {
-            Accelerator::Kvm => vec![PathBuf::from("/dev/kvm")],
+            Accelerator::Kvm => vec![Node::same("/dev/kvm")],
             Accelerator::Tcg => Vec::new(),
         },
     }
@@ -142,19 +140,6 @@ pub(super) fn kernel_command_line(
 /// all that QEMU's parser takes.
 pub(super) fn boot_config(command_line: &str) -> String {
     format!("[machine]\n  append = \"{command_line}\"\n")
-}
-
-/// An emulator outside `/usr` needs its own directory in the box.
-fn program_binds(program: &Path) -> Vec<Bind> {
-    match program.parent() {
-        Some(directory) if !directory.starts_with("/usr") && !directory.starts_with("/bin") => {
-            vec![Bind {
-                source: directory.to_owned(),
-                target: directory.to_owned(),
-            }]
-        }
-        _ => Vec::new(),
-    }
 }
 
 /// Arguments, and what they refer to.
@@ -197,10 +182,7 @@ impl Command {
     fn file_in_box(&mut self, name: &str, source: &Path) -> String {
         let target = Path::new(BOX_DIRECTORY).join(name);
         let path = target.display().to_string();
-        self.binds.push(Bind {
-            source: source.to_owned(),
-            target,
-        });
+        self.binds.push(Bind::read_only(source, target));
         path
     }
 

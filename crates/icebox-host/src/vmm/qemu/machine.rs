@@ -19,15 +19,14 @@ use icebox_engine::layout::Layout;
 use icebox_engine::unit::{Bytes, PAGE_SIZE};
 use qapi::qmp::{self, MigrationCapability, MigrationStatus, RunState};
 use rustix::fs::{MemfdFlags, memfd_create};
-use tokio::net::unix::pipe;
 use tokio::sync::watch;
 
-use super::command::{CONSOLE, FDSET_INCOMING, FDSET_SAVE, SOCKET, STDERR};
-use super::console;
+use super::command::{FDSET_INCOMING, FDSET_SAVE, SOCKET};
 use super::disk::{self, DISK_DEVICE, DiskFile};
 use super::qmp::{BlockdevAdd, QUICK, Qmp, QmpError};
 use crate::blocking::blocking;
 use crate::launcher::{Ended, Process};
+use crate::vmm::console::{self, Outputs};
 use crate::vmm::memory::{
     self, Diff, DiffError, GuestRam, ProcessMemory, ProcessMemoryError, SaveError, SaveOutcome,
 };
@@ -46,29 +45,6 @@ const FLIP_DEADLINE: Duration = Duration::from_secs(30);
 const DEAF_PAUSE: Duration = Duration::from_secs(1);
 /// A switch of heads drains the guest's requests in flight first.
 const SWITCH_DEADLINE: Duration = Duration::from_secs(30);
-
-/// Pipes that a VMM prints into, opened before it starts.
-pub(super) struct Outputs {
-    console: pipe::Receiver,
-    stderr: pipe::Receiver,
-}
-
-impl Outputs {
-    /// Makes the FIFOs of a VMM that is about to start, and opens them.
-    pub(super) fn create(runtime: &Path) -> io::Result<Self> {
-        console::make_fifo(&runtime.join(CONSOLE))?;
-        console::make_fifo(&runtime.join(STDERR))?;
-        Self::open(runtime)
-    }
-
-    /// Opens the FIFOs of a VMM that runs.
-    pub(super) fn open(runtime: &Path) -> io::Result<Self> {
-        Ok(Self {
-            console: console::open_fifo(&runtime.join(CONSOLE))?,
-            stderr: console::open_fifo(&runtime.join(STDERR))?,
-        })
-    }
-}
 
 /// A QEMU and the connection to it.
 #[derive(Debug)]

@@ -20,7 +20,6 @@ mod accelerator;
 mod binary;
 mod clock;
 mod command;
-mod console;
 mod disk;
 mod machine;
 mod qmp;
@@ -43,16 +42,16 @@ pub use accelerator::{Accelerator, AcceleratorChoice};
 
 use self::binary::Binary;
 use self::clock::Calibration;
-use self::command::{BOOT_CONFIG, CONSOLE, Common, SOCKET, STDERR};
-use self::machine::{Outputs, QemuMachine};
+use self::command::{BOOT_CONFIG, Common, SOCKET};
+use self::machine::QemuMachine;
 use crate::boxes::HostBoxes;
-use crate::launcher::{Launcher, Process, is_of_the_kernel};
-use crate::vmm::{PID_FILE, read_pid_file};
+use crate::launcher::Launcher;
+use crate::vmm::check_memory;
+use crate::vmm::console::{CONSOLE, Outputs, STDERR};
+use crate::vmm::processes::{self, Processes};
 
 /// From exec to the monitor's greeting: 30 ms on an idle machine.
 const START_DEADLINE: Duration = Duration::from_secs(30);
-/// A killed process may still write out what it has in flight.
-const KILL_DEADLINE: Duration = Duration::from_secs(15);
 /// The most virtual CPUs of a guest: what `microvm` has been tried with.
 const MAX_VCPUS: u8 = 32;
 
@@ -77,6 +76,7 @@ pub struct Qemu {
     launcher: Launcher,
     layout: Layout,
     boxes: Arc<HostBoxes>,
+    processes: Processes,
     calibration: Calibration,
 }
 
@@ -120,50 +120,11 @@ impl Qemu {
             },
             identity,
             launcher: config.launcher,
+            processes: Processes::new(layout.clone(), Arc::clone(&boxes)),
             layout,
             boxes,
             calibration,
         })
-    }
-
-    /// Everything that may be the VMM of this sandbox: recorded, or found by its pid file or its cgroup.
-    fn candidates(
-        &self,
-        sandbox: &SandboxId,
-        recorded: Option<&ProcessIdentity>,
-    ) -> Result<Vec<Process>, HostError> {
-        let failed = |error| HostError::io(format!("find the VMM of sandbox {sandbox}"), error);
-        let mut identities: Vec<ProcessIdentity> = recorded.into_iter().cloned().collect();
-        identities.extend(read_pid_file(&self.layout.vm(sandbox)).map_err(failed)?);
-        let mut found = self.members(sandbox)?;
-        for identity in identities {
-            if found.iter().all(|process| *process.identity() != identity) {
-                found.extend(Process::find(&identity).map_err(failed)?);
-            }
-        }
-        Ok(found)
-    }
-
-    /// The processes in the sandbox's group.
-    ///
-    /// A pid that was read may be anybody's by the time it is used. So each is held first, and the group is asked again:
-    /// who holds a pid, is in the group and has not ended since is a member.
-    fn members(&self, sandbox: &SandboxId) -> Result<Vec<Process>, HostError> {
-        let failed = |error| HostError::io(format!("find the VMM of sandbox {sandbox}"), error);
-        let mut held = Vec::new();
-        for pid in self.boxes.cgroups().pids(sandbox)? {
-            match is_of_the_kernel(pid) {
-                Ok(false) => held.extend(Process::open(pid).map_err(failed)?),
-                Ok(true) => {}
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(failed(error)),
-            }
-        }
-        if !held.is_empty() {
-            let still = self.boxes.cgroups().pids(sandbox)?;
-            held.retain(|process| still.contains(&process.identity().pid) && !process.has_ended());
-        }
-        Ok(held)
     }
 
     async fn start(&self, plan: &LaunchPlan, runtime: &Path) -> Result<QemuMachine, HostError> {
@@ -214,24 +175,6 @@ impl Qemu {
             Start::Restore { memory, .. } => machine.restore(memory).await,
         }
     }
-
-    /// Kills and waits.
-    async fn end(&self, process: &Process) -> Result<(), HostError> {
-        let pid = process.identity().pid;
-        process
-            .kill()
-            .map_err(|error| HostError::io(format!("kill process {pid}"), error))?;
-        tokio::time::timeout(KILL_DEADLINE, process.ended())
-            .await
-            .map_err(|_| {
-                HostError::new(
-                    ErrorKind::Timeout,
-                    format!("process {pid} has not ended {KILL_DEADLINE:?} after SIGKILL"),
-                )
-                .hint("it may be waiting for a disk or network file system that does not answer")
-            })?;
-        Ok(())
-    }
 }
 
 #[async_trait]
@@ -257,7 +200,7 @@ impl Vmm for Qemu {
         match self.begin(&plan, &machine).await {
             Ok(()) => Ok(Arc::new(machine)),
             Err(error) => {
-                self.end(machine.watched()).await?;
+                processes::end(machine.watched()).await?;
                 Err(error)
             }
         }
@@ -268,19 +211,11 @@ impl Vmm for Qemu {
         sandbox: &SandboxId,
         recorded: Option<&ProcessIdentity>,
     ) -> Result<Option<Arc<dyn Machine>>, HostError> {
-        let failed = |error| HostError::io(format!("find the VMM of sandbox {sandbox}"), error);
-        let mut found = self.candidates(sandbox, recorded)?;
-        found.retain(|process| !process.has_ended());
-        let Some(process) = found.pop() else {
+        let Some(process) = self.processes.running(sandbox, recorded)? else {
             return Ok(None);
         };
-        if !found.is_empty() {
-            return Err(HostError::new(
-                ErrorKind::Other,
-                format!("sandbox {sandbox} has {} VMMs", found.len() + 1),
-            ));
-        }
-        let outputs = Outputs::open(&self.layout.vm(sandbox)).map_err(failed)?;
+        let outputs = Outputs::open(&self.layout.vm(sandbox))
+            .map_err(|error| HostError::io(format!("find the VMM of sandbox {sandbox}"), error))?;
         let machine = QemuMachine::watch(sandbox, process, outputs, &self.layout);
         // To hear the guest's end. A monitor that does not answer now is no reason to lose the machine: whatever is
         // asked of it later has its own deadline.
@@ -295,48 +230,10 @@ impl Vmm for Qemu {
         sandbox: &SandboxId,
         recorded: Option<&ProcessIdentity>,
     ) -> Result<Removed, HostError> {
-        let failed = |error| HostError::io(format!("kill the VMM of sandbox {sandbox}"), error);
-        let found = self.candidates(sandbox, recorded)?;
-        for process in &found {
-            self.end(process).await?;
-        }
-        let runtime = self.layout.vm(sandbox);
-        for file in [PID_FILE, SOCKET, CONSOLE, STDERR, BOOT_CONFIG] {
-            match std::fs::remove_file(runtime.join(file)) {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(failed(error)),
-            }
-        }
-        Ok(if found.is_empty() {
-            Removed::AlreadyAbsent
-        } else {
-            Removed::Removed
-        })
+        self.processes
+            .kill(sandbox, recorded, &[SOCKET, CONSOLE, STDERR, BOOT_CONFIG])
+            .await
     }
-}
-
-/// Refuses a memory of another size than the guest's: QEMU would map part of it, or extend it with nothing (INV-44).
-fn check_memory(plan: &LaunchPlan) -> Result<(), HostError> {
-    let Start::Restore { memory, .. } = &plan.start else {
-        return Ok(());
-    };
-    let length = std::fs::metadata(&memory.base)
-        .map_err(|error| HostError::io(format!("read memory {}", memory.base.display()), error))?
-        .len();
-    let expected = plan.geometry.memory().0;
-    if length == expected {
-        return Ok(());
-    }
-    Err(HostError::new(
-        ErrorKind::Invalid,
-        format!(
-            "memory {} is of a guest with {} MiB, not {} MiB",
-            memory.base.display(),
-            length >> 20,
-            plan.geometry.mem_mib
-        ),
-    ))
 }
 
 /// Readable by the box's uid, which sees it under a bind mount; nobody else on the host can enter its directory.

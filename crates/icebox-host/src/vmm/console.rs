@@ -1,6 +1,6 @@
 //! What a guest and its VMM print, bounded.
 //!
-//! Both are under the guest's control, so neither may go straight to a file. QEMU writes into FIFOs, of which it
+//! Both are under the guest's control, so neither may go straight to a file. A VMM writes into FIFOs, of which it
 //! holds a reading end too: while no daemon runs, what it prints waits in the kernel's pipe buffer, and beyond that
 //! is dropped. The daemon drains the console into a file of at most [`LOG_BYTES_MAX`] and keeps the end of stderr
 //! for error messages.
@@ -16,12 +16,40 @@ use tokio::net::unix::pipe;
 use crate::launcher::Process;
 
 /// Largest console log. When it is reached, the older half goes.
-pub(super) const LOG_BYTES_MAX: u64 = 1 << 20;
+pub(crate) const LOG_BYTES_MAX: u64 = 1 << 20;
 /// How much of stderr is kept.
 const TAIL_BYTES_MAX: usize = 4 << 10;
 
+/// FIFO of the guest's serial console, in the VMM's runtime directory.
+pub(crate) const CONSOLE: &str = "console";
+/// FIFO of the VMM's stderr.
+pub(crate) const STDERR: &str = "stderr";
+
+/// Pipes that a VMM prints into, opened before it starts.
+pub(crate) struct Outputs {
+    pub(crate) console: pipe::Receiver,
+    pub(crate) stderr: pipe::Receiver,
+}
+
+impl Outputs {
+    /// Makes the FIFOs of a VMM that is about to start, and opens them.
+    pub(crate) fn create(runtime: &Path) -> io::Result<Self> {
+        make_fifo(&runtime.join(CONSOLE))?;
+        make_fifo(&runtime.join(STDERR))?;
+        Self::open(runtime)
+    }
+
+    /// Opens the FIFOs of a VMM that runs.
+    pub(crate) fn open(runtime: &Path) -> io::Result<Self> {
+        Ok(Self {
+            console: open_fifo(&runtime.join(CONSOLE))?,
+            stderr: open_fifo(&runtime.join(STDERR))?,
+        })
+    }
+}
+
 /// Makes a FIFO that only root can open, replacing what an earlier VMM left.
-pub(super) fn make_fifo(path: &Path) -> io::Result<()> {
+pub(crate) fn make_fifo(path: &Path) -> io::Result<()> {
     match std::fs::remove_file(path) {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -32,7 +60,7 @@ pub(super) fn make_fifo(path: &Path) -> io::Result<()> {
 }
 
 /// Opens the daemon's end of a FIFO. Read-write, so that it has no end of file before QEMU is there.
-pub(super) fn open_fifo(path: &Path) -> io::Result<pipe::Receiver> {
+pub(crate) fn open_fifo(path: &Path) -> io::Result<pipe::Receiver> {
     pipe::OpenOptions::new()
         .read_write(true)
         .open_receiver(path)
@@ -79,7 +107,7 @@ impl Output {
 
 /// Keeps the console's log until the VMM ends. A log that cannot be written is given up with a warning; the FIFO is
 /// drained all the same.
-pub(super) async fn keep_log(fifo: pipe::Receiver, process: Process, path: PathBuf) {
+pub(crate) async fn keep_log(fifo: pipe::Receiver, process: Process, path: PathBuf) {
     let given_up = |error: io::Error| {
         tracing::warn!(path = %path.display(), %error, "console log given up");
     };
@@ -102,7 +130,7 @@ pub(super) async fn keep_log(fifo: pipe::Receiver, process: Process, path: PathB
 }
 
 /// Collects the end of stderr until the VMM ends.
-pub(super) async fn keep_tail(fifo: pipe::Receiver, process: Process) -> String {
+pub(crate) async fn keep_tail(fifo: pipe::Receiver, process: Process) -> String {
     let mut tail = Vec::new();
     let mut output = Output::new(fifo, process);
     loop {
