@@ -238,6 +238,13 @@ impl Layout {
             .join("console.log")
     }
 
+    /// Where a VMM that writes saves by itself does so: room for a whole memory, on the file system where it is kept. Empty
+    /// between saves.
+    #[must_use]
+    pub fn save_area(&self, sandbox: &SandboxId) -> PathBuf {
+        self.object(&Object::Sandbox(sandbox.clone())).join("save")
+    }
+
     /// The runtime directory of one sandbox's VMM. Short: a socket's path must stay under 108 bytes.
     #[must_use]
     pub fn vm(&self, sandbox: &SandboxId) -> PathBuf {

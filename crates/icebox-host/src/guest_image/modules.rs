@@ -25,9 +25,9 @@ const REQUIRED: [&str; 6] = [
     "virtio_balloon",
     "ext4",
 ];
-/// Taken if the kernel has them: the notice that a guest was restored (in Linux since 5.18), and what the agent closes
+/// Taken if the kernel has them: the bus of VMMs that have PCI, the notice that a guest was restored (in Linux since 5.18), and what the agent closes
 /// stale connections with.
-const OPTIONAL: [&str; 2] = ["vmgenid", "tcp_diag"];
+const OPTIONAL: [&str; 3] = ["virtio_pci", "vmgenid", "tcp_diag"];
 /// The largest module that is still plausible. Bounds what a compressed one may unpack to.
 const MODULE_BYTES: u64 = 64 << 20;
 

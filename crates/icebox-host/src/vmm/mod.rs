@@ -1,13 +1,15 @@
 //! VMMs on Linux: processes that run guests, and what is common to saving their memory.
 //!
-//! A driver implements [`icebox_engine::host::Vmm`]. [`qemu`] is the only one so far. What a guest's memory
+//! A driver implements [`icebox_engine::host::Vmm`]. [`qemu`] and [`cloud_hypervisor`] do. What a guest's memory
 //! looks like on disk, and how changed pages are found from outside the process, does not depend on the VMM and lives in
 //! `memory`.
 
+pub mod cloud_hypervisor;
 mod console;
 mod memory;
 mod meter;
 mod processes;
+mod program;
 pub mod qemu;
 mod trial;
 

@@ -158,6 +158,7 @@ struct File {
     domain: Option<String>,
     agent: Option<PathBuf>,
     qemu: Option<PathBuf>,
+    cloud_hypervisor: Option<PathBuf>,
     accelerator: Option<Accelerator>,
     volume_driver: Option<String>,
     drain_on_stop: Option<bool>,
@@ -251,6 +252,7 @@ pub(crate) struct Config {
     pub(crate) domain: Option<String>,
     pub(crate) agent: Option<PathBuf>,
     pub(crate) qemu: Option<PathBuf>,
+    pub(crate) cloud_hypervisor: Option<PathBuf>,
     pub(crate) accelerator: Accelerator,
     pub(crate) volume_driver: Option<String>,
     pub(crate) drain_on_stop: bool,
@@ -336,6 +338,7 @@ impl Config {
                 .map(absolute)
                 .transpose()?,
             qemu: file.qemu,
+            cloud_hypervisor: file.cloud_hypervisor,
             accelerator: file.accelerator.unwrap_or_default(),
             volume_driver: file.volume_driver,
             drain_on_stop: file.drain_on_stop.unwrap_or(false),

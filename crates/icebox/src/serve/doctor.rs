@@ -1,5 +1,7 @@
 //! What works on this host: each thing that sandboxes need, how it was found out, and what to do if it does not.
 
+use std::sync::Arc;
+
 use icebox_api::types::{Check, CheckResult};
 use icebox_engine::host::{Boxes, ErrorKind, Host, HostError, Space, Vmm};
 use icebox_engine::unit::Bytes;
@@ -64,6 +66,26 @@ pub(super) fn vmm(vmm: &dyn Vmm) -> [Check; 2] {
             format!("{}: {}", it.accelerator, it.accelerator_reason),
         ),
     ]
+}
+
+/// A VMM by its name, and the VMM if it works.
+pub(super) type TriedVmm = (&'static str, Result<Arc<dyn Vmm>, HostError>);
+
+/// What looking for VMMs came to, in the order of preference. One that is not there leaves others, unless it is among
+/// those that the settings ask for or none is left.
+pub(super) fn vmms(tried: Vec<TriedVmm>, named: &[&str]) -> Vec<Check> {
+    let some_work = tried.iter().any(|(_, result)| result.is_ok());
+    let mut checks = Vec::new();
+    for (name, result) in tried {
+        match result {
+            Ok(it) => checks.extend(vmm(it.as_ref())),
+            Err(error) if some_work && !named.contains(&name) => {
+                checks.push(absent(name, &error));
+            }
+            Err(error) => checks.push(fails(name, &error)),
+        }
+    }
+    checks
 }
 
 /// A volume driver by its name, and whether it worked.

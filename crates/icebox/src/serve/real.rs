@@ -1,7 +1,7 @@
 //! This machine as the ground that sandboxes run on: every part found, tried and put together once, at start.
 //!
 //! ```text
-//!   store (lock) -> kernels -> boxes -> QEMU and its accelerator -> volume drivers that work -> network
+//!   store (lock) -> kernels -> boxes -> VMMs that run a guest -> volume drivers that work -> network
 //! ```
 //! The store comes first: its lock is what makes this daemon the only one that touches the rest. The network comes last:
 //! its rules are on the host from then on, and a daemon that refuses to serve leaves none.
@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use icebox_api::types::{Check, Report};
 use icebox_engine::host::{
-    ErrorKind, Host, HostError, Kernels as _, Network as _, SystemClock, VolumeDriver,
+    ErrorKind, Host, HostError, Kernels as _, Network as _, SystemClock, Vmm, VolumeDriver,
 };
 use icebox_engine::layout::Layout;
 use icebox_host::boxes::{DEFAULT_FIRST_UID, HostBoxes};
@@ -26,11 +26,12 @@ use icebox_host::journal::SqliteJournal;
 use icebox_host::launcher::Launcher;
 use icebox_host::network::{NetworkConfig, NetworkSlots};
 use icebox_host::store::FileStore;
-use icebox_host::vmm::qemu::{Qemu, QemuConfig};
+use icebox_host::vmm::cloud_hypervisor::{self, CloudHypervisor, CloudHypervisorConfig};
+use icebox_host::vmm::qemu::{self, Qemu, QemuConfig};
 use icebox_host::volume::{DmSnapshot, Qcow2, Reflink, Scratch, Zfs, exercise};
 use ipnet::Ipv4Net;
 
-use super::config::Config;
+use super::config::{Accelerator, Config};
 use super::{Fixtures, Ground, doctor};
 use crate::failure::Failure;
 use workshop::RealWorkshop;
@@ -71,10 +72,9 @@ pub(super) async fn ground(config: &Config, layout: &Layout) -> Result<Ground, F
     let kernels = KernelStore::new(places.clone(), agent, None);
     let instance = instance(layout);
     let boxes = boxes(layout, &instance);
-    let qemu = find_qemu(config, layout, Arc::clone(&boxes), &kernels)
-        .await
-        .map_err(|error| failed(&error))?;
-    let (volumes, findings) = volumes(config, layout, &instance).await?;
+    let (vmms, mut findings) = vmms(config, layout, &boxes, &kernels).await?;
+    let (volumes, unused) = volumes(config, layout, &instance).await?;
+    findings.extend(unused);
     let network = NetworkSlots::open(network(config, instance)?)
         .await
         .map_err(|error| failed(&error))?;
@@ -82,7 +82,7 @@ pub(super) async fn ground(config: &Config, layout: &Layout) -> Result<Ground, F
     let host = Host {
         store: Arc::new(store),
         volumes,
-        vmms: vec![Arc::new(qemu)],
+        vmms,
         journal: Arc::new(journal),
         clock: Arc::new(SystemClock),
         network: network.clone(),
@@ -127,10 +127,8 @@ pub(super) async fn survey(config: &Config) -> Report {
     let instance = instance(&layout);
     let boxes = boxes(&layout, &instance);
     checks.push(doctor::limits(boxes.as_ref()));
-    match find_qemu(config, &layout, boxes, &kernels).await {
-        Ok(qemu) => checks.extend(doctor::vmm(&qemu)),
-        Err(error) => checks.push(doctor::fails("qemu", &error)),
-    }
+    let tried = try_vmms(config, &layout, &boxes, &kernels).await;
+    checks.extend(doctor::vmms(tried, &named_vmms(config)));
     let volumes = all_volumes(config, &layout, &instance);
     let network = async {
         let config = network(config, instance).map_err(|failure| {
@@ -261,25 +259,81 @@ fn boxes(layout: &Layout, instance: &Instance) -> Arc<HostBoxes> {
     Arc::new(HostBoxes::new(layout.clone(), cgroups, DEFAULT_FIRST_UID))
 }
 
-async fn find_qemu(
+/// The VMMs that there are, the default first, and which of them work.
+async fn try_vmms(
     config: &Config,
     layout: &Layout,
-    boxes: Arc<HostBoxes>,
+    boxes: &Arc<HostBoxes>,
     kernels: &KernelStore,
-) -> Result<Qemu, HostError> {
+) -> Vec<doctor::TriedVmm> {
     // A real kernel shows what a stub does not: some hosts' KVM runs the first instructions and fails later.
     let imported = match kernels.default_kernel().await {
         Ok(kernel) => kernels.boot_files(&kernel).await.ok(),
         Err(_) => None,
     };
     let probe_kernel = imported.map(|files| files.kernel).or_else(host_kernel);
-    let config = QemuConfig {
+    let qemu = QemuConfig {
         program: config.qemu.clone(),
         accelerator: config.accelerator.clone().into(),
+        probe_kernel: probe_kernel.clone(),
+        launcher: Launcher::this_program(),
+    };
+    let qemu = Qemu::find(qemu, layout.clone(), Arc::clone(boxes)).await;
+    let other = CloudHypervisorConfig {
+        program: config.cloud_hypervisor.clone(),
         probe_kernel,
         launcher: Launcher::this_program(),
     };
-    Qemu::find(config, layout.clone(), boxes).await
+    let other = CloudHypervisor::find(other, layout.clone(), Arc::clone(boxes)).await;
+    vec![
+        (
+            qemu::NAME,
+            qemu.map(|found| Arc::new(found) as Arc<dyn Vmm>),
+        ),
+        (
+            cloud_hypervisor::NAME,
+            other.map(|found| Arc::new(found) as Arc<dyn Vmm>),
+        ),
+    ]
+}
+
+/// The VMMs that the settings ask for.
+fn named_vmms(config: &Config) -> Vec<&'static str> {
+    let asks_for_qemu = config.qemu.is_some() || config.accelerator != Accelerator::default();
+    let named = [
+        (asks_for_qemu, qemu::NAME),
+        (config.cloud_hypervisor.is_some(), cloud_hypervisor::NAME),
+    ];
+    let named = named.into_iter();
+    named
+        .filter_map(|(is_named, name)| is_named.then_some(name))
+        .collect()
+}
+
+/// The VMMs that work here, the default first; and what is to be said of the others.
+async fn vmms(
+    config: &Config,
+    layout: &Layout,
+    boxes: &Arc<HostBoxes>,
+    kernels: &KernelStore,
+) -> Result<(Vec<Arc<dyn Vmm>>, Vec<Check>), Failure> {
+    let named = named_vmms(config);
+    let (mut working, mut findings, mut first_failure) = (Vec::new(), Vec::new(), None);
+    for (name, tried) in try_vmms(config, layout, boxes, kernels).await {
+        match tried {
+            Ok(vmm) => working.push(vmm),
+            // What was asked for and does not work is no reason to take something else (INV-26).
+            Err(error) if named.contains(&name) => return Err(failed(&error)),
+            Err(error) => {
+                findings.push(doctor::absent(name, &error));
+                first_failure.get_or_insert(error);
+            }
+        }
+    }
+    match first_failure {
+        Some(error) if working.is_empty() => Err(failed(&error)),
+        _ => Ok((working, findings)),
+    }
 }
 
 /// The kernel that this machine booted, where distributions leave it.

@@ -17,7 +17,7 @@ mod save;
 
 pub(crate) use diff::{Diff, DiffError};
 pub(crate) use process::{GuestRam, ProcessMemory, ProcessMemoryError};
-pub(crate) use save::{SaveError, SaveOutcome, save};
+pub(crate) use save::{SaveError, SaveOutcome, save, save_file};
 
 use icebox_engine::unit::PAGE_SIZE;
 

@@ -12,7 +12,7 @@ use icebox_engine::unit::PAGE_SIZE;
 use super::diff::DiffWriter;
 use super::process::ProcessMemoryError;
 use super::{GuestRam, PAGE, ProcessMemory, ZERO_PAGE};
-use crate::fs::{punch, sparse_copy};
+use crate::fs::{clamp_usize, punch, sparse_copy};
 
 /// Pages per read of the process's memory: 1 MiB.
 const BATCH_PAGES: usize = 256;
@@ -140,6 +140,39 @@ fn save_full(
         pages: SavedPages::Full,
         changed,
         zero: writer.finish().map_err(failed)?,
+        allocated: allocated(&file).map_err(failed)?,
+    })
+}
+
+/// Writes the memory that a VMM has saved to a file of its own, `length` bytes of it, into `directory`: what is not zero.
+///
+/// As with [`save`], readable by everybody, not writable and not durable. Blocks for as long as that takes to read.
+pub(crate) fn save_file(
+    memory: &File,
+    length: u64,
+    directory: &Path,
+) -> Result<SaveOutcome, SaveError> {
+    let path = directory.join(MEMORY_BASE);
+    let file = create(&path)?;
+    let failed = |source| failed("write", &path, source);
+    file.set_len(length).map_err(failed)?;
+    let mut writer = BaseWriter::new(&file, false);
+    let mut batch = vec![0; BATCH_PAGES * PAGE_SIZE];
+    let pages = length / PAGE;
+    for first in (0..pages).step_by(BATCH_PAGES) {
+        let count = BATCH_PAGES.min(clamp_usize(pages - first));
+        let bytes = &mut batch[..count * PAGE_SIZE];
+        memory.read_exact_at(bytes, first * PAGE).map_err(failed)?;
+        for (number, page) in (first..).zip(bytes.chunks_exact(PAGE_SIZE)) {
+            writer.push(number, page).map_err(failed)?;
+        }
+    }
+    let zero = writer.finish().map_err(failed)?;
+    Ok(SaveOutcome {
+        pages: SavedPages::Full,
+        // Which of the zero pages the guest ever touched, nobody knows.
+        changed: pages - zero,
+        zero: 0,
         allocated: allocated(&file).map_err(failed)?,
     })
 }
@@ -291,6 +324,31 @@ mod tests {
             [7, 7, 0, 8, 7, 7, 0, 0, 0, 9]
         );
         assert_eq!(file.metadata().unwrap().len(), 600 * PAGE);
+    }
+
+    #[test]
+    fn inv_29_of_a_vmms_own_save_everything_but_zeros_is_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let saved = tempfile::tempfile().unwrap();
+        let pages = 2 * BATCH_PAGES as u64 + 3;
+        let written = [0, 1, BATCH_PAGES as u64, pages - 1];
+        saved.write_all_at(&[0; 8 * PAGE_SIZE], 8 * PAGE).unwrap();
+        for number in written {
+            saved.write_all_at(&[7; PAGE_SIZE], number * PAGE).unwrap();
+        }
+        let outcome = save_file(&saved, pages * PAGE, directory.path()).unwrap();
+        assert_eq!(outcome.pages, SavedPages::Full);
+        assert_eq!(outcome.changed, written.len() as u64);
+        assert!(outcome.allocated <= 64 << 10, "{outcome:?}");
+        let path = directory.path().join(MEMORY_BASE);
+        let mut whole = vec![0; usize::try_from(pages).unwrap() * PAGE_SIZE];
+        saved.read_exact_at(&mut whole, 0).unwrap();
+        assert!(std::fs::read(&path).unwrap() == whole);
+        assert_eq!(path.metadata().unwrap().mode() & 0o777, 0o444);
+
+        // One that was cut short is no memory.
+        let other = tempfile::tempdir().unwrap();
+        assert!(save_file(&saved, (pages + 1) * PAGE, other.path()).is_err());
     }
 
     #[test]

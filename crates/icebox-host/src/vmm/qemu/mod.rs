@@ -50,6 +50,9 @@ use crate::vmm::check_memory;
 use crate::vmm::console::{CONSOLE, Outputs, STDERR};
 use crate::vmm::processes::{self, Processes};
 
+/// What manifests and users call it.
+pub const NAME: &str = "qemu";
+
 /// From exec to the monitor's greeting: 30 ms on an idle machine.
 const START_DEADLINE: Duration = Duration::from_secs(30);
 /// The most virtual CPUs of a guest: what `microvm` has been tried with.
@@ -101,7 +104,7 @@ impl Qemu {
         )
         .await?;
         let identity = VmmIdentity {
-            name: "qemu".into(),
+            name: NAME.into(),
             version: binary.version,
             machine: format!(
                 "{} revision {}",
