@@ -5,6 +5,7 @@
 //!   settings, suite                what it is told
 //!   target/…                       test executables and what they start, at their places in the build directory
 //!   cache/…, agent                 what guests are made of
+//!   vmm/…                          the VMMs that were given
 //!   vmlinuz                        the machine's own kernel, for a guest in it
 //!   out/status, out/skipped        what it says
 //! ```
@@ -38,6 +39,7 @@ const USUAL: &[&[Call]] = &[
         (SYSTEM, &["drivers::dm-snapshot"]),
         (SYSTEM, &["drivers::zfs"]),
         (SYSTEM, &["drivers::reflink"]),
+        (SYSTEM, &["vmms::reflink"]),
     ],
 ];
 /// Everything.
@@ -49,6 +51,8 @@ const FULL: &[&[Call]] = &[
         (SYSTEM, &["::reflink::"]),
     ],
 ];
+/// Names the Cloud Hypervisor to bring; without it, its tests are skipped.
+const CLOUD_HYPERVISOR: &str = "ICEBOX_CLOUD_HYPERVISOR";
 /// The one with the tests of power cuts.
 const POWER_CUT: &str = SYSTEM;
 /// Makes what guests are made of.
@@ -250,6 +254,14 @@ impl Suite {
             fixtures.pack(&staging)?;
         }
         bring(&image.vmlinuz(), &staging.join("vmlinuz"))?;
+        let cloud_hypervisor = match std::env::var_os(CLOUD_HYPERVISOR) {
+            Some(program) if !program.is_empty() => {
+                let inside = "vmm/cloud-hypervisor";
+                bring(Path::new(&program), &staging.join(inside))?;
+                format!("/mnt/{inside}")
+            }
+            _ => String::new(),
+        };
         let write = |name: &str, text: &str| {
             let path = staging.join(name);
             fs::write(&path, text).map_err(at("write", &path))
@@ -258,6 +270,7 @@ impl Suite {
         let settings = [
             ("TARGET", &*target.to_string_lossy()),
             ("MODE", mode.name()),
+            (CLOUD_HYPERVISOR, &cloud_hypervisor),
             (
                 "ICEBOX_TEST_POWER_CUT",
                 match task {

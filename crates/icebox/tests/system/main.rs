@@ -18,6 +18,9 @@ type Test = (&'static str, fn(&mut Site), &'static [Driver]);
 /// A table of tests: those that every driver must pass, and those that have nothing to do with disks, shared out.
 macro_rules! tests {
     (@drivers every) => { &$crate::Driver::ALL };
+    (@drivers by_host) => {
+        &[$crate::Driver::DmSnapshot, $crate::Driver::Zfs, $crate::Driver::Reflink]
+    };
     (@drivers qcow2) => { &[$crate::Driver::Qcow2] };
     (@drivers reflink) => { &[$crate::Driver::Reflink] };
     ($($drivers:ident: $($test:ident),+;)+) => {
@@ -46,6 +49,7 @@ mod site;
 mod space;
 mod steps;
 mod time;
+mod vmms;
 
 use std::num::NonZero;
 use std::process::ExitCode;
@@ -73,6 +77,7 @@ fn main() -> ExitCode {
         (steps::NAME, steps::TESTS),
         ("time", time::TESTS),
         (sdk::NAME, sdk::TESTS),
+        (vmms::NAME, vmms::TESTS),
     ];
     let tests = suites
         .iter()
@@ -80,8 +85,12 @@ fn main() -> ExitCode {
     for (suite, &(name, test, drivers)) in tests {
         for &driver in drivers {
             let name = format!("{suite}::{}::{name}", driver.name());
-            let runs =
-                driver.can_run(&name) && (*suite != steps::NAME || steps::runs(driver, &name));
+            let runs = driver.can_run(&name)
+                && match *suite {
+                    steps::NAME => steps::runs(driver, &name),
+                    vmms::NAME => vmms::can_run(&name),
+                    _ => true,
+                };
             let lane = match *suite {
                 sdk::NAME => lane::of_programs(),
                 _ => lane::of_driver(driver),

@@ -32,7 +32,7 @@ pub(crate) const COLD: &str = "cold";
 pub(crate) const WARM: &str = "warm";
 
 /// Counts in its memory every [`TICK`], and shows its pid, the count and a checksum of a MiB of its memory in a file.
-const COUNTER: &str = r#"exec python3 -c '
+pub(crate) const COUNTER: &str = r#"exec python3 -c '
 import os, time, zlib
 memory = bytearray(os.urandom(1 << 20))
 count = 0
@@ -205,6 +205,9 @@ impl Site {
         // Where guests are known to run under KVM, nothing else will do.
         if let Ok(accelerator) = std::env::var("ICEBOX_TEST_ACCELERATOR") {
             settings.insert_str(0, &format!("accelerator = {accelerator:?}\n"));
+        }
+        if let Some(program) = crate::vmms::cloud_hypervisor() {
+            settings.insert_str(0, &format!("cloud_hypervisor = {program:?}\n"));
         }
         if let Some(dataset) = &self.traces.dataset {
             settings.push_str(&format!("[zfs]\ndataset = {dataset:?}\n"));
