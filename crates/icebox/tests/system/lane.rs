@@ -2,10 +2,15 @@
 
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use crate::sdk;
-use crate::site::{Driver, Site};
+use crate::site::{Driver, Site, patience};
+
+/// Longer than any test takes. One that runs into it hangs, and nobody else would say which.
+const LONGEST: Duration = Duration::from_mins(10);
 
 /// A site that tests share, started by the first that needs it. Whoever waits with the lowest number is next, so that tests
 /// run in their order however many wait at once.
@@ -55,6 +60,23 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Ends this process if `work` does not end.
+#[expect(clippy::exit, reason = "a thread that hangs cannot be ended alone")]
+fn watched<T>(name: &str, work: impl FnOnce() -> T) -> T {
+    let (ended, end) = mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            if end.recv_timeout(patience(LONGEST)) == Err(RecvTimeoutError::Timeout) {
+                eprintln!("{name} hangs: FAILED");
+                std::process::exit(101);
+            }
+        });
+        let done = work();
+        drop(ended);
+        done
+    })
+}
+
 impl Lane {
     const fn new(start: fn() -> Site) -> Self {
         Self {
@@ -69,7 +91,7 @@ impl Lane {
     }
 
     /// Runs the `number`th test on this lane's site, between two looks at the host, when it is its turn.
-    pub(crate) fn run(&self, number: usize, test: impl FnOnce(&mut Site)) {
+    pub(crate) fn run(&self, number: usize, name: &str, test: impl FnOnce(&mut Site)) {
         let mut queue = locked(&self.queue);
         queue.waiting.insert(number);
         let mut queue = self
@@ -81,7 +103,7 @@ impl Lane {
         queue.waiting.remove(&number);
         queue.busy = true;
         drop(queue);
-        let tried = catch_unwind(AssertUnwindSafe(|| self.run_now(test)));
+        let tried = catch_unwind(AssertUnwindSafe(|| watched(name, || self.run_now(test))));
         locked(&self.queue).busy = false;
         self.freed.notify_all();
         if let Err(panic) = tried {

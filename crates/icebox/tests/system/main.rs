@@ -97,7 +97,7 @@ fn main() -> ExitCode {
             };
             let number = trials.len();
             let trial = Trial::test(name.clone(), move || {
-                lane.run(number, |site| {
+                lane.run(number, &name, |site| {
                     let begun = Instant::now();
                     test(site);
                     println!("{name}: {:.1} s", begun.elapsed().as_secs_f64());
