@@ -203,7 +203,7 @@ impl Command {
             ),
         }
         self.args(["-cpu", cpu(accelerator)]);
-        self.option("-smp", geometry.vcpus.to_string());
+        self.option("-smp", vcpus(accelerator, geometry.vcpus));
         self.option("-m", format!("{}M", geometry.mem_mib));
         // A save is of devices only: without a configuration section, that is what an incoming stream begins with.
         self.args(["-global", "migration.send-configuration=off"]);
@@ -300,6 +300,18 @@ pub(super) fn machine(accelerator: Accelerator) -> &'static str {
 /// The machine that KVM is tried with: the one that sandboxes get, without what a probe does not have.
 pub(super) const PROBE_MACHINE: &str =
     "microvm,acpi=on,rtc=off,pit=off,pic=off,pcie=off,usb=off,auto-kernel-cmdline=off";
+
+/// How many CPUs a guest has, and may have.
+///
+/// TCG of a machine that never has a second CPU takes locked instructions apart, and then they order nothing. Linux orders
+/// what it writes to a virtio queue with one (`lock addl`) against what QEMU's main thread, on another CPU of the host,
+/// writes there: now and then neither sees the other's, and a disk or network stands still for ever.
+fn vcpus(accelerator: Accelerator, vcpus: u8) -> String {
+    match accelerator {
+        Accelerator::Kvm => vcpus.to_string(),
+        Accelerator::Tcg => format!("{vcpus},maxcpus={}", vcpus.max(2)),
+    }
+}
 
 /// The CPU model that a guest sees.
 pub(super) fn cpu(accelerator: Accelerator) -> &'static str {
