@@ -478,6 +478,10 @@ mod tests {
             config.qemu.take().as_deref(),
             Some(Path::new("/usr/bin/qemu-system-x86_64"))
         );
+        assert_eq!(
+            config.cloud_hypervisor.take().as_deref(),
+            Some(Path::new("/usr/local/bin/cloud-hypervisor"))
+        );
         assert_eq!(config.volume_driver.take().as_deref(), Some("qcow2"));
         assert_eq!(config.zfs_dataset.take().as_deref(), Some("tank/icebox"));
         assert_eq!(config.keep_free.take(), Some(Bytes::mib(1024)));
