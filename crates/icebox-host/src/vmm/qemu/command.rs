@@ -118,6 +118,7 @@ pub(super) fn box_spec(
 /// The guest's kernel command line.
 pub(super) fn kernel_command_line(
     accelerator: Accelerator,
+    vcpus: u8,
     tsc_khz: Option<u64>,
     token: &str,
 ) -> String {
@@ -127,6 +128,9 @@ pub(super) fn kernel_command_line(
     if accelerator == Accelerator::Tcg {
         // Nothing to mitigate: translated code does not speculate as the processor that the guest believes in would.
         line.push_str(" mitigations=off");
+        // Not the one more that the machine has room for: see `smp`. Its counter goes by the host's time. The kernel would
+        // compare it with its own ticks, which a busy host makes late, and go by those for ever after.
+        line.push_str(&format!(" possible_cpus={vcpus} tsc=reliable"));
         if let Some(khz) = tsc_khz {
             // Without it the kernel calibrates its timer against another emulated one, and may do so forever.
             line.push_str(&format!(" tsc_early_khz={khz}"));
@@ -203,7 +207,7 @@ impl Command {
             ),
         }
         self.args(["-cpu", cpu(accelerator)]);
-        self.option("-smp", vcpus(accelerator, geometry.vcpus));
+        self.option("-smp", smp(accelerator, geometry.vcpus));
         self.option("-m", format!("{}M", geometry.mem_mib));
         // A save is of devices only: without a configuration section, that is what an incoming stream begins with.
         self.args(["-global", "migration.send-configuration=off"]);
@@ -305,8 +309,9 @@ pub(super) const PROBE_MACHINE: &str =
 ///
 /// TCG of a machine that never has a second CPU takes locked instructions apart, and then they order nothing. Linux orders
 /// what it writes to a virtio queue with one (`lock addl`) against what QEMU's main thread, on another CPU of the host,
-/// writes there: now and then neither sees the other's, and a disk or network stands still for ever.
-fn vcpus(accelerator: Accelerator, vcpus: u8) -> String {
+/// writes there: now and then neither sees the other's, and a disk or network stands still for ever. The kernel must not
+/// count on a second one, since it does not trust the time-stamp counters of several: it is told so on its command line.
+fn smp(accelerator: Accelerator, vcpus: u8) -> String {
     match accelerator {
         Accelerator::Kvm => vcpus.to_string(),
         Accelerator::Tcg => format!("{vcpus},maxcpus={}", vcpus.max(2)),

@@ -148,8 +148,8 @@ impl Qemu {
         })?;
         if let Start::Boot { token, .. } = &plan.start {
             let tsc_khz = self.calibration.khz().await;
-            let line =
-                command::kernel_command_line(self.common.accelerator, tsc_khz, token.expose());
+            let (accelerator, vcpus) = (self.common.accelerator, plan.geometry.vcpus);
+            let line = command::kernel_command_line(accelerator, vcpus, tsc_khz, token.expose());
             write_boot_config(&runtime.join(BOOT_CONFIG), &command::boot_config(&line))
                 .map_err(|error| HostError::io("write the boot configuration", error))?;
         }
