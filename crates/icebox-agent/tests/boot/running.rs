@@ -201,8 +201,9 @@ with open('/tmp/result', 'w') as result:
     restored.origin = Origin::Resume;
     let report = client.init(&restored, CALL).await.unwrap();
     assert_eq!(report.problems, Vec::<String>::new());
-    // The connection of the script, and the one on which its output came.
-    assert_eq!(report.connections_closed, 2);
+    // The connection of the script, and the one on which its output came; and perhaps one more of ours, of a call before it,
+    // that the guest has not heard the end of.
+    assert!((2..=3).contains(&report.connections_closed), "{report:?}");
     process.next().await.unwrap_err();
 
     let mut process = client.attach(pid, false).await.unwrap();
