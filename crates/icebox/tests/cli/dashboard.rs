@@ -3,13 +3,10 @@
 //!
 //! What drives the browser comes from where this machine's pip takes packages, once, and is kept beside the fixtures.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
-use icebox_host::guest_image::fixture;
-
-use crate::support::Daemon;
+use crate::support::{Daemon, python};
 
 const PLAYWRIGHT: &str = "playwright==1.65.2";
 const CHROMIUM: &str = "/usr/bin/chromium";
@@ -23,7 +20,7 @@ fn every_action_of_the_dashboard_works_when_it_is_clicked() {
     let daemon = Daemon::start().with_guest();
     let pictures = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("dashboard");
     let programs = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cli/dashboard");
-    let output = Command::new(playwright().join("bin/python"))
+    let output = Command::new(python(PLAYWRIGHT).join("bin/python"))
         .arg("-B")
         .arg(programs.join("dashboard.py"))
         .env("ICEBOX_URL", format!("http://{}", daemon.address()))
@@ -40,28 +37,4 @@ fn every_action_of_the_dashboard_works_when_it_is_clicked() {
         String::from_utf8_lossy(&output.stdout),
         String::from_utf8_lossy(&output.stderr)
     );
-}
-
-/// A Python that has Playwright.
-fn playwright() -> PathBuf {
-    let cache = fixture::cache_dir().join("browser");
-    fs::create_dir_all(&cache).unwrap();
-    let lock = fs::File::create(cache.join("lock")).unwrap();
-    lock.lock().unwrap();
-    let home = cache.join(PLAYWRIGHT);
-    let done = home.join("done");
-    if !done.exists() {
-        fs::remove_dir_all(&home).unwrap_or_default();
-        run(Command::new("python3").args(["-m", "venv"]).arg(&home));
-        let mut pip = Command::new(home.join("bin/pip"));
-        pip.args(["install", "--quiet", "--disable-pip-version-check"]);
-        run(pip.arg(PLAYWRIGHT));
-        fs::write(done, "").unwrap();
-    }
-    home
-}
-
-fn run(command: &mut Command) {
-    let status = command.status();
-    assert!(status.is_ok_and(|it| it.success()), "{command:?}");
 }
