@@ -139,17 +139,16 @@ pub(crate) async fn inv_21_dm_snapshot_heads_come_while_others_go(ground: &Groun
     const ROUNDS: usize = 25;
     let disk = ground.disk().await;
     let other = ground.disk_on(disk.chain.clone(), &disk.content).await;
-    let drivers = (another_process(ground), another_process(ground));
-    let come_and_go = async |driver: &DmSnapshot, disk: &Disk| {
+    let come_and_go = async |disk: &Disk| {
         for _ in 0..ROUNDS {
-            driver.attach(&disk.head, &disk.chain).await.unwrap();
-            assert_eq!(driver.detach(&disk.head).await.unwrap(), Removed::Removed);
+            attach(ground, disk).await;
+            assert_eq!(
+                ground.driver.detach(&disk.head).await.unwrap(),
+                Removed::Removed
+            );
         }
     };
-    tokio::join!(
-        come_and_go(&drivers.0, &disk),
-        come_and_go(&drivers.1, &other)
-    );
+    tokio::join!(come_and_go(&disk), come_and_go(&other));
     ground.assert_content(&disk).await;
     ground.assert_content(&other).await;
 }
