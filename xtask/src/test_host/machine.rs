@@ -115,14 +115,7 @@ impl Machine<'_> {
             "-cpu",
             "max,erms=off,fsrm=off,la57=off",
         ]);
-        command.args([
-            "-smp",
-            "1,maxcpus=2",
-            "-m",
-            "6G",
-            "-device",
-            "virtio-rng-pci",
-        ]);
+        command.args(["-smp", "1", "-m", "6G", "-device", "virtio-rng-pci"]);
         command.arg("-kernel").arg(self.image.vmlinuz());
         command.arg("-initrd").arg(self.image.initramfs());
         // A panic ends the machine; what protects a real CPU costs an emulated one; on a busy host a check of the timer takes
