@@ -12,6 +12,7 @@ mod processes;
 mod program;
 pub mod qemu;
 mod trial;
+mod watched;
 
 use std::io;
 use std::path::Path;

@@ -1,6 +1,5 @@
 //! One running Cloud Hypervisor.
 
-use std::fmt::Display;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -17,15 +16,15 @@ use icebox_engine::host::{
 use icebox_engine::id::SandboxId;
 use icebox_engine::unit::{Bytes, PAGE_SIZE};
 use rustix::fs::OFlags;
-use tokio::sync::watch;
 
 use super::api::{Api, ApiError, QUICK};
 use super::config::{self, SAVED_MEMORY, SAVED_STATE};
 use crate::blocking::blocking;
 use crate::launcher::{Ended, Process};
-use crate::vmm::console::{self, Outputs};
+use crate::vmm::console::Outputs;
 use crate::vmm::memory::{self, SaveOutcome};
 use crate::vmm::meter::ProcessMeter;
+use crate::vmm::watched::{TalkError, Watched};
 
 /// To stop the vCPUs it first finishes the guest's requests in flight.
 const FLIP_DEADLINE: Duration = Duration::from_secs(30);
@@ -43,14 +42,12 @@ const MEMORY_BYTES_MAX: u64 = 1 << 40;
 /// A Cloud Hypervisor and the way to it.
 #[derive(Debug)]
 pub(super) struct ChMachine {
-    sandbox: SandboxId,
-    process: Process,
+    vmm: Watched,
     api: Api,
     /// Where it writes its saves.
     save_area: PathBuf,
     /// Whether all memory is known to be there: what a lazy restore loads in the background cannot be saved before.
     is_loaded: Arc<AtomicBool>,
-    exit: watch::Receiver<Option<ExitReason>>,
 }
 
 impl ChMachine {
@@ -65,67 +62,31 @@ impl ChMachine {
         save_area: PathBuf,
         is_loaded: bool,
     ) -> Self {
-        let (sender, exit) = watch::channel(None);
-        tokio::spawn(console::keep_log(
-            outputs.console,
-            process.clone(),
-            console_log,
-        ));
-        let watched = process.clone();
-        tokio::spawn(async move {
-            let last_words = console::keep_tail(outputs.stderr, watched.clone()).await;
-            let ended = watched.ended().await;
-            sender.send_replace(Some(exit_reason(ended, &last_words)));
-        });
-        Self {
-            sandbox: sandbox.clone(),
+        let reason = |ended, last_words: String| async move { exit_reason(ended, &last_words) };
+        let vmm = Watched::begin(
+            "Cloud Hypervisor",
+            sandbox,
             process,
+            outputs,
+            console_log,
+            reason,
+        );
+        Self {
+            vmm,
             api,
             save_area,
             is_loaded: Arc::new(AtomicBool::new(is_loaded)),
-            exit,
         }
     }
 
-    /// Which process it is.
-    pub(super) fn watched(&self) -> &Process {
-        &self.process
+    /// Its process, and its end.
+    pub(super) fn vmm(&self) -> &Watched {
+        &self.vmm
     }
 
     /// Its API.
     pub(super) fn api(&self) -> &Api {
         &self.api
-    }
-
-    /// Runs `work`; if the VMM ends meanwhile, says why instead of "connection lost".
-    pub(super) async fn or_its_end<T>(
-        &self,
-        operation: &str,
-        work: impl Future<Output = Result<T, ApiError>>,
-    ) -> Result<T, HostError> {
-        let error = tokio::select! {
-            biased;
-            result = work => match result {
-                Ok(value) => return Ok(value),
-                Err(error) => error,
-            },
-            reason = self.exited() => return Err(self.ended_error(operation, &reason)),
-        };
-        if matches!(error, ApiError::Gone { .. }) {
-            // The socket closes a moment before the process has ended.
-            if let Ok(reason) = tokio::time::timeout(QUICK, self.exited()).await {
-                return Err(self.ended_error(operation, &reason));
-            }
-        }
-        Err(error.into())
-    }
-
-    fn ended_error(&self, operation: &str, reason: &ExitReason) -> HostError {
-        self.error(ErrorKind::Gone, format!("{operation}: {}", reason.detail))
-    }
-
-    pub(super) fn error(&self, kind: ErrorKind, message: impl Display) -> HostError {
-        HostError::new(kind, format!("VMM of sandbox {}: {message}", self.sandbox))
     }
 
     /// What it says that the guest does.
@@ -168,59 +129,69 @@ impl ChMachine {
     }
 }
 
+impl TalkError for ApiError {
+    fn is_gone(&self) -> bool {
+        matches!(self, Self::Gone { .. })
+    }
+}
+
 #[async_trait]
 impl Machine for ChMachine {
     fn process(&self) -> ProcessIdentity {
-        self.process.identity().clone()
+        self.vmm.process().identity().clone()
     }
 
     async fn probe(&self) -> Result<VcpuState, HostError> {
-        match &*self.or_its_end("probe", self.state()).await? {
+        match &*self.vmm.or_its_end("probe", self.state()).await? {
             "Running" => Ok(VcpuState::Running),
             "Paused" => Ok(VcpuState::Paused),
-            other => Err(self.error(ErrorKind::Other, format!("its guest is {other:?}"))),
+            other => Err(self
+                .vmm
+                .error(ErrorKind::Other, format!("its guest is {other:?}"))),
         }
     }
 
     fn meter(&self) -> Result<Box<dyn Meter>, HostError> {
-        Ok(Box::new(ProcessMeter::open(self.process.identity())?))
+        Ok(Box::new(ProcessMeter::open(self.vmm.process().identity())?))
     }
 
     /// What a restore still loads is loaded first, while the guest runs: it stands still for its save alone.
     async fn pause_vcpus(&self) -> Result<(), HostError> {
-        self.or_its_end("pause vCPUs", async {
-            if self.state().await? == "Paused" {
-                return Ok(());
-            }
-            self.loaded().await?;
-            self.api.put("vm.pause", None, FLIP_DEADLINE).await
-        })
-        .await
+        self.vmm
+            .or_its_end("pause vCPUs", async {
+                if self.state().await? == "Paused" {
+                    return Ok(());
+                }
+                self.loaded().await?;
+                self.api.put("vm.pause", None, FLIP_DEADLINE).await
+            })
+            .await
     }
 
     async fn resume_vcpus(&self) -> Result<(), HostError> {
-        self.or_its_end("resume vCPUs", async {
-            if self.state().await? == "Running" {
-                return Ok(());
-            }
-            self.api.put("vm.resume", None, FLIP_DEADLINE).await
-        })
-        .await
+        self.vmm
+            .or_its_end("resume vCPUs", async {
+                if self.state().await? == "Running" {
+                    return Ok(());
+                }
+                self.api.put("vm.resume", None, FLIP_DEADLINE).await
+            })
+            .await
     }
 
     /// It writes all memory to a directory of its own, from where the state and what is not zero is copied: a file that it
     /// has had open cannot become immutable.
     async fn save(&self, plan: SavePlan) -> Result<SavedMemory, HostError> {
         if self.probe().await? != VcpuState::Paused {
-            return Err(self.error(ErrorKind::Invalid, "save while vCPUs run"));
+            return Err(self.vmm.error(ErrorKind::Invalid, "save while vCPUs run"));
         }
-        self.or_its_end("load memory", self.loaded()).await?;
+        self.vmm.or_its_end("load memory", self.loaded()).await?;
         let area = self.save_area.clone();
-        let message = format!("save the guest of sandbox {}", self.sandbox);
+        let message = format!("save the guest of sandbox {}", self.vmm.sandbox());
         empty(&area).map_err(|error| HostError::io(message.clone(), error))?;
         let request = config::save_request();
         let written = self.api.put("vm.snapshot", Some(&request), SAVE_DEADLINE);
-        let written = self.or_its_end("save", written).await;
+        let written = self.vmm.or_its_end("save", written).await;
         blocking(move || {
             let taken = written.and_then(|()| take(&area, &plan, &message));
             // Also what a save that failed has left.
@@ -242,14 +213,7 @@ impl Machine for ChMachine {
     }
 
     async fn exited(&self) -> ExitReason {
-        let mut exit = self.exit.clone();
-        let reason = exit.wait_for(Option::is_some).await.ok();
-        reason
-            .and_then(|reason| reason.clone())
-            .unwrap_or_else(|| ExitReason {
-                by_guest: false,
-                detail: "nobody watched Cloud Hypervisor any more".into(),
-            })
+        self.vmm.exited().await
     }
 }
 

@@ -179,7 +179,7 @@ impl CloudHypervisor {
         let (_, storage) = config::look_at(&plan.disk)?;
         let api = machine.api();
         let ready = async { api.get("vmm.ping", START_DEADLINE).await.map(drop) };
-        machine.or_its_end("start", ready).await?;
+        machine.vmm().or_its_end("start", ready).await?;
         let runtime = self.layout.vm(&plan.sandbox);
         let (operation, files): (_, &[&str]) = match &plan.start {
             Start::Boot { token, .. } => {
@@ -191,13 +191,13 @@ impl CloudHypervisor {
                         .await?;
                     api.put("vm.boot", None, BEGIN_DEADLINE).await
                 };
-                machine.or_its_end("boot", boot).await?;
+                machine.vmm().or_its_end("boot", boot).await?;
                 ("boot", &["boot/kernel", "boot/initramfs"])
             }
             Start::Restore { .. } => {
                 let asked = config::restore_request(&self.common);
                 let restored = api.put_with("vm.restore", Some(&asked), vec![tap], BEGIN_DEADLINE);
-                machine.or_its_end("restore", restored).await?;
+                machine.vmm().or_its_end("restore", restored).await?;
                 ("restore", &[CONFIG, STATE])
             }
         };
@@ -238,7 +238,7 @@ impl Vmm for CloudHypervisor {
         match self.begin(&plan, &machine).await {
             Ok(()) => Ok(Arc::new(machine)),
             Err(error) => {
-                processes::end(machine.watched()).await?;
+                processes::end(machine.vmm().process()).await?;
                 Err(error)
             }
         }

@@ -1,7 +1,6 @@
 //! One running QEMU.
 
 use std::error::Error;
-use std::fmt::Display;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -26,11 +25,12 @@ use super::disk::{self, DISK_DEVICE, DiskFile};
 use super::qmp::{BlockdevAdd, QUICK, Qmp, QmpError};
 use crate::blocking::blocking;
 use crate::launcher::{Ended, Process};
-use crate::vmm::console::{self, Outputs};
+use crate::vmm::console::Outputs;
 use crate::vmm::memory::{
     self, Diff, DiffError, GuestRam, ProcessMemory, ProcessMemoryError, SaveError, SaveOutcome,
 };
 use crate::vmm::meter::ProcessMeter;
+use crate::vmm::watched::{TalkError, Watched};
 
 /// Device state is kilobytes; loading or saving it takes milliseconds, but the disk it is on may be slow.
 const STATE_DEADLINE: Duration = Duration::from_secs(30);
@@ -49,10 +49,8 @@ const SWITCH_DEADLINE: Duration = Duration::from_secs(30);
 /// A QEMU and the connection to it.
 #[derive(Debug)]
 pub(super) struct QemuMachine {
-    sandbox: SandboxId,
-    process: Process,
+    vmm: Watched,
     qmp: Qmp,
-    exit: watch::Receiver<Option<ExitReason>>,
 }
 
 impl QemuMachine {
@@ -65,37 +63,26 @@ impl QemuMachine {
         layout: &Layout,
     ) -> Self {
         let qmp = Qmp::new(layout.vm(sandbox).join(SOCKET));
-        let (sender, exit) = watch::channel(None);
-        tokio::spawn(console::keep_log(
-            outputs.console,
-            process.clone(),
-            layout.console_log(sandbox),
-        ));
-        let (watched, announced) = (process.clone(), qmp.announced());
-        tokio::spawn(async move {
-            let last_words = console::keep_tail(outputs.stderr, watched.clone()).await;
-            let ended = watched.ended().await;
-            sender.send_replace(Some(ExitReason {
+        let announced = qmp.announced();
+        let log = layout.console_log(sandbox);
+        let reason = |ended, last_words: String| async move {
+            ExitReason {
                 by_guest: announced.guest_ended().await,
                 detail: describe(ended, &last_words),
-            }));
-        });
-        Self {
-            sandbox: sandbox.clone(),
-            process,
-            qmp,
-            exit,
-        }
+            }
+        };
+        let vmm = Watched::begin("QEMU", sandbox, process, outputs, log, reason);
+        Self { vmm, qmp }
     }
 
     /// Which process it is.
     pub(super) fn watched(&self) -> &Process {
-        &self.process
+        self.vmm.process()
     }
 
     /// Waits until QEMU answers, or has ended.
     pub(super) async fn answers(&self, within: Duration) -> Result<(), HostError> {
-        self.or_its_end("start", self.qmp.connect(within)).await
+        self.vmm.or_its_end("start", self.qmp.connect(within)).await
     }
 
     /// Loads what a save wrote. The vCPUs stand still before and after.
@@ -144,13 +131,13 @@ impl QemuMachine {
             loop {
                 match self.status().await? {
                     RunState::inmigrate => tokio::task::yield_now().await,
-                    status => return Ok(status),
+                    status => return Ok::<_, QmpError>(status),
                 }
             }
         };
-        match self.or_its_end("load device state", load).await? {
+        match self.vmm.or_its_end("load device state", load).await? {
             RunState::paused | RunState::prelaunch => Ok(()),
-            other => Err(self.error(
+            other => Err(self.vmm.error(
                 ErrorKind::Other,
                 format!("load device state: vCPUs are {other:?}, not paused"),
             )),
@@ -158,11 +145,11 @@ impl QemuMachine {
     }
 
     async fn load_diff(&self, memory: &MemorySource, diff: PathBuf) -> Result<(), HostError> {
-        let process = self.process.identity().clone();
+        let process = self.vmm.process().identity().clone();
         let base = memory.base.clone();
         let message = format!(
             "load memory of sandbox {} from {}",
-            self.sandbox,
+            self.vmm.sandbox(),
             diff.display()
         );
         blocking(move || {
@@ -184,37 +171,6 @@ impl QemuMachine {
             })
         })
         .await
-    }
-
-    /// Runs `work`; if QEMU ends meanwhile, says why instead of "connection lost".
-    async fn or_its_end<T>(
-        &self,
-        operation: &str,
-        work: impl Future<Output = Result<T, QmpError>>,
-    ) -> Result<T, HostError> {
-        let error = tokio::select! {
-            biased;
-            result = work => match result {
-                Ok(value) => return Ok(value),
-                Err(error) => error,
-            },
-            reason = self.exited() => return Err(self.ended_error(operation, &reason)),
-        };
-        if matches!(error, QmpError::Gone { .. }) {
-            // The socket closes a moment before the process has ended.
-            if let Ok(reason) = tokio::time::timeout(QUICK, self.exited()).await {
-                return Err(self.ended_error(operation, &reason));
-            }
-        }
-        Err(error.into())
-    }
-
-    fn ended_error(&self, operation: &str, reason: &ExitReason) -> HostError {
-        self.error(ErrorKind::Gone, format!("{operation}: {}", reason.detail))
-    }
-
-    fn error(&self, kind: ErrorKind, message: impl Display) -> HostError {
-        HostError::new(kind, format!("VMM of sandbox {}: {message}", self.sandbox))
     }
 
     async fn status(&self) -> Result<RunState, QmpError> {
@@ -243,13 +199,13 @@ impl QemuMachine {
             )
             .await?;
         let address = host_address(&answer).ok_or_else(|| {
-            self.error(
+            self.vmm.error(
                 ErrorKind::Other,
                 format!("find guest memory: unexpected answer {answer:?}"),
             )
         })?;
         if size > MEMORY_BYTES_MAX || size % PAGE_SIZE as u64 != 0 {
-            return Err(self.error(
+            return Err(self.vmm.error(
                 ErrorKind::Invalid,
                 format!("guest memory of {size} bytes is not credible"),
             ));
@@ -282,7 +238,7 @@ impl QemuMachine {
         saved?;
         let length = state.metadata().map_err(failed)?.len();
         if length == 0 || length > STATE_BYTES_MAX {
-            return Err(self.error(
+            return Err(self.vmm.error(
                 ErrorKind::Invalid,
                 format!("device state of {length} bytes is not credible"),
             ));
@@ -392,57 +348,67 @@ fn describe(ended: Ended, last_words: &str) -> String {
     }
 }
 
+impl TalkError for QmpError {
+    fn is_gone(&self) -> bool {
+        matches!(self, Self::Gone { .. })
+    }
+}
+
 #[async_trait]
 impl Machine for QemuMachine {
     fn process(&self) -> ProcessIdentity {
-        self.process.identity().clone()
+        self.vmm.process().identity().clone()
     }
 
     async fn probe(&self) -> Result<VcpuState, HostError> {
-        let status = self.or_its_end("probe", self.status()).await?;
+        let status = self.vmm.or_its_end("probe", self.status()).await?;
         match status {
             RunState::running => Ok(VcpuState::Running),
             RunState::paused | RunState::prelaunch | RunState::save_vm | RunState::suspended => {
                 Ok(VcpuState::Paused)
             }
             RunState::io_error => Ok(VcpuState::Stalled),
-            other => Err(self.error(ErrorKind::Other, format!("vCPUs are {other:?}"))),
+            other => Err(self
+                .vmm
+                .error(ErrorKind::Other, format!("vCPUs are {other:?}"))),
         }
     }
 
     fn meter(&self) -> Result<Box<dyn Meter>, HostError> {
-        Ok(Box::new(ProcessMeter::open(self.process.identity())?))
+        Ok(Box::new(ProcessMeter::open(self.vmm.process().identity())?))
     }
 
     async fn pause_vcpus(&self) -> Result<(), HostError> {
-        self.or_its_end("pause vCPUs", async {
-            self.qmp
-                .execute(qmp::stop {}, FLIP_DEADLINE)
-                .await
-                .map(drop)
-        })
-        .await
+        self.vmm
+            .or_its_end("pause vCPUs", async {
+                self.qmp
+                    .execute(qmp::stop {}, FLIP_DEADLINE)
+                    .await
+                    .map(drop)
+            })
+            .await
     }
 
     async fn resume_vcpus(&self) -> Result<(), HostError> {
-        self.or_its_end("resume vCPUs", async {
-            self.qmp
-                .execute(qmp::cont {}, FLIP_DEADLINE)
-                .await
-                .map(drop)
-        })
-        .await
+        self.vmm
+            .or_its_end("resume vCPUs", async {
+                self.qmp
+                    .execute(qmp::cont {}, FLIP_DEADLINE)
+                    .await
+                    .map(drop)
+            })
+            .await
     }
 
     async fn save(&self, plan: SavePlan) -> Result<SavedMemory, HostError> {
         match self.probe().await? {
             VcpuState::Paused => {}
             VcpuState::Running => {
-                return Err(self.error(ErrorKind::Invalid, "save while vCPUs run"));
+                return Err(self.vmm.error(ErrorKind::Invalid, "save while vCPUs run"));
             }
             VcpuState::Stalled => {
                 let message = "a write to the guest's disk found no room";
-                return Err(self.error(ErrorKind::Exhausted, message));
+                return Err(self.vmm.error(ErrorKind::Exhausted, message));
             }
         }
         let anonymous = match &plan.restored_from {
@@ -451,8 +417,8 @@ impl Machine for QemuMachine {
         };
         let state_bytes = self.save_device_state(&plan.device_state).await?;
 
-        let process = self.process.identity().clone();
-        let message = format!("save memory of sandbox {}", self.sandbox);
+        let process = self.vmm.process().identity().clone();
+        let message = format!("save memory of sandbox {}", self.vmm.sandbox());
         let saved = blocking(move || {
             write_memory(&process, anonymous, &plan).map_err(|error| error.into_host(message))
         })
@@ -487,7 +453,7 @@ impl Machine for QemuMachine {
                     () = announced.deaf() => {}
                 },
                 Err(error) => {
-                    tracing::debug!(sandbox = %self.sandbox, %error, "asking why the vCPUs stand still");
+                    tracing::debug!(sandbox = %self.vmm.sandbox(), %error, "asking why the vCPUs stand still");
                     tokio::time::sleep(DEAF_PAUSE).await;
                 }
             }
@@ -499,14 +465,7 @@ impl Machine for QemuMachine {
     }
 
     async fn exited(&self) -> ExitReason {
-        let mut exit = self.exit.clone();
-        let reason = exit.wait_for(Option::is_some).await.ok();
-        reason
-            .and_then(|reason| reason.clone())
-            .unwrap_or_else(|| ExitReason {
-                by_guest: false,
-                detail: "nobody watched QEMU any more".into(),
-            })
+        self.vmm.exited().await
     }
 }
 
@@ -522,7 +481,7 @@ impl QemuMachine {
                 })
             })
             .and_then(|device| device.inserted?.node_name)
-            .ok_or_else(|| self.error(ErrorKind::Other, "it has no disk"))
+            .ok_or_else(|| self.vmm.error(ErrorKind::Other, "it has no disk"))
     }
 
     /// Puts a new head over the active node.
@@ -558,10 +517,10 @@ impl QemuMachine {
             node_name: head.node.clone(),
         };
         if let Err(error) = self.qmp.execute(node, QUICK).await {
-            tracing::debug!(sandbox = %self.sandbox, %error, "no node to remove");
+            tracing::debug!(sandbox = %self.vmm.sandbox(), %error, "no node to remove");
         }
         if let Err(error) = self.remove_fdset(head.fdset).await {
-            tracing::debug!(sandbox = %self.sandbox, %error, "no descriptors to remove");
+            tracing::debug!(sandbox = %self.vmm.sandbox(), %error, "no descriptors to remove");
         }
     }
 
