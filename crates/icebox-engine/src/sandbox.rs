@@ -677,15 +677,13 @@ impl Sandbox {
             tracing::warn!(sandbox = %self.id(), error = %Chained(&error), "its guest still stands for want of room");
             false
         });
-        if went_on {
-            self.tell_time_soon();
-        }
         let Some(stall) = &mut self.stall else {
             return went_on;
         };
         if went_on {
             stall.over();
             self.shared.catalog.set_stalled(self.id(), false);
+            self.tell_time_soon();
             let detail = "there is room again: the guest goes on";
             self.emit("sandbox.continued", detail, &Steps::default());
         } else {

@@ -44,10 +44,12 @@ impl Engine {
             found.capabilities().disk_switch
                 || matches!(driver.live_freeze(), LiveFreeze::ByHost(_))
         };
-        let first_driver = || {
+        let first_that_can = || {
             let mut drivers = host.volumes.iter();
-            drivers
-                .find(|driver| can_freeze(driver.as_ref()))
+            drivers.find(|driver| can_freeze(driver.as_ref()))
+        };
+        let first_driver = || {
+            first_that_can()
                 .or(host.volumes.first())
                 .map(|driver| driver.name().to_owned())
                 .unwrap_or_default()
@@ -63,11 +65,7 @@ impl Engine {
                 message: format!(
                     "{vmm} cannot switch disks while a guest runs, which volume driver {volume_driver} needs"
                 ),
-                hint: match host
-                    .volumes
-                    .iter()
-                    .find(|driver| can_freeze(driver.as_ref()))
-                {
+                hint: match first_that_can() {
                     Some(driver) => {
                         format!("choose volume driver {}, or another VMM", driver.name())
                     }
