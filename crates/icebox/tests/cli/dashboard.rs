@@ -4,9 +4,9 @@
 //! What drives the browser comes from where this machine's pip takes packages, once, and is kept beside the fixtures.
 
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
-use crate::support::{Daemon, python};
+use crate::support::{Daemon, python, succeed};
 
 const PLAYWRIGHT: &str = "playwright==1.65.2";
 const CHROMIUM: &str = "/usr/bin/chromium";
@@ -20,21 +20,14 @@ fn every_action_of_the_dashboard_works_when_it_is_clicked() {
     let daemon = Daemon::start().with_guest();
     let pictures = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("dashboard");
     let programs = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cli/dashboard");
-    let output = Command::new(python(PLAYWRIGHT).join("bin/python"))
+    let mut program = Command::new(python(PLAYWRIGHT).join("bin/python"));
+    program
         .arg("-B")
         .arg(programs.join("dashboard.py"))
         .env("ICEBOX_URL", format!("http://{}", daemon.address()))
         .env("ICEBOX_KEY", daemon.api_key())
         .env("ICEBOX_CHROMIUM", CHROMIUM)
         .env("ICEBOX_PICTURES", &pictures)
-        .current_dir(daemon.path(""))
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
-    assert!(
-        output.status.success(),
-        "{}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
+        .current_dir(daemon.path(""));
+    succeed(&mut program);
 }

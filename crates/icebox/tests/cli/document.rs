@@ -3,11 +3,11 @@
 //!
 //! It comes from where this machine's pip takes packages, once, and is kept beside the fixtures.
 
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use serde_json::Value;
 
-use crate::support::{Daemon, python, request};
+use crate::support::{Daemon, python, request, succeed};
 
 const SCHEMATHESIS: &str = "schemathesis==4.32.5";
 
@@ -31,7 +31,8 @@ fn the_api_is_what_its_document_says() {
     let settings = daemon.path("schemathesis.toml");
     std::fs::write(&settings, SETTINGS).unwrap();
     let url = format!("http://{}/openapi.json", daemon.address());
-    let output = Command::new(python(SCHEMATHESIS).join("bin/st"))
+    let mut schemathesis = Command::new(python(SCHEMATHESIS).join("bin/st"));
+    schemathesis
         .arg("--config-file")
         .arg(&settings)
         .args(["run", &url, "--checks", CHECKS])
@@ -41,16 +42,8 @@ fn the_api_is_what_its_document_says() {
         // It has no end.
         .args(["--exclude-path", "/events"])
         .env("ICEBOX_KEY", daemon.api_key())
-        .current_dir(daemon.path(""))
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
-    assert!(
-        output.status.success(),
-        "{}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
+        .current_dir(daemon.path(""));
+    succeed(&mut schemathesis);
 }
 
 #[test]

@@ -302,9 +302,15 @@ pub(crate) fn python(package: &str) -> PathBuf {
     home
 }
 
-fn succeed(command: &mut Command) {
-    let status = command.status();
-    assert!(status.is_ok_and(|it| it.success()), "{command:?}");
+/// Runs a program that must succeed. If it does not, what it said is told.
+pub(crate) fn succeed(command: &mut Command) {
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    assert!(
+        output.status.success(),
+        "{command:?}\n{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 /// Sends a signal with the system's own tool.
