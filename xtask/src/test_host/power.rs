@@ -70,8 +70,10 @@ impl PowerDisk {
             "file": file(&self.disk),
             "log": file(&self.log),
         });
-        // Writes and flushes are all that is in the log then.
-        let device = "virtio-blk-pci,drive=power,discard=off,write-zeroes=off";
+        // Writes and flushes are all that is in the log then. Merged requests may have as many pieces as the system takes
+        // at once, and the log's header is one more: they would fail.
+        let device =
+            "virtio-blk-pci,drive=power,discard=off,write-zeroes=off,request-merging=off";
         [
             "-blockdev".to_owned(),
             node.to_string(),
