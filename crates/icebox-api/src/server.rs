@@ -40,7 +40,9 @@ use crate::{ApiError, ErrorCode};
 
 use front::{Context, Front, Peer};
 
-pub use connections::{CONNECTIONS_MAX, FIRST_REQUEST_TIMEOUT, IDLE_TIMEOUT, Limits};
+pub use connections::{
+    CONNECTIONS_MAX, FIRST_REQUEST_TIMEOUT, IDLE_TIMEOUT, Limits, PING_INTERVAL, STREAMS_MAX,
+};
 
 /// Who is on the other side of a listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -9,7 +9,7 @@ use axum::extract::{FromRequestParts, Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 use http::request::Parts;
-use http::{HeaderMap, StatusCode};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -93,11 +93,12 @@ pub(super) async fn enter(
     mut request: Request,
     next: Next,
 ) -> Response {
+    name_host(&mut request);
     let caller = match front.caller(&request) {
         Ok(caller) => caller,
         Err(error) => return error.into_response(),
     };
-    match proxy::destination(request.uri(), request.headers()) {
+    match proxy::destination(request.headers()) {
         Ok(Some(destination)) => {
             // A sandbox's port is opened by its id. A key may come along, as it may be meant for the port; one that is a
             // team's leads to no other team's sandbox.
@@ -126,6 +127,20 @@ pub(super) async fn enter(
         false => caller,
     };
     cors::allow(serve(front, caller, request, next).await)
+}
+
+/// Has the header `Host` say whom a request is for. Where its address does, as it always does with HTTP/2, that is what
+/// counts (RFC 9112, 3.2.2; RFC 9113, 8.3.1).
+fn name_host(request: &mut Request) {
+    let Some(authority) = request.uri().authority() else {
+        return;
+    };
+    let host = authority.as_str();
+    let host = host.rsplit_once('@').map_or(host, |(_user, host)| host);
+    // Of the characters that a header may have.
+    if let Ok(host) = HeaderValue::from_str(host) {
+        request.headers_mut().insert(header::HOST, host);
+    }
 }
 
 /// What needs no key, since it tells nothing of anybody: [`Caller::Anybody`] sees the whole daemon, so nothing else that

@@ -1,8 +1,10 @@
-//! The way to ports inside sandboxes: a streaming HTTP/1.1 reverse proxy that understands nothing it carries.
+//! The way to ports inside sandboxes: a streaming reverse proxy that understands nothing it carries. What comes by HTTP/2
+//! goes on by HTTP/1.1, as servers in sandboxes have it.
 //!
 //! Every request has its own connection to the guest: nothing is pooled, so no connection can outlive the sandbox
 //! whose slot address it was made to. When a sandbox pauses or goes, what is in flight is cut *without* a proper end:
-//! E2B's SDKs tell a killed sandbox from a finished command by that.
+//! E2B's SDKs tell a killed sandbox from a finished command by that. With HTTP/2 this is the reset of the stream, and
+//! others on its connection go on.
 
 mod destination;
 mod dial;
@@ -29,6 +31,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
+use super::connections::Place;
 use super::{Context, cors};
 use crate::key::KeyHash;
 use crate::{
@@ -193,12 +196,12 @@ async fn carry(route: Route, port: u16, mut request: Request) -> Response {
     };
     let cut = CancellationToken::new();
     let (switch, switched) = oneshot::channel();
-    tokio::spawn(hold(
-        pass,
-        cut.clone(),
-        connection.with_upgrades(),
-        switched,
-    ));
+    let place = request.extensions_mut().remove::<Place>();
+    let holding = hold(pass, cut.clone(), connection.with_upgrades(), switched);
+    tokio::spawn(async move {
+        holding.await;
+        drop(place);
+    });
 
     let upgrade = upgrade_of(request.headers());
     let client_side = upgrade.is_some().then(|| hyper::upgrade::on(&mut request));
@@ -284,6 +287,7 @@ fn to_guest(request: Request, upgrade: Option<&HeaderValue>) -> http::Request<Bo
         .unwrap_or_else(|| PathAndQuery::from_static("/"))
         .into();
     parts.version = Version::HTTP_11;
+    join_cookies(&mut parts.headers);
     http::Request::from_parts(parts, body)
 }
 
@@ -295,6 +299,23 @@ fn to_client(
     let (mut parts, incoming) = answer.into_parts();
     forwardable(&mut parts.headers, upgrade);
     Response::from_parts(parts, body(incoming))
+}
+
+/// Puts cookies into one header, which HTTP/2 may split and HTTP/1.1 may not (RFC 9113, 8.2.3).
+fn join_cookies(headers: &mut HeaderMap) {
+    let cookies: Vec<&[u8]> = headers
+        .get_all(header::COOKIE)
+        .iter()
+        .map(HeaderValue::as_bytes)
+        .collect();
+    if cookies.len() < 2 {
+        return;
+    }
+    // Of bytes that headers had.
+    if let Ok(mut joined) = HeaderValue::from_bytes(&cookies.join(&b"; "[..])) {
+        joined.set_sensitive(true);
+        headers.insert(header::COOKIE, joined);
+    }
 }
 
 /// Leaves what is for the other end.
@@ -380,7 +401,7 @@ struct Carried {
     cut: CancellationToken,
 }
 
-/// Ends a body without a proper end: the server closes the connection on it.
+/// Ends a body without a proper end: the server closes the connection on it, or resets the stream.
 #[derive(Debug, thiserror::Error)]
 #[error("the sandbox is no longer running")]
 struct Cut;

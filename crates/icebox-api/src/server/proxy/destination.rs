@@ -1,6 +1,5 @@
 //! Where a request goes: to the daemon itself, or to a port of a sandbox; and what of a sandbox's agent is not for anybody.
 
-use http::Uri;
 use http::header::{self, HeaderMap, HeaderValue};
 use percent_encoding::percent_decode_str;
 
@@ -32,14 +31,10 @@ pub(in crate::server) struct Destination {
 ///
 /// E2B's rule, for one listener that serves both: a host name that begins with `<port>-<id>.` is a sandbox's port;
 /// else the two routing headers name one.
-pub(in crate::server) fn destination(
-    uri: &Uri,
-    headers: &HeaderMap,
-) -> Result<Option<Destination>, ApiError> {
+pub(in crate::server) fn destination(headers: &HeaderMap) -> Result<Option<Destination>, ApiError> {
     let host = headers
         .get(header::HOST)
         .and_then(|host| host.to_str().ok())
-        .or_else(|| uri.host())
         .unwrap_or_default();
     if let Some((port, id)) = host_label(host) {
         // Older clients append a node's name to the id.
@@ -124,7 +119,7 @@ mod tests {
         for (name, value) in headers {
             map.insert(*name, value.parse().expect("a header value"));
         }
-        destination(&Uri::from_static("/"), &map).map_err(|error| error.to_string())
+        destination(&map).map_err(|error| error.to_string())
     }
 
     fn to(sandbox: &str, port: u16) -> Result<Option<Destination>, String> {
