@@ -17,6 +17,9 @@ tests! {
         inv_04_inv_10_inv_52_a_long_life_has_a_short_chain;
 }
 
+/// Of these tests.
+pub(crate) const NAME: &str = "chains";
+
 /// How many times longer a pause and a resume may take late in a long life than early. Merges, and whatever else runs on
 /// the machine, are in it; a chain that every round makes longer would be.
 const SLOWER: u32 = 3;

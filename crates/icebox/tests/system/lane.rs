@@ -1,4 +1,5 @@
-//! Lanes: sites that work at the same time. Tests of one take turns.
+//! Lanes: sites that work at the same time. Tests of one take turns, and so do lanes where there are more of them than a
+//! machine can carry.
 
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -27,14 +28,21 @@ struct Queue {
     waiting: BTreeSet<usize>,
 }
 
-/// A lane for each driver, and one for other people's programs.
-static LANES: [Lane; Driver::ALL.len() + 1] = [
+/// A lane for each driver, one for other people's programs, and a second one for the driver that most tests run with.
+static LANES: [Lane; Driver::ALL.len() + 2] = [
     Lane::new(|| Site::with_templates(Driver::DmSnapshot)),
     Lane::new(|| Site::with_templates(Driver::Zfs)),
     Lane::new(|| Site::with_templates(Driver::Reflink)),
     Lane::new(|| Site::with_templates(Driver::Qcow2)),
     Lane::new(sdk::site),
+    Lane::new(|| Site::with_templates(Driver::Qcow2)),
 ];
+
+/// How many lanes work at a time. Guests wait for their deadlines for much of it, so two processors carry three.
+const AT_ONCE: usize = 3;
+/// How many do.
+static WORKING: Mutex<usize> = Mutex::new(0);
+static RESTED: Condvar = Condvar::new();
 
 /// The lane of a driver's tests.
 pub(crate) fn of_driver(driver: Driver) -> &'static Lane {
@@ -44,6 +52,14 @@ pub(crate) fn of_driver(driver: Driver) -> &'static Lane {
 /// The lane of tests of other people's programs.
 pub(crate) fn of_programs() -> &'static Lane {
     &LANES[Driver::ALL.len()]
+}
+
+/// The lane of a driver's long tests.
+pub(crate) fn of_long_tests(driver: Driver) -> &'static Lane {
+    match driver {
+        Driver::Qcow2 => &LANES[Driver::ALL.len() + 1],
+        other => of_driver(other),
+    }
 }
 
 /// Ends every lane's site. Unless a test failed, nothing may be left of it on the host.
@@ -103,7 +119,11 @@ impl Lane {
         queue.waiting.remove(&number);
         queue.busy = true;
         drop(queue);
+        let working = RESTED.wait_while(locked(&WORKING), |working| *working == AT_ONCE);
+        *working.unwrap_or_else(PoisonError::into_inner) += 1;
         let tried = catch_unwind(AssertUnwindSafe(|| watched(name, || self.run_now(test))));
+        *locked(&WORKING) -= 1;
+        RESTED.notify_one();
         locked(&self.queue).busy = false;
         self.freed.notify_all();
         if let Err(panic) = tried {

@@ -70,7 +70,7 @@ fn main() -> ExitCode {
         ("lifecycle", lifecycle::TESTS),
         ("faults", faults::TESTS),
         ("crash", crash::TESTS),
-        ("chains", chains::TESTS),
+        (chains::NAME, chains::TESTS),
         ("space", space::TESTS),
         ("hardships", hardships::TESTS),
         ("history", history::TESTS),
@@ -93,6 +93,7 @@ fn main() -> ExitCode {
                 };
             let lane = match *suite {
                 sdk::NAME => lane::of_programs(),
+                steps::NAME | chains::NAME => lane::of_long_tests(driver),
                 _ => lane::of_driver(driver),
             };
             let number = trials.len();

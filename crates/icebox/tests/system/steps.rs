@@ -44,12 +44,9 @@ pub(crate) fn takes_its_time() -> bool {
     std::env::var_os(EVERY_PAIR).is_some()
 }
 
-/// Whether these tests run with a driver. If not, that is said. Each runs with one, and in turn with one of two, whose sites
-/// work at the same time.
+/// Whether these tests run with a driver. If not, that is said.
 pub(crate) fn runs(driver: Driver, test: &str) -> bool {
-    let number = TESTS.iter().position(|(name, ..)| test.ends_with(name));
-    let usual = [Driver::Qcow2, Driver::Reflink][number.unwrap_or_default() % 2];
-    let runs = (driver == usual && !is_slow()) || takes_its_time();
+    let runs = (driver == Driver::Qcow2 && !is_slow()) || takes_its_time();
     if !runs {
         skip(
             test,
