@@ -27,11 +27,11 @@ use std::time::{Duration, Instant};
 use crate::run::{Failure, target};
 
 use self::image::Image;
-use self::machine::{Ended, Machine, Mode};
+use self::machine::{Ended, Machine, Mode, Power};
 use self::power::PowerDisk;
-use self::suite::{Half, Suite, SuiteDisk, Task};
+use self::suite::{Half, Side, Suite, SuiteDisk, Task};
 
-const USAGE: &str = "usage: cargo xtask test-host [--keep | --shell | --power-cut | --bench] [--full] [--test NAME]… [-- ARGUMENTS OF THE TESTS…]";
+const USAGE: &str = "usage: cargo xtask test-host [--keep | --shell | --power-cut | --power-cuts DRIVER | --bench] [--full] [--test NAME]… [-- ARGUMENTS OF THE TESTS…]";
 
 /// Longer than a machine's share of the usual suite takes on a busy host. One that runs into it is hung.
 const LONGEST: Duration = Duration::from_secs(40 * 60);
@@ -43,6 +43,8 @@ struct Options {
     /// The tests that need no power cut.
     suite: bool,
     power_cut: bool,
+    /// The power cut at every flush of a pause, with this volume driver.
+    power_cuts: Option<String>,
     /// Every test of sandboxes with every driver, and a power cut: too slow for each change.
     full: bool,
     /// What volume drivers cost, in place of the tests.
@@ -71,6 +73,9 @@ pub(crate) fn test_host(options: &[String]) -> Result<(), Failure> {
     if options.power_cut {
         // Both are worth knowing.
         outcome = outcome.and(cut_power(&cache, &image, &suite));
+    }
+    if let Some(driver) = &options.power_cuts {
+        outcome = outcome.and(cut_power_everywhere(&cache, &image, &suite, driver));
     }
     suite.print_skipped();
     eprintln!("── test host: {:.1} s", begun.elapsed().as_secs_f64());
@@ -120,25 +125,72 @@ fn run_suite(cache: &Path, image: &Image, suite: &Suite, options: &Options) -> R
 
 /// Runs the first half of the tests of power cuts until they say so, and the second half on what is left of the disk.
 fn cut_power(cache: &Path, image: &Image, suite: &Suite) -> Result<(), Failure> {
-    let mut power = PowerDisk::new(cache)?;
-    let half = |half, power: &PowerDisk| {
-        let disk = suite.pack(cache, image, Mode::Run, Task::Half(half))?;
-        let machine = Machine {
-            name: "",
-            image,
-            suite: disk.path(),
-            power: Some(power),
-        };
-        Ok((machine.run(Mode::Run, LONGEST)?, disk))
-    };
-    let (ended, disk) = half(Half::Before, &power)?;
-    if ended == Ended::PoweredOff {
-        suite.outcome(&disk)?;
-        return Err(Failure("the power was never cut".to_owned()));
-    }
+    let power = PowerDisk::new(cache)?;
+    let half = |side, power| run_half(cache, image, suite, Half { side, driver: "" }, power);
+    let (ended, disk) = half(Side::Before, Power::Noted(&power))?;
+    must_be_cut(suite, ended, &disk)?;
     power.lose_what_was_not_flushed()?;
-    let (_, disk) = half(Half::After, &power)?;
+    let (_, disk) = half(Side::After, Power::AfterCut(&power))?;
     suite.outcome(&disk)
+}
+
+/// The same with one driver, and the second half once for each flush from where the tests say.
+fn cut_power_everywhere(
+    cache: &Path,
+    image: &Image,
+    suite: &Suite,
+    driver: &str,
+) -> Result<(), Failure> {
+    let power = PowerDisk::new(cache)?;
+    let half = |side, power| run_half(cache, image, suite, Half { side, driver }, power);
+    let (ended, disk) = half(Side::Before, Power::Noted(&power))?;
+    must_be_cut(suite, ended, &disk)?;
+    drop(disk);
+    let mut cuts = power.cuts()?;
+    let stretch = power.stretch(&cuts);
+    let (count, last) = (stretch.clone().count(), *stretch.end());
+    for (number, flush) in (1..).zip(stretch) {
+        eprintln!("── power cut {number} of {count}, at flush {flush}");
+        cuts.go_to(flush)?;
+        // What was said to be done before the power went has to be.
+        let side = if flush == last {
+            Side::AfterAll
+        } else {
+            Side::After
+        };
+        let (_, disk) = half(side, Power::AfterCut(&power))?;
+        suite.outcome(&disk)?;
+    }
+    println!("the power was cut at {count} flushes of a pause with {driver}");
+    Ok(())
+}
+
+fn must_be_cut(suite: &Suite, ended: Ended, disk: &SuiteDisk) -> Result<(), Failure> {
+    match ended {
+        Ended::PowerCut => Ok(()),
+        Ended::PoweredOff => {
+            suite.outcome(disk)?;
+            Err(Failure("the power was never cut".to_owned()))
+        }
+    }
+}
+
+/// Runs half of the tests of power cuts.
+fn run_half(
+    cache: &Path,
+    image: &Image,
+    suite: &Suite,
+    half: Half<'_>,
+    power: Power<'_>,
+) -> Result<(Ended, SuiteDisk), Failure> {
+    let disk = suite.pack(cache, image, Mode::Run, Task::Half(half))?;
+    let machine = Machine {
+        name: "",
+        image,
+        suite: disk.path(),
+        power: Some(power),
+    };
+    Ok((machine.run(Mode::Run, LONGEST)?, disk))
 }
 
 fn parse(options: &[String]) -> Result<Options, Failure> {
@@ -146,6 +198,7 @@ fn parse(options: &[String]) -> Result<Options, Failure> {
         mode: Mode::Run,
         suite: true,
         power_cut: false,
+        power_cuts: None,
         full: false,
         bench: false,
         tests: Vec::new(),
@@ -157,6 +210,12 @@ fn parse(options: &[String]) -> Result<Options, Failure> {
             "--keep" => parsed.mode = Mode::Keep,
             "--shell" => parsed.mode = Mode::Shell,
             "--power-cut" => (parsed.suite, parsed.power_cut) = (false, true),
+            "--power-cuts" => {
+                let driver = options.next().ok_or_else(|| {
+                    Failure(format!("--power-cuts needs a volume driver\n{USAGE}"))
+                })?;
+                (parsed.suite, parsed.power_cuts) = (false, Some(driver.clone()));
+            }
             "--full" => (parsed.full, parsed.power_cut) = (true, true),
             "--bench" => parsed.bench = true,
             "--test" => {
@@ -169,7 +228,7 @@ fn parse(options: &[String]) -> Result<Options, Failure> {
             other => return Err(Failure(format!("unknown option {other}\n{USAGE}"))),
         }
     }
-    if parsed.power_cut && parsed.mode != Mode::Run {
+    if (parsed.power_cut || parsed.power_cuts.is_some()) && parsed.mode != Mode::Run {
         return Err(Failure(format!(
             "a machine whose power is cut keeps no shell\n{USAGE}"
         )));

@@ -3,7 +3,8 @@
 #
 #   /mnt/suite       what to run: calls of `check_kernel` and `run`
 #   /mnt/settings    TARGET: where the host's build directory must be; MODE: run, keep or shell;
-#                    ICEBOX_TEST_POWER_CUT: before or after, of tests in two halves
+#                    ICEBOX_TEST_POWER_CUT: before, after or after-all, of tests in two halves;
+#                    ICEBOX_TEST_POWER_CUTS: the driver of those whose power is cut again and again
 #   /mnt/target      the files of that directory
 #   /mnt/cache       the tests' cache, as they know it from the host
 #   /mnt/out         what goes back: status (0 or 1; a run without one crashed), skipped

@@ -13,6 +13,8 @@ use crate::run::Failure;
 
 /// The line with which a test asks for a power cut (`crates/icebox/tests/system/power_cut.rs`).
 const POWER_CUT: &[u8] = b"cut the power now\n";
+/// The line with which it says what the power is to be cut at every flush of.
+const BEGINNING: &[u8] = b"cut the power at every flush from here\n";
 
 /// What to do with the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,7 +54,16 @@ pub(super) struct Machine<'a> {
     pub(super) name: &'a str,
     pub(super) image: &'a Image,
     pub(super) suite: &'a Path,
-    pub(super) power: Option<&'a PowerDisk>,
+    pub(super) power: Option<Power<'a>>,
+}
+
+/// A disk for tests of power cuts.
+#[derive(Clone, Copy)]
+pub(super) enum Power<'a> {
+    /// What is done to it is noted.
+    Noted(&'a PowerDisk),
+    /// As a cut has left it; what is done to it is thrown away.
+    AfterCut(&'a PowerDisk),
 }
 
 impl Machine<'_> {
@@ -77,7 +88,7 @@ impl Machine<'_> {
             .stdout(Stdio::piped())
             .spawn()
             .map_err(cannot)?;
-        let listened = listen(&mut child, self.name, Instant::now() + longest);
+        let listened = self.listen(&mut child, Instant::now() + longest);
         if !matches!(listened, Ok(Ended::PoweredOff)) {
             child
                 .kill()
@@ -137,10 +148,66 @@ impl Machine<'_> {
             ));
             command.args(["-device", &format!("virtio-blk-pci,drive={name}")]);
         }
-        if let Some(power) = self.power {
-            command.args(power.arguments());
+        match self.power {
+            Some(Power::Noted(disk)) => drop(command.args(disk.arguments())),
+            Some(Power::AfterCut(disk)) => drop(command.args(disk.arguments_after_a_cut())),
+            None => {}
         }
         command
+    }
+
+    /// Copies the machine's console to ours, each line after the machine's name, until it is closed, which QEMU does when it
+    /// ends, or until a power cut is due.
+    fn listen(&self, child: &mut Child, until: Instant) -> Result<Ended, Failure> {
+        let Some(mut console) = child.stdout.take() else {
+            return Ok(Ended::PoweredOff);
+        };
+        let (heard, said) = mpsc::channel();
+        thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(count @ 1..) = console.read(&mut buffer) {
+                // A terminal's line ends.
+                let text: Vec<u8> = buffer[..count]
+                    .iter()
+                    .copied()
+                    .filter(|byte| *byte != b'\r')
+                    .collect();
+                if heard.send(text).is_err() {
+                    break;
+                }
+            }
+        });
+        let mut line = Vec::new();
+        loop {
+            match said.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(text) => {
+                    for part in text.split_inclusive(|byte| *byte == b'\n') {
+                        line.extend_from_slice(part);
+                        if part.ends_with(b"\n") {
+                            show(self.name, &line)?;
+                            match (&*line, self.power) {
+                                (POWER_CUT, _) => return Ok(Ended::PowerCut),
+                                (BEGINNING, Some(Power::Noted(disk))) => disk.note_beginning()?,
+                                _ => {}
+                            }
+                            line.clear();
+                        }
+                    }
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    show(self.name, &line)?;
+                    return Ok(Ended::PoweredOff);
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    line.push(b'\n');
+                    show(self.name, &line)?;
+                    return Err(Failure(format!(
+                        "{}the test host did not end in time and was killed; `--keep` gives a shell to look around",
+                        self.name
+                    )));
+                }
+            }
+        }
     }
 }
 
@@ -149,57 +216,6 @@ fn succeeded(status: ExitStatus) -> Result<Ended, Failure> {
         Ok(Ended::PoweredOff)
     } else {
         Err(Failure(format!("the test host's QEMU ended with {status}")))
-    }
-}
-
-/// Copies the machine's console to ours, each line after the machine's name, until it is closed, which QEMU does when it
-/// ends, or until a power cut is due.
-fn listen(child: &mut Child, name: &str, until: Instant) -> Result<Ended, Failure> {
-    let Some(mut console) = child.stdout.take() else {
-        return Ok(Ended::PoweredOff);
-    };
-    let (heard, said) = mpsc::channel();
-    thread::spawn(move || {
-        let mut buffer = [0; 4096];
-        while let Ok(count @ 1..) = console.read(&mut buffer) {
-            // A terminal's line ends.
-            let text: Vec<u8> = buffer[..count]
-                .iter()
-                .copied()
-                .filter(|byte| *byte != b'\r')
-                .collect();
-            if heard.send(text).is_err() {
-                break;
-            }
-        }
-    });
-    let mut line = Vec::new();
-    loop {
-        match said.recv_timeout(until.saturating_duration_since(Instant::now())) {
-            Ok(text) => {
-                for part in text.split_inclusive(|byte| *byte == b'\n') {
-                    line.extend_from_slice(part);
-                    if part.ends_with(b"\n") {
-                        show(name, &line)?;
-                        if line == POWER_CUT {
-                            return Ok(Ended::PowerCut);
-                        }
-                        line.clear();
-                    }
-                }
-            }
-            Err(RecvTimeoutError::Disconnected) => {
-                show(name, &line)?;
-                return Ok(Ended::PoweredOff);
-            }
-            Err(RecvTimeoutError::Timeout) => {
-                line.push(b'\n');
-                show(name, &line)?;
-                return Err(Failure(format!(
-                    "{name}the test host did not end in time and was killed; `--keep` gives a shell to look around"
-                )));
-            }
-        }
     }
 }
 

@@ -10,6 +10,9 @@
 //!                                                      └──────── kept ─────────────┘
 //! ```
 //!
+//! A test may also name a stretch of its work (`note_beginning`): then the power is cut at every flush in it, one after the
+//! other, each time on the disk as it was at that flush, which the machine may write to and which is thrown away after it.
+//!
 //! The log is that of Linux's `dm-log-writes` (`drivers/md/dm-log-writes.c`, which QEMU's `block/blklogwrites.c` follows):
 //! a header, then an entry for each write, with its data, and for each flush; all begin at a multiple of the sector size,
 //! all numbers are little-endian.
@@ -18,6 +21,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde_json::json;
 
@@ -32,10 +36,24 @@ const MAGIC: u64 = 0x006a_7366_7773_6872;
 const VERSION: u64 = 1;
 const FLUSH: u64 = 1;
 
+/// How many flushes before a stretch belong to it: a machine goes on while the line that it printed is on its way here.
+const EARLIER: usize = 2;
+
 /// Its files go when it is dropped.
 pub(super) struct PowerDisk {
     disk: PathBuf,
     log: PathBuf,
+    /// Bytes of the log when the stretch began, or 0.
+    begun: AtomicU64,
+}
+
+/// A disk whose power was cut, at one flush after the other.
+pub(super) struct Cuts {
+    log: File,
+    disk: File,
+    history: History,
+    /// The flush that it was cut at last.
+    done: usize,
 }
 
 impl PowerDisk {
@@ -44,17 +62,18 @@ impl PowerDisk {
         let new = Self {
             disk: cache.join("power.disk"),
             log: cache.join("power.log"),
+            begun: AtomicU64::new(0),
         };
-        new.blank()?;
+        new.blank_disk()?;
+        remove_tree(&new.log)?;
+        File::create_new(&new.log).map_err(at("create", &new.log))?;
         Ok(new)
     }
 
-    fn blank(&self) -> Result<File, Failure> {
+    fn blank_disk(&self) -> Result<File, Failure> {
         remove_tree(&self.disk)?;
         let disk = File::create_new(&self.disk).map_err(at("create", &self.disk))?;
         disk.set_len(DISK_BYTES).map_err(at("size", &self.disk))?;
-        remove_tree(&self.log)?;
-        File::create_new(&self.log).map_err(at("create", &self.log))?;
         Ok(disk)
     }
 
@@ -72,8 +91,7 @@ impl PowerDisk {
         });
         // Writes and flushes are all that is in the log then. Merged requests may have as many pieces as the system takes
         // at once, and the log's header is one more: they would fail.
-        let device =
-            "virtio-blk-pci,drive=power,discard=off,write-zeroes=off,request-merging=off";
+        let device = "virtio-blk-pci,drive=power,discard=off,write-zeroes=off,request-merging=off";
         [
             "-blockdev".to_owned(),
             node.to_string(),
@@ -82,24 +100,79 @@ impl PowerDisk {
         ]
     }
 
+    /// The arguments of QEMU that attach what a cut has left of it; what is written to that is thrown away.
+    pub(super) fn arguments_after_a_cut(&self) -> [String; 4] {
+        // A comma ends an option unless it is doubled.
+        let path = self.disk.display().to_string().replace(',', ",,");
+        [
+            "-drive".to_owned(),
+            format!("id=power,file={path},format=raw,if=none,cache=unsafe,snapshot=on"),
+            "-device".to_owned(),
+            "virtio-blk-pci,drive=power".to_owned(),
+        ]
+    }
+
+    /// The test begins what its power is to be cut at every flush of.
+    pub(super) fn note_beginning(&self) -> Result<(), Failure> {
+        let log = fs::metadata(&self.log).map_err(at("look at", &self.log))?;
+        self.begun.store(log.len(), Ordering::Relaxed);
+        Ok(())
+    }
+
     /// Makes the disk what it was at the last flush.
     ///
     /// # Errors
     /// The log cannot be read, or its end is not certain.
-    pub(super) fn lose_what_was_not_flushed(&mut self) -> Result<(), Failure> {
-        let log = File::open(&self.log).map_err(at("open", &self.log))?;
-        let disk = self.blank()?;
-        let kept = replay(&log, &disk).map_err(|error| {
-            Failure(format!(
-                "cannot tell what the power cut left of the disk: {error}"
-            ))
-        })?;
+    pub(super) fn lose_what_was_not_flushed(&self) -> Result<(), Failure> {
+        let mut cuts = self.cuts()?;
+        let last = cuts.history.flushes.len();
+        cuts.go_to(last)?;
+        let kept = cuts.history.kept(last);
         eprintln!(
-            "── power cut: {} flushes, {} writes kept, {} lost",
-            kept.flushes, kept.writes, kept.lost
+            "── power cut: {last} flushes, {kept} writes kept, {} lost",
+            cuts.history.writes.len() - kept
         );
         Ok(())
     }
+
+    /// An empty disk, and what can be done to it.
+    pub(super) fn cuts(&self) -> Result<Cuts, Failure> {
+        let log = File::open(&self.log).map_err(at("open", &self.log))?;
+        let history = History::read(&log).map_err(unclear)?;
+        let disk = self.blank_disk()?;
+        Ok(Cuts {
+            log,
+            disk,
+            history,
+            done: 0,
+        })
+    }
+
+    /// The numbers of the flushes of the stretch.
+    pub(super) fn stretch(&self, cuts: &Cuts) -> std::ops::RangeInclusive<usize> {
+        let begun = self.begun.load(Ordering::Relaxed);
+        let flushes = &cuts.history.flushes;
+        let before = flushes.partition_point(|flush| flush.at < begun);
+        (before + 1).saturating_sub(EARLIER).max(1)..=flushes.len()
+    }
+}
+
+impl Cuts {
+    /// Makes the disk what it was at the `number`th flush, counted from 1, which is not before where it is.
+    pub(super) fn go_to(&mut self, number: usize) -> Result<(), Failure> {
+        let writes = self.history.kept(self.done)..self.history.kept(number);
+        for write in &self.history.writes[writes] {
+            copy(&self.log, &self.disk, write).map_err(unclear)?;
+        }
+        self.done = number;
+        Ok(())
+    }
+}
+
+fn unclear(error: io::Error) -> Failure {
+    Failure(format!(
+        "cannot tell what the power cut left of the disk: {error}"
+    ))
 }
 
 impl Drop for PowerDisk {
@@ -112,14 +185,6 @@ impl Drop for PowerDisk {
     }
 }
 
-/// What became of the writes.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Kept {
-    flushes: u64,
-    writes: u64,
-    lost: u64,
-}
-
 /// A write in the log.
 struct Write {
     /// Where its data are in the log.
@@ -129,52 +194,71 @@ struct Write {
     length: u64,
 }
 
-/// Does to `disk`, which is empty, what was done up to the last flush in `log`.
-fn replay(log: &File, disk: &File) -> io::Result<Kept> {
-    let damaged = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
-    let end = log.metadata()?.len();
-    let [magic, version, entries, sector] = numbers(log, 0)?;
-    // 32 bits; zeros follow.
-    let sector = sector & u64::from(u32::MAX);
-    if (magic, version) != (MAGIC, VERSION) || !sector.is_power_of_two() {
-        return Err(damaged("the log has no header".to_owned()));
-    }
-    let mut kept = Kept::default();
-    let mut waiting = Vec::new();
-    let (mut at, mut read) = (sector, 0);
-    while at + sector <= end {
-        let [first, count, flags, _] = numbers(log, at)?;
-        at += sector;
-        let write = Write {
-            data: at,
-            to: first * sector,
-            length: count * sector,
-        };
-        match (flags, write.length) {
-            (FLUSH, 0) => {
-                kept.flushes += 1;
-                for write in waiting.drain(..) {
-                    copy(log, disk, &write)?;
-                    kept.writes += 1;
-                }
-            }
-            (0, 1..) if write.data + write.length <= end => {
-                at += write.length;
-                waiting.push(write);
-            }
-            // Room that was taken for a write under way when QEMU was killed.
-            _ => break,
+/// A flush in the log.
+struct Flush {
+    /// Where it is in the log.
+    at: u64,
+    /// How many writes were before it.
+    writes: usize,
+}
+
+/// What was done to a disk.
+#[derive(Default)]
+struct History {
+    writes: Vec<Write>,
+    flushes: Vec<Flush>,
+}
+
+impl History {
+    fn read(log: &File) -> io::Result<Self> {
+        let damaged = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
+        let end = log.metadata()?.len();
+        let [magic, version, entries, sector] = numbers(log, 0)?;
+        // 32 bits; zeros follow.
+        let sector = sector & u64::from(u32::MAX);
+        if (magic, version) != (MAGIC, VERSION) || !sector.is_power_of_two() {
+            return Err(damaged("the log has no header".to_owned()));
         }
-        read += 1;
+        let mut history = Self::default();
+        let (mut at, mut read) = (sector, 0);
+        while at + sector <= end {
+            let [first, count, flags, _] = numbers(log, at)?;
+            let write = Write {
+                data: at + sector,
+                to: first * sector,
+                length: count * sector,
+            };
+            match (flags, write.length) {
+                (FLUSH, 0) => history.flushes.push(Flush {
+                    at,
+                    writes: history.writes.len(),
+                }),
+                (0, 1..) if write.data + write.length <= end => {
+                    at += write.length;
+                    history.writes.push(write);
+                }
+                // Room that was taken for a write under way when QEMU was killed.
+                _ => break,
+            }
+            at += sector;
+            read += 1;
+        }
+        // What QEMU knew of when the last flush ended.
+        if read < entries {
+            return Err(damaged(format!(
+                "a write under way left a gap in the log, before a flush: {read} entries of {entries}"
+            )));
+        }
+        Ok(history)
     }
-    // What QEMU knew of when the last flush ended.
-    if read < entries {
-        return Err(damaged(format!(
-            "a write under way left a gap in the log, before a flush: {read} entries of {entries}"
-        )));
+
+    /// How many writes are certain after the `number`th flush, counted from 1.
+    fn kept(&self, number: usize) -> usize {
+        match number {
+            0 => 0,
+            number => self.flushes[number - 1].writes,
+        }
     }
-    kept.lost = u64::try_from(waiting.len()).unwrap_or(u64::MAX);
-    Ok(kept)
 }
 
 /// Four numbers, as headers and entries begin with.
@@ -228,14 +312,17 @@ mod tests {
             entry(0, &[3; 512], 0),
         ]
         .concat();
+        let log = file("log", &log);
+        let history = History::read(&log).unwrap();
+        assert_eq!((history.writes.len(), history.flushes.len()), (3, 1));
         let disk = file("disk", &[0; 2048]);
-        let kept = replay(&file("log", &log), &disk).unwrap();
-        let expected = Kept {
-            flushes: 1,
-            writes: 2,
-            lost: 1,
+        let mut cuts = Cuts {
+            log,
+            disk: disk.try_clone().unwrap(),
+            history,
+            done: 0,
         };
-        assert_eq!(kept, expected);
+        cuts.go_to(1).unwrap();
         let mut found = [0; 2048];
         disk.read_exact_at(&mut found, 0).unwrap();
         assert_eq!(found[..512], [1; 512]);

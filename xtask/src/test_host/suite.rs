@@ -61,20 +61,41 @@ const FIXTURES: &str = "fixtures";
 /// The C library of the release that the root disk is made of. Programs need what they were linked with, or newer.
 const LIBC: (u32, u32) = (2, 36);
 
-/// A test on both sides of a power cut.
+/// A side of a power cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Half {
+pub(super) enum Side {
     Before,
     After,
+    /// After everything was done.
+    AfterAll,
+}
+
+impl Side {
+    /// As tests know it.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Before => "before",
+            Self::After => "after",
+            Self::AfterAll => "after-all",
+        }
+    }
+}
+
+/// Tests on one side of a power cut.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Half<'a> {
+    pub(super) side: Side,
+    /// With this driver, whose power is cut at every flush of a pause; with all of them, and once, if it is empty.
+    pub(super) driver: &'a str,
 }
 
 /// What a machine is for.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Task {
+pub(super) enum Task<'a> {
     /// This share of the suite.
     Share(usize),
     /// Half of the tests of power cuts.
-    Half(Half),
+    Half(Half<'a>),
 }
 
 /// What was built, and what came of it.
@@ -231,7 +252,7 @@ impl Suite {
         cache: &Path,
         image: &Image,
         mode: Mode,
-        task: Task,
+        task: Task<'_>,
     ) -> Result<SuiteDisk, Failure> {
         let staging = target().join("test-host-suite");
         remove_tree(&staging)?;
@@ -267,18 +288,16 @@ impl Suite {
             fs::write(&path, text).map_err(at("write", &path))
         };
         write("suite", &self.script(task))?;
+        let (side, driver) = match task {
+            Task::Share(_) => ("", ""),
+            Task::Half(half) => (half.side.name(), half.driver),
+        };
         let settings = [
             ("TARGET", &*target.to_string_lossy()),
             ("MODE", mode.name()),
             (CLOUD_HYPERVISOR, &cloud_hypervisor),
-            (
-                "ICEBOX_TEST_POWER_CUT",
-                match task {
-                    Task::Share(_) => "",
-                    Task::Half(Half::Before) => "before",
-                    Task::Half(Half::After) => "after",
-                },
-            ),
+            ("ICEBOX_TEST_POWER_CUT", side),
+            ("ICEBOX_TEST_POWER_CUTS", driver),
         ];
         let settings = settings.map(|(name, value)| format!("{name}={}\n", quoted(value)));
         write("settings", &settings.concat())?;
@@ -309,7 +328,7 @@ impl Suite {
     }
 
     /// What the machine's init runs, in its words.
-    fn script(&self, task: Task) -> String {
+    fn script(&self, task: Task<'_>) -> String {
         let line = |executable: &Path, arguments: &[String]| {
             let words = [executable.to_string_lossy().as_ref()]
                 .into_iter()
