@@ -404,9 +404,20 @@ fn inspect(path: &Path) -> Result<(ImageFormat, String), ImageError> {
     }
 }
 
+/// Where the numbers of the setup header are, and what they mean: Documentation/arch/x86/boot.rst in the kernel's sources.
+pub(super) const SETUP_SECTS: usize = 0x1f1;
+
+/// Bytes before what a bzImage runs in protected mode, from its start.
+pub(super) fn setup_bytes(start: &[u8]) -> u64 {
+    let sectors = match start.get(SETUP_SECTS) {
+        None | Some(0) => 4,
+        Some(sectors) => u64::from(*sectors),
+    };
+    (sectors + 1) * 512
+}
+
 /// The header is that of the Linux/x86 boot protocol (Documentation/arch/x86/boot.rst in the kernel's sources).
 fn check_bzimage(start: &[u8], length: u64) -> Result<String, &'static str> {
-    const SETUP_SECTS: usize = 0x1f1;
     const SYSSIZE: usize = 0x1f4;
     const BOOT_FLAG: usize = 0x1fe;
     const HEADER: usize = 0x202;
@@ -423,14 +434,10 @@ fn check_bzimage(start: &[u8], length: u64) -> Result<String, &'static str> {
     if u16_at(VERSION).is_none_or(|version| version < 0x0206) {
         return Err("its boot protocol is older than 2.06");
     }
-    let sectors = match start[SETUP_SECTS] {
-        0 => 4,
-        sectors => u64::from(sectors),
-    };
     let payload = start.get(SYSSIZE..SYSSIZE + 4).map_or(0, |b| {
         u64::from(u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
     });
-    if length < (sectors + 1) * 512 + payload * 16 {
+    if length < setup_bytes(start) + payload * 16 {
         return Err("it is cut short");
     }
     let text = u16_at(KERNEL_VERSION)

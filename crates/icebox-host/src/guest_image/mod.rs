@@ -31,6 +31,7 @@ mod modules;
 mod progress;
 pub mod rootfs;
 mod staging;
+pub mod vmlinux;
 
 pub use digest::digest_of_file;
 pub use error::ImageError;
