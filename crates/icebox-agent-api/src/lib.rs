@@ -94,6 +94,10 @@ pub mod cmdline {
     /// Name servers, separated by commas, for images without a usable `/etc/resolv.conf`.
     pub const DNS: &str = "icebox.dns";
 
+    /// How the machine is turned off; by asking for it when absent. `reset`, where it can only be reset, and its VMM ends
+    /// then.
+    pub const OFF: &str = "icebox.off";
+
     /// The guest's address in every sandbox.
     pub const DEFAULT_ADDRESS: &str = "169.254.0.21/30";
     /// The host's end of the link in every sandbox.

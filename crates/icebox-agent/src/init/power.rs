@@ -2,15 +2,19 @@
 
 use std::{
     fs,
+    path::Path,
     time::{Duration, Instant},
 };
 
+use icebox_agent_api::cmdline;
 use rustix::{
     mount::MountFlags,
     process::{Pid, Signal, WaitOptions},
     system::RebootCommand,
 };
 use tokio::{signal::unix::Signal as SignalStream, time::timeout_at};
+
+use super::KernelParameters;
 
 /// How long programs have to end by themselves.
 const GRACE: Duration = Duration::from_secs(2);
@@ -79,10 +83,17 @@ fn now(after: After) {
     // Written files are on the disk; this marks the filesystem clean. One that is busy replays its journal instead.
     rustix::mount::mount_remount("/", MountFlags::RDONLY, "").ok();
     let command = match after {
+        After::Off if is_off_by_reset() => RebootCommand::Restart,
         After::Off => RebootCommand::PowerOff,
         After::Reboot => RebootCommand::Restart,
     };
     if let Err(errno) = rustix::system::reboot(command) {
         eprintln!("icebox: failed to turn the machine off: {errno}");
     }
+}
+
+/// Whether the machine has nothing to turn it off with: its kernel would stand still for ever.
+fn is_off_by_reset() -> bool {
+    KernelParameters::read(Path::new("/proc/cmdline"))
+        .is_ok_and(|parameters| parameters.get(cmdline::OFF) == Some("reset"))
 }
