@@ -589,6 +589,16 @@ pub(crate) fn share(from: &File, to: &File) -> io::Result<bool> {
     }
 }
 
+/// Whether files in a directory can [share](share) their blocks. That cannot be tried where nothing can be written: then
+/// they cannot.
+pub(crate) fn shares_blocks(directory: &Path) -> bool {
+    let tried = tempfile::tempfile_in(directory).and_then(|mut from| {
+        from.write_all(&[1; ZERO_GRAIN])?;
+        share(&from, &tempfile::tempfile_in(directory)?)
+    });
+    tried.unwrap_or(false)
+}
+
 /// The room on the file system of `path`.
 ///
 /// # Errors

@@ -51,8 +51,11 @@ const FULL: &[&[Call]] = &[
         (SYSTEM, &["::reflink::"]),
     ],
 ];
-/// Names the Cloud Hypervisor to bring; without it, its tests are skipped.
-const CLOUD_HYPERVISOR: &str = "ICEBOX_CLOUD_HYPERVISOR";
+/// What names a VMM to bring, and what it is called there; without one, its tests are skipped.
+const VMMS: [(&str, &str); 2] = [
+    ("ICEBOX_CLOUD_HYPERVISOR", "cloud-hypervisor"),
+    ("ICEBOX_FIRECRACKER", "firecracker"),
+];
 /// The one with the tests of power cuts.
 const POWER_CUT: &str = SYSTEM;
 /// Makes what guests are made of.
@@ -275,14 +278,7 @@ impl Suite {
             fixtures.pack(&staging)?;
         }
         bring(&image.vmlinuz(), &staging.join("vmlinuz"))?;
-        let cloud_hypervisor = match std::env::var_os(CLOUD_HYPERVISOR) {
-            Some(program) if !program.is_empty() => {
-                let inside = "vmm/cloud-hypervisor";
-                bring(Path::new(&program), &staging.join(inside))?;
-                format!("/mnt/{inside}")
-            }
-            _ => String::new(),
-        };
+        let vmms = bring_vmms(&staging)?;
         let write = |name: &str, text: &str| {
             let path = staging.join(name);
             fs::write(&path, text).map_err(at("write", &path))
@@ -295,12 +291,13 @@ impl Suite {
         let settings = [
             ("TARGET", &*target.to_string_lossy()),
             ("MODE", mode.name()),
-            (CLOUD_HYPERVISOR, &cloud_hypervisor),
             ("ICEBOX_TEST_POWER_CUT", side),
             ("ICEBOX_TEST_POWER_CUTS", driver),
         ];
+        let vmms = vmms.iter().map(|(name, path)| (*name, path.as_str()));
+        let settings = settings.into_iter().chain(vmms);
         let settings = settings.map(|(name, value)| format!("{name}={}\n", quoted(value)));
-        write("settings", &settings.concat())?;
+        write("settings", &settings.collect::<String>())?;
         for (script, name) in [("init.sh", "init"), ("kernel_check.sh", "kernel_check.sh")] {
             let (from, to) = (scripts().join(script), staging.join(name));
             fs::copy(&from, &to).map_err(at("copy", &from))?;
@@ -414,6 +411,21 @@ impl Fixtures {
         }
         Ok(())
     }
+}
+
+/// Brings the VMMs that were given. For each there is, what names it, and where it is in the machine; nowhere, if it was not
+/// given.
+fn bring_vmms(staging: &Path) -> Result<Vec<(&'static str, String)>, Failure> {
+    let brought = VMMS.into_iter().map(|(name, program)| {
+        let given = std::env::var_os(name).filter(|given| !given.is_empty());
+        let Some(given) = given else {
+            return Ok((name, String::new()));
+        };
+        let inside = format!("vmm/{program}");
+        bring(Path::new(&given), &staging.join(&inside))?;
+        Ok((name, format!("/mnt/{inside}")))
+    });
+    brought.collect()
 }
 
 /// A word for a shell.

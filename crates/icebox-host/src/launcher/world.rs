@@ -157,6 +157,9 @@ fn make_device(root: &Path, node: &Node, owner: Option<u32>) -> io::Result<()> {
         _ => return Err(io::Error::other("not a device")),
     };
     let path = inside(root, &node.target);
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent)?;
+    }
     mknodat(CWD, &path, kind, Mode::RUSR | Mode::WUSR, meta.rdev())?;
     match owner {
         // chmod, since mknod applies the umask.

@@ -1,4 +1,4 @@
-//! One Cloud Hypervisor's API: HTTP over a socket that may be silent, hostile or gone.
+//! The API of one VMM: HTTP over a socket that may be silent, hostile or gone.
 //!
 //! A connection for each request: what went wrong with one is no other's trouble, and a daemon that did not start this VMM
 //! needs nothing of the one that did. Every request has its deadline, and what comes back is bounded. A tap travels with
@@ -23,46 +23,67 @@ use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::UnixStream;
 
+use crate::vmm::watched::TalkError;
+
 /// Longest answer that is accepted. The longest real one, `vm.info`, has some kilobytes.
 const ANSWER_BYTES_MAX: usize = 1 << 20;
 /// How much of a refusal's words is shown.
 const REASON_CHARACTERS_MAX: usize = 1000;
-/// What it says when a save would write pages that it has not loaded yet.
-const STILL_LOADING: &str = "on-demand memory restore is still in progress";
+/// Between looks at whether a VMM that makes its socket itself has done so.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(1);
 
 /// How long it may take to answer anything that only looks at or flips a state.
-pub(super) const QUICK: Duration = Duration::from_secs(3);
+pub(crate) const QUICK: Duration = Duration::from_secs(3);
+
+/// How one kind of VMM is talked to.
+#[derive(Debug)]
+pub(crate) struct Dialect {
+    /// What kind of VMM it is, in words.
+    pub(crate) name: &'static str,
+    /// What the path of every request begins with.
+    pub(crate) prefix: &'static str,
+    /// The words of a refusal, from its body, if they can be told.
+    pub(crate) reason: fn(&[u8]) -> Option<String>,
+}
 
 /// Why a request failed.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum ApiError {
+pub(crate) enum ApiError {
     /// It understood, and refused.
-    #[error("Cloud Hypervisor refused {request}: {reason}")]
+    #[error("{vmm} refused {request}: {reason}")]
     Refused {
+        /// What kind of VMM it is, in words.
+        vmm: &'static str,
         /// The request.
         request: &'static str,
         /// Its own words, the innermost reason last.
         reason: String,
     },
     /// No answer in time.
-    #[error("Cloud Hypervisor did not answer {request} within {after:?}")]
+    #[error("{vmm} did not answer {request} within {after:?}")]
     Timeout {
+        /// What kind of VMM it is, in words.
+        vmm: &'static str,
         /// The request.
         request: &'static str,
         /// Its deadline.
         after: Duration,
     },
     /// An answer that is none.
-    #[error("Cloud Hypervisor's answer to {request} makes no sense: {what}")]
+    #[error("{vmm}'s answer to {request} makes no sense: {what}")]
     Unclear {
+        /// What kind of VMM it is, in words.
+        vmm: &'static str,
         /// The request.
         request: &'static str,
         /// What is wrong with it.
         what: String,
     },
     /// The connection failed.
-    #[error("Cloud Hypervisor's API is gone ({request})")]
+    #[error("{vmm}'s API is gone ({request})")]
     Gone {
+        /// What kind of VMM it is, in words.
+        vmm: &'static str,
         /// The request.
         request: &'static str,
         /// What happened to the socket.
@@ -70,10 +91,9 @@ pub(super) enum ApiError {
     },
 }
 
-impl ApiError {
-    /// Whether it was refused because memory is still being loaded in the background.
-    pub(super) fn is_still_loading(&self) -> bool {
-        matches!(self, Self::Refused { reason, .. } if reason.contains(STILL_LOADING))
+impl TalkError for ApiError {
+    fn is_gone(&self) -> bool {
+        matches!(self, Self::Gone { .. })
     }
 }
 
@@ -95,19 +115,55 @@ impl From<ApiError> for HostError {
     }
 }
 
-/// The API of one Cloud Hypervisor.
+/// The API of one VMM.
 #[derive(Clone, Debug)]
-pub(super) struct Api {
+pub(crate) struct Api {
+    dialect: &'static Dialect,
     socket: PathBuf,
 }
 
 impl Api {
-    pub(super) fn new(socket: PathBuf) -> Self {
-        Self { socket }
+    /// `socket` is where it listens. A guest that has taken its VMM over must not be able to put another socket there.
+    pub(crate) fn new(dialect: &'static Dialect, socket: PathBuf) -> Self {
+        Self { dialect, socket }
+    }
+
+    /// What kind of VMM it is, in words.
+    pub(crate) fn vmm(&self) -> &'static str {
+        self.dialect.name
+    }
+
+    /// Waits until it listens.
+    pub(crate) async fn listens(&self, within: Duration) -> Result<(), ApiError> {
+        let connects = async {
+            loop {
+                let Err(error) = UnixStream::connect(&self.socket).await else {
+                    return Ok(());
+                };
+                match error.kind() {
+                    io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                        tokio::time::sleep(BETWEEN_LOOKS).await;
+                    }
+                    _ => {
+                        return Err(ApiError::Gone {
+                            vmm: self.vmm(),
+                            request: "connect",
+                            source: error,
+                        });
+                    }
+                }
+            }
+        };
+        let connected = tokio::time::timeout(within, connects).await;
+        connected.unwrap_or(Err(ApiError::Timeout {
+            vmm: self.vmm(),
+            request: "connect",
+            after: within,
+        }))
     }
 
     /// Asks for something.
-    pub(super) async fn get(
+    pub(crate) async fn get(
         &self,
         request: &'static str,
         within: Duration,
@@ -116,13 +172,14 @@ impl Api {
             .ask(Method::GET, request, Bytes::new(), Vec::new(), within)
             .await?;
         serde_json::from_slice(&answer).map_err(|error| ApiError::Unclear {
+            vmm: self.vmm(),
             request,
             what: error.to_string(),
         })
     }
 
     /// Has it do something.
-    pub(super) async fn put(
+    pub(crate) async fn put(
         &self,
         request: &'static str,
         body: Option<&Value>,
@@ -132,7 +189,7 @@ impl Api {
     }
 
     /// Has it do something with descriptors, which are closed here whatever becomes of it.
-    pub(super) async fn put_with(
+    pub(crate) async fn put_with(
         &self,
         request: &'static str,
         body: Option<&Value>,
@@ -145,6 +202,19 @@ impl Api {
             .map(drop)
     }
 
+    /// Has it change what it has.
+    pub(crate) async fn patch(
+        &self,
+        request: &'static str,
+        body: &Value,
+        within: Duration,
+    ) -> Result<(), ApiError> {
+        let body = body.to_string().into();
+        self.ask(Method::PATCH, request, body, Vec::new(), within)
+            .await
+            .map(drop)
+    }
+
     async fn ask(
         &self,
         method: Method,
@@ -153,10 +223,18 @@ impl Api {
         descriptors: Vec<OwnedFd>,
         within: Duration,
     ) -> Result<Bytes, ApiError> {
-        let asked = exchange(&self.socket, method, request, body, descriptors);
+        let asked = exchange(
+            self.dialect,
+            &self.socket,
+            method,
+            request,
+            body,
+            descriptors,
+        );
         tokio::time::timeout(within, asked)
             .await
             .unwrap_or(Err(ApiError::Timeout {
+                vmm: self.vmm(),
                 request,
                 after: within,
             }))
@@ -164,17 +242,23 @@ impl Api {
 }
 
 async fn exchange(
+    dialect: &'static Dialect,
     socket: &Path,
     method: Method,
     request: &'static str,
     body: Bytes,
     descriptors: Vec<OwnedFd>,
 ) -> Result<Bytes, ApiError> {
-    let gone = |source| ApiError::Gone { request, source };
+    let vmm = dialect.name;
+    let gone = |source| ApiError::Gone {
+        vmm,
+        request,
+        source,
+    };
     let failed = |error: hyper::Error| {
         if error.is_parse() {
             let what = error.to_string();
-            ApiError::Unclear { request, what }
+            ApiError::Unclear { vmm, request, what }
         } else {
             gone(io::Error::other(error))
         }
@@ -187,7 +271,7 @@ async fn exchange(
     let ask = async {
         let mut ask = Request::builder()
             .method(method)
-            .uri(format!("/api/v1/{request}"))
+            .uri(format!("{}{request}", dialect.prefix))
             .header(header::HOST, "localhost");
         if !body.is_empty() {
             ask = ask.header(header::CONTENT_TYPE, "application/json");
@@ -203,6 +287,7 @@ async fn exchange(
                 .map_err(|error| match error.downcast::<hyper::Error>() {
                     Ok(error) => failed(*error),
                     Err(error) => ApiError::Unclear {
+                        vmm,
                         request,
                         what: error.to_string(),
                     },
@@ -211,8 +296,14 @@ async fn exchange(
         if status.is_success() {
             return Ok(body);
         }
-        let reason = format!("{status}: {}", reason(&body));
-        Err(ApiError::Refused { request, reason })
+        let words = (dialect.reason)(&body);
+        let words = words.unwrap_or_else(|| String::from_utf8_lossy(&body).trim().to_owned());
+        let words: String = words.chars().take(REASON_CHARACTERS_MAX).collect();
+        Err(ApiError::Refused {
+            vmm,
+            request,
+            reason: format!("{status}: {words}"),
+        })
     };
     // The connection is this request's alone, and is closed with it.
     tokio::pin!(connection);
@@ -226,15 +317,6 @@ async fn exchange(
             Err(error) => Err(failed(error)),
         },
     }
-}
-
-/// The words of a refusal: since version 52 a list of reasons, each the cause of the one before.
-fn reason(body: &[u8]) -> String {
-    let text = match serde_json::from_slice::<Vec<String>>(body) {
-        Ok(reasons) => reasons.join(": "),
-        Err(_) => String::from_utf8_lossy(body).trim().to_owned(),
-    };
-    text.chars().take(REASON_CHARACTERS_MAX).collect()
 }
 
 /// A socket whose first bytes carry descriptors.

@@ -1,13 +1,19 @@
 //! VMMs on Linux: processes that run guests, and what is common to saving their memory.
 //!
-//! A driver implements [`icebox_engine::host::Vmm`]. [`qemu`] and [`cloud_hypervisor`] do. What a guest's memory
+//! A driver implements [`icebox_engine::host::Vmm`]. [`qemu`], [`cloud_hypervisor`] and [`firecracker`] do. What a guest's memory
 //! looks like on disk, and how changed pages are found from outside the process, does not depend on the VMM and lives in
 //! `memory`.
 
+mod api;
 pub mod cloud_hypervisor;
 mod console;
+pub mod firecracker;
+#[cfg(test)]
+mod hostile;
 mod memory;
 mod meter;
+mod own_disk;
+mod own_save;
 mod processes;
 mod program;
 pub mod qemu;
@@ -66,4 +72,15 @@ fn check_memory(plan: &LaunchPlan) -> Result<(), HostError> {
             plan.geometry.mem_mib
         ),
     ))
+}
+
+/// Refuses a memory that is not in one file, for a VMM that can restore no other.
+fn check_undivided(vmm: &str, plan: &LaunchPlan) -> Result<(), HostError> {
+    match &plan.start {
+        Start::Restore { memory, .. } if memory.diff.is_some() => Err(HostError::new(
+            ErrorKind::Unsupported,
+            format!("{vmm} cannot restore a memory that is a base and what differs from it"),
+        )),
+        _ => Ok(()),
+    }
 }

@@ -49,9 +49,17 @@ fn find_in(directories: impl Iterator<Item = PathBuf>, name: &str) -> Option<Pat
 /// # Errors
 /// It cannot be started, or does not end.
 pub(crate) async fn version(program: &Path) -> Result<String, HostError> {
-    let message = || format!("ask {} for its version", program.display());
+    answer(program, "--version").await
+}
+
+/// What a program says to a question. Waits for it, for at most ten seconds.
+///
+/// # Errors
+/// It cannot be started, or does not end.
+pub(crate) async fn answer(program: &Path, question: &str) -> Result<String, HostError> {
+    let message = || format!("ask {} {question}", program.display());
     let mut command = StdCommand::new(program);
-    command.arg("--version");
+    command.arg(question);
     let output = Command::from(command).kill_on_drop(true).output();
     let output = tokio::time::timeout(DEADLINE, output)
         .await

@@ -91,7 +91,17 @@ pub(crate) fn host_cpu() -> io::Result<String> {
 }
 
 /// Runs a guest until it says `proof`.
-pub(crate) async fn watch(mut vmm: Command, proof: &[u8], silence: Duration) -> Result<(), String> {
+pub(crate) async fn watch(vmm: Command, proof: &[u8], silence: Duration) -> Result<(), String> {
+    watch_and_ask(vmm, proof, silence, drop).await
+}
+
+/// Runs a guest until it says `proof`, and then looks at its VMM by its pid.
+pub(crate) async fn watch_and_ask<T>(
+    mut vmm: Command,
+    proof: &[u8],
+    silence: Duration,
+    ask: impl FnOnce(Option<u32>) -> T,
+) -> Result<T, String> {
     let (mut output, mut guest) = io::pipe()
         .and_then(|(reading, writing)| {
             let stderr = writing.try_clone()?;
@@ -103,6 +113,7 @@ pub(crate) async fn watch(mut vmm: Command, proof: &[u8], silence: Duration) -> 
     // This process's copies of the writing end: without them, the end of the VMM is the end of the pipe.
     drop(vmm);
     let verdict = listen(&mut output, proof, silence).await;
+    let verdict = verdict.map(|()| ask(guest.id()));
     if let Err(error) = guest.kill().await {
         tracing::warn!(%error, "the guest that probed KVM cannot be ended");
     }

@@ -117,3 +117,23 @@ impl Watched {
         HostError::new(kind, format!("VMM of sandbox {}: {message}", self.sandbox))
     }
 }
+
+/// How a VMM ended, for people, with its last words.
+pub(crate) fn how_it_ended<'a>(
+    name: &str,
+    ended: Ended,
+    last_words: impl Iterator<Item = &'a str>,
+) -> String {
+    let how = match ended {
+        Ended::Exited(0) => format!("{name} exited"),
+        Ended::Exited(status) => format!("{name} exited with status {status}"),
+        Ended::Signalled(signal) => format!("{name} was killed by signal {signal}"),
+        Ended::Unknown => format!("{name} ended"),
+    };
+    let words: Vec<&str> = last_words.collect();
+    if words.is_empty() {
+        how
+    } else {
+        format!("{how}: {}", words.join("; "))
+    }
+}

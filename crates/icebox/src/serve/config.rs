@@ -159,6 +159,7 @@ struct File {
     agent: Option<PathBuf>,
     qemu: Option<PathBuf>,
     cloud_hypervisor: Option<PathBuf>,
+    firecracker: Option<PathBuf>,
     accelerator: Option<Accelerator>,
     volume_driver: Option<String>,
     drain_on_stop: Option<bool>,
@@ -253,6 +254,7 @@ pub(crate) struct Config {
     pub(crate) agent: Option<PathBuf>,
     pub(crate) qemu: Option<PathBuf>,
     pub(crate) cloud_hypervisor: Option<PathBuf>,
+    pub(crate) firecracker: Option<PathBuf>,
     pub(crate) accelerator: Accelerator,
     pub(crate) volume_driver: Option<String>,
     pub(crate) drain_on_stop: bool,
@@ -339,6 +341,7 @@ impl Config {
                 .transpose()?,
             qemu: file.qemu,
             cloud_hypervisor: file.cloud_hypervisor,
+            firecracker: file.firecracker,
             accelerator: file.accelerator.unwrap_or_default(),
             volume_driver: file.volume_driver,
             drain_on_stop: file.drain_on_stop.unwrap_or(false),
@@ -481,6 +484,10 @@ mod tests {
         assert_eq!(
             config.cloud_hypervisor.take().as_deref(),
             Some(Path::new("/usr/local/bin/cloud-hypervisor"))
+        );
+        assert_eq!(
+            config.firecracker.take().as_deref(),
+            Some(Path::new("/usr/local/bin/firecracker"))
         );
         assert_eq!(config.volume_driver.take().as_deref(), Some("qcow2"));
         assert_eq!(config.zfs_dataset.take().as_deref(), Some("tank/icebox"));

@@ -27,6 +27,7 @@ use icebox_host::launcher::Launcher;
 use icebox_host::network::{NetworkConfig, NetworkSlots};
 use icebox_host::store::FileStore;
 use icebox_host::vmm::cloud_hypervisor::{self, CloudHypervisor, CloudHypervisorConfig};
+use icebox_host::vmm::firecracker::{self, Firecracker, FirecrackerConfig};
 use icebox_host::vmm::qemu::{self, Qemu, QemuConfig};
 use icebox_host::volume::{DmSnapshot, Qcow2, Reflink, Scratch, Zfs, exercise};
 use ipnet::Ipv4Net;
@@ -281,10 +282,16 @@ async fn try_vmms(
     let qemu = Qemu::find(qemu, layout.clone(), Arc::clone(boxes)).await;
     let other = CloudHypervisorConfig {
         program: config.cloud_hypervisor.clone(),
-        probe_kernel,
+        probe_kernel: probe_kernel.clone(),
         launcher: Launcher::this_program(),
     };
     let other = CloudHypervisor::find(other, layout.clone(), Arc::clone(boxes)).await;
+    let third = FirecrackerConfig {
+        program: config.firecracker.clone(),
+        probe_kernel,
+        launcher: Launcher::this_program(),
+    };
+    let third = Firecracker::find(third, layout.clone(), Arc::clone(boxes)).await;
     vec![
         (
             qemu::NAME,
@@ -293,6 +300,10 @@ async fn try_vmms(
         (
             cloud_hypervisor::NAME,
             other.map(|found| Arc::new(found) as Arc<dyn Vmm>),
+        ),
+        (
+            firecracker::NAME,
+            third.map(|found| Arc::new(found) as Arc<dyn Vmm>),
         ),
     ]
 }
@@ -303,6 +314,7 @@ fn named_vmms(config: &Config) -> Vec<&'static str> {
     let named = [
         (asks_for_qemu, qemu::NAME),
         (config.cloud_hypervisor.is_some(), cloud_hypervisor::NAME),
+        (config.firecracker.is_some(), firecracker::NAME),
     ];
     let named = named.into_iter();
     named

@@ -206,8 +206,8 @@ impl Site {
         if let Ok(accelerator) = std::env::var("ICEBOX_TEST_ACCELERATOR") {
             settings.insert_str(0, &format!("accelerator = {accelerator:?}\n"));
         }
-        if let Some(program) = crate::vmms::cloud_hypervisor() {
-            settings.insert_str(0, &format!("cloud_hypervisor = {program:?}\n"));
+        for (setting, program) in crate::vmms::programs() {
+            settings.insert_str(0, &format!("{setting} = {program:?}\n"));
         }
         if let Some(dataset) = &self.traces.dataset {
             settings.push_str(&format!("[zfs]\ndataset = {dataset:?}\n"));

@@ -1,5 +1,5 @@
 //! VMMs beside the default one: that sandboxes live the same life on them. Each of them runs where it is named
-//! (`ICEBOX_CLOUD_HYPERVISOR`) and KVM runs guests, which is in the test host.
+//! (`ICEBOX_CLOUD_HYPERVISOR`, `ICEBOX_FIRECRACKER`) and KVM runs guests, which is in the test host.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -13,42 +13,99 @@ use crate::site::{COLD, COUNTER, Site, kill, ticking};
 tests! {
     by_host:
         inv_08_inv_10_inv_18_inv_29_on_cloud_hypervisor_memory_and_disk_come_back,
-        inv_31_inv_46_on_cloud_hypervisor_guests_outlive_daemons_and_their_end_is_noticed;
+        inv_31_inv_46_on_cloud_hypervisor_guests_outlive_daemons_and_their_end_is_noticed,
+        inv_08_inv_10_inv_18_inv_29_on_firecracker_memory_and_disk_come_back,
+        inv_31_inv_46_on_firecracker_guests_outlive_daemons_and_their_end_is_noticed;
 }
 
 pub(crate) const NAME: &str = "vmms";
-const CLOUD_HYPERVISOR: &str = "cloud-hypervisor";
 
-/// The Cloud Hypervisor of these tests, where one is named and can run.
-pub(crate) fn cloud_hypervisor() -> Option<PathBuf> {
-    let kvm = std::env::var("ICEBOX_TEST_ACCELERATOR").is_ok_and(|it| it == "kvm");
-    named().filter(|_| kvm)
+/// A VMM that these tests are of.
+struct Kind {
+    /// As users call it.
+    name: &'static str,
+    /// As names of tests and settings do.
+    word: &'static str,
+    /// The variable that names its program.
+    variable: &'static str,
+    /// What a guest turns itself off with.
+    off: &'static str,
 }
 
-fn named() -> Option<PathBuf> {
-    let program = std::env::var_os("ICEBOX_CLOUD_HYPERVISOR")?;
-    (!program.is_empty()).then(|| program.into())
+const CLOUD_HYPERVISOR: Kind = Kind {
+    name: "cloud-hypervisor",
+    word: "cloud_hypervisor",
+    variable: "ICEBOX_CLOUD_HYPERVISOR",
+    off: "sync; echo o >/proc/sysrq-trigger",
+};
+const FIRECRACKER: Kind = Kind {
+    name: "firecracker",
+    word: "firecracker",
+    variable: "ICEBOX_FIRECRACKER",
+    // It has nothing to turn a machine off with; the agent knows that, and resets it.
+    off: "sync; kill -PWR 1",
+};
+const KINDS: [Kind; 2] = [CLOUD_HYPERVISOR, FIRECRACKER];
+
+impl Kind {
+    fn named(&self) -> Option<PathBuf> {
+        let program = std::env::var_os(self.variable)?;
+        (!program.is_empty()).then(|| program.into())
+    }
+
+    fn program(&self) -> Option<PathBuf> {
+        let kvm = std::env::var("ICEBOX_TEST_ACCELERATOR").is_ok_and(|it| it == "kvm");
+        self.named().filter(|_| kvm)
+    }
+}
+
+/// The VMMs of these tests that are named and can run: the settings that name them, and their programs.
+pub(crate) fn programs() -> impl Iterator<Item = (&'static str, PathBuf)> {
+    let kinds = KINDS.iter();
+    kinds.filter_map(|kind| Some((kind.word, kind.program()?)))
 }
 
 /// Whether `test` can run here. If not, the reason is said.
 pub(crate) fn can_run(test: &str) -> bool {
-    if cloud_hypervisor().is_some() {
+    let kind = KINDS.iter().find(|kind| test.contains(kind.word));
+    let kind = kind.expect("a test of this suite is named after its VMM");
+    if kind.program().is_some() {
         return true;
     }
-    let why = match named() {
-        Some(_) => "KVM is not known to run guests here (ICEBOX_TEST_ACCELERATOR=kvm)",
-        None => "ICEBOX_CLOUD_HYPERVISOR names no Cloud Hypervisor",
-    };
-    skip(test, why);
+    match kind.named() {
+        Some(_) => skip(
+            test,
+            "KVM is not known to run guests here (ICEBOX_TEST_ACCELERATOR=kvm)",
+        ),
+        None => skip(test, &format!("{} names no {}", kind.variable, kind.name)),
+    }
     false
 }
 
-/// A sandbox on Cloud Hypervisor, with a process that counts in it.
-fn boot(site: &Site, name: &str) {
+fn inv_08_inv_10_inv_18_inv_29_on_cloud_hypervisor_memory_and_disk_come_back(site: &mut Site) {
+    memory_and_disk_come_back(site, &CLOUD_HYPERVISOR);
+}
+
+fn inv_08_inv_10_inv_18_inv_29_on_firecracker_memory_and_disk_come_back(site: &mut Site) {
+    memory_and_disk_come_back(site, &FIRECRACKER);
+}
+
+fn inv_31_inv_46_on_cloud_hypervisor_guests_outlive_daemons_and_their_end_is_noticed(
+    site: &mut Site,
+) {
+    guests_outlive_daemons_and_their_end_is_noticed(site, &CLOUD_HYPERVISOR);
+}
+
+fn inv_31_inv_46_on_firecracker_guests_outlive_daemons_and_their_end_is_noticed(site: &mut Site) {
+    guests_outlive_daemons_and_their_end_is_noticed(site, &FIRECRACKER);
+}
+
+/// A sandbox on a VMM, with a process that counts in it.
+fn boot(site: &Site, vmm: &Kind, name: &str) {
     site.build(COLD, &[]);
-    let made = site.get(&["create", COLD, "--name", name, "--vmm", CLOUD_HYPERVISOR]);
+    let made = site.get(&["create", COLD, "--name", name, "--vmm", vmm.name]);
     let shown = site.get(&["inspect", path_of(&made, &["sandboxID"])]);
-    assert_eq!(path_of(&shown, &["vmm", "name"]), CLOUD_HYPERVISOR);
+    assert_eq!(path_of(&shown, &["vmm", "name"]), vmm.name);
     let script = format!(
         "cat >/root/count.sh <<'END'\n{}\nEND\nsetsid sh /root/count.sh </dev/null >/dev/null 2>&1 &\nuntil [ -s /tmp/count ]; do sleep 0.1; done",
         ticking(COUNTER)
@@ -56,17 +113,17 @@ fn boot(site: &Site, name: &str) {
     site.exec(name, &script);
 }
 
-fn inv_08_inv_10_inv_18_inv_29_on_cloud_hypervisor_memory_and_disk_come_back(site: &mut Site) {
+fn memory_and_disk_come_back(site: &mut Site, vmm: &Kind) {
     let vmms = site.get(&["vmm", "ls"]);
     let vmms: Vec<_> = vmms.as_array().unwrap().iter().collect();
-    let listed = vmms.iter().find(|vmm| vmm["name"] == CLOUD_HYPERVISOR);
+    let listed = vmms.iter().find(|it| it["name"] == vmm.name);
     let listed = listed.unwrap_or_else(|| panic!("{vmms:?}\n{}", site.said()));
     println!("{listed}");
     assert_eq!(listed["default"], false);
     assert_eq!(listed["abilities"]["diskSwitch"], false);
 
     let begun = Instant::now();
-    boot(site, "first");
+    boot(site, vmm, "first");
     println!("booted and counting after {:.1?}", begun.elapsed());
     write(site, "first", "a");
     let sums = site.exec("first", SUMS);
@@ -124,14 +181,7 @@ fn inv_08_inv_10_inv_18_inv_29_on_cloud_hypervisor_memory_and_disk_come_back(sit
     let refused = site.run(&["create", "of-third", "--vmm", "qemu"]);
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(!refused.status.success() && said.contains("VMM"), "{said}");
-    let refused = site.run(&[
-        "create",
-        COLD,
-        "--vmm",
-        CLOUD_HYPERVISOR,
-        "--driver",
-        "qcow2",
-    ]);
+    let refused = site.run(&["create", COLD, "--vmm", vmm.name, "--driver", "qcow2"]);
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(said.contains("cannot switch disks"), "{said}");
 
@@ -139,10 +189,8 @@ fn inv_08_inv_10_inv_18_inv_29_on_cloud_hypervisor_memory_and_disk_come_back(sit
     site.get(&["template", "rm", "of-first", "of-second", "of-third", COLD]);
 }
 
-fn inv_31_inv_46_on_cloud_hypervisor_guests_outlive_daemons_and_their_end_is_noticed(
-    site: &mut Site,
-) {
-    boot(site, "hardy");
+fn guests_outlive_daemons_and_their_end_is_noticed(site: &mut Site, vmm: &Kind) {
+    boot(site, vmm, "hardy");
     write(site, "hardy", "a");
     let (count, sums) = (site.count("hardy"), site.exec("hardy", SUMS));
     for signal in [Signal::KILL, Signal::TERM] {
@@ -160,7 +208,7 @@ fn inv_31_inv_46_on_cloud_hypervisor_guests_outlive_daemons_and_their_end_is_not
 
     // A guest that ends, one that resets its machine after a boot and after a restore, and a VMM that is killed.
     for (end, has_booted) in [
-        ("sync; echo o >/proc/sysrq-trigger", true),
+        (vmm.off, true),
         ("sync; echo b >/proc/sysrq-trigger", true),
         ("sync; echo b >/proc/sysrq-trigger", false),
     ] {

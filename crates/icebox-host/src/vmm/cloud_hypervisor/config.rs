@@ -5,17 +5,15 @@
 //! guest says about itself. So the same plan must make the same devices in the same order, and what changes here changes
 //! [`MACHINE_REVISION`].
 
-use std::fs::File;
-use std::io::{Seek as _, SeekFrom};
-use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 
-use icebox_engine::host::{BlockDevice, ErrorKind, HostError, LaunchPlan, Start};
+use icebox_engine::host::{LaunchPlan, Start};
 use icebox_engine::unit::Geometry;
 use serde_json::{Value, json};
 
 use crate::launcher::{BOX_DIRECTORY, Bind, BoxSpec, Node, OpenFile, Source};
 use crate::vmm::console::{CONSOLE, STDERR};
+use crate::vmm::own_disk::OwnDisk;
 use crate::vmm::{PID_FILE, program_binds};
 
 /// Which arrangement of devices this program makes.
@@ -49,40 +47,6 @@ pub(super) struct Common {
     pub(super) lazy: bool,
 }
 
-/// What there is to know about a disk before it is opened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Storage {
-    bytes: u64,
-    is_device: bool,
-}
-
-impl Storage {
-    /// Whether it is a block device of the host, not a file.
-    pub(super) fn is_device(self) -> bool {
-        self.is_device
-    }
-}
-
-/// Looks at a disk.
-///
-/// # Errors
-/// It cannot be read, or is of a kind that Cloud Hypervisor cannot freeze.
-pub(super) fn look_at(disk: &BlockDevice) -> Result<(&Path, Storage), HostError> {
-    let BlockDevice::Raw { path } = disk else {
-        return Err(HostError::new(
-            ErrorKind::Unsupported,
-            "Cloud Hypervisor has no way to switch between qcow2 overlays",
-        )
-        .hint("choose another volume driver than qcow2"));
-    };
-    let failed = |error| HostError::io(format!("read head {}", path.display()), error);
-    let mut file = File::open(path).map_err(failed)?;
-    let kind = file.metadata().map_err(failed)?.file_type();
-    let bytes = file.seek(SeekFrom::End(0)).map_err(failed)?;
-    let is_device = kind.is_block_device();
-    Ok((path, Storage { bytes, is_device }))
-}
-
 /// A path in the box.
 fn inside(name: &str) -> PathBuf {
     Path::new(BOX_DIRECTORY).join(name)
@@ -92,21 +56,12 @@ fn text(path: &Path) -> String {
     path.display().to_string()
 }
 
-/// Where the guest's disk is in every box.
-fn disk_in_box(storage: Storage) -> PathBuf {
-    if storage.is_device {
-        PathBuf::from("/dev/disk")
-    } else {
-        inside("disk")
-    }
-}
-
-/// The launcher's orders for a plan. `disk` is the host's path of the disk; `save` is the directory that the VMM may write
+/// The launcher's orders for a plan. `save` is the directory that the VMM may write
 /// its saves to.
 pub(super) fn box_spec(
     common: &Common,
     plan: &LaunchPlan,
-    (disk, storage): (&Path, Storage),
+    disk: &OwnDisk,
     runtime: &Path,
     save: &Path,
     uid: u32,
@@ -136,15 +91,7 @@ pub(super) fn box_spec(
             }
         }
     }
-    if storage.is_device {
-        devices.push(Node {
-            source: disk.to_owned(),
-            target: disk_in_box(storage),
-        });
-    } else {
-        binds.push(Bind::writable(disk, disk_in_box(storage)));
-    }
-    BoxSpec {
+    let mut spec = BoxSpec {
         program: common.program.clone(),
         arguments: vec!["--api-socket".to_owned(), "fd={api}".to_owned()],
         cgroup_procs,
@@ -152,7 +99,7 @@ pub(super) fn box_spec(
         network_namespace: Some(plan.network.namespace.clone()),
         uid,
         // A save is as long as the memory.
-        file_bytes_max: storage.bytes.max(plan.geometry.memory().0),
+        file_bytes_max: disk.bytes().max(plan.geometry.memory().0),
         files: vec![OpenFile {
             name: "api".to_owned(),
             source: Source::Listen(runtime.join(SOCKET)),
@@ -161,11 +108,13 @@ pub(super) fn box_spec(
         stderr: runtime.join(STDERR),
         binds,
         devices,
-    }
+    };
+    disk.expose(&mut spec);
+    spec
 }
 
 /// The machine, without its network card.
-fn machine(geometry: Geometry, storage: Storage, command_line: Option<&str>) -> Value {
+fn machine(geometry: Geometry, disk: &OwnDisk, command_line: Option<&str>) -> Value {
     let boot = inside(BOOT);
     json!({
         "cpus": { "boot_vcpus": geometry.vcpus, "max_vcpus": geometry.vcpus },
@@ -179,11 +128,11 @@ fn machine(geometry: Geometry, storage: Storage, command_line: Option<&str>) -> 
         },
         "disks": [{
             "id": "disk0",
-            "path": text(&disk_in_box(storage)),
+            "path": text(&disk.in_box()),
             // What a guest writes to the first sector decides nothing.
             "image_type": "Raw",
             // As with other VMMs: files by the page cache, which sandboxes share, and devices around it.
-            "direct": storage.is_device,
+            "direct": disk.is_device(),
         }],
         "rng": { "src": "/dev/urandom" },
         "balloon": { "id": "balloon0", "size": 0, "free_page_reporting": true },
@@ -194,8 +143,8 @@ fn machine(geometry: Geometry, storage: Storage, command_line: Option<&str>) -> 
 }
 
 /// What `vm.create` is told. The network card comes afterwards, with its tap.
-pub(super) fn for_boot(plan: &LaunchPlan, storage: Storage, token: &str) -> Value {
-    machine(plan.geometry, storage, Some(&command_line(token)))
+pub(super) fn for_boot(plan: &LaunchPlan, disk: &OwnDisk, token: &str) -> Value {
+    machine(plan.geometry, disk, Some(&command_line(token)))
 }
 
 /// The network card.
@@ -205,8 +154,8 @@ pub(super) fn network_card(plan: &LaunchPlan) -> Value {
 }
 
 /// The description of the machine that a restore finds beside its state.
-pub(super) fn for_restore(plan: &LaunchPlan, storage: Storage) -> Value {
-    let mut config = machine(plan.geometry, storage, None);
+pub(super) fn for_restore(plan: &LaunchPlan, disk: &OwnDisk) -> Value {
+    let mut config = machine(plan.geometry, disk, None);
     let mut card = network_card(plan);
     // That it has a descriptor; which one is told with the request.
     card["fds"] = json!([-1]);

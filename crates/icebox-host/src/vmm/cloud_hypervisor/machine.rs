@@ -1,9 +1,6 @@
 //! One running Cloud Hypervisor.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -14,18 +11,19 @@ use icebox_engine::host::{
     SavedMemory, VcpuState,
 };
 use icebox_engine::id::SandboxId;
-use icebox_engine::unit::{Bytes, PAGE_SIZE};
-use rustix::fs::OFlags;
 
-use super::api::{Api, ApiError, QUICK};
 use super::config::{self, SAVED_MEMORY, SAVED_STATE};
 use crate::blocking::blocking;
 use crate::launcher::{Ended, Process};
+use crate::vmm::api::{Api, ApiError, QUICK};
 use crate::vmm::console::Outputs;
-use crate::vmm::memory::{self, SaveOutcome};
+use crate::vmm::memory;
 use crate::vmm::meter::ProcessMeter;
-use crate::vmm::watched::{TalkError, Watched};
+use crate::vmm::own_save::SaveArea;
+use crate::vmm::watched::{Watched, how_it_ended};
 
+/// What it is called, in words.
+const NAME: &str = super::DIALECT.name;
 /// To stop the vCPUs it first finishes the guest's requests in flight.
 const FLIP_DEADLINE: Duration = Duration::from_secs(30);
 /// All memory, through the page cache. Less than the engine gives a save, so that what failed is known.
@@ -34,18 +32,16 @@ const SAVE_DEADLINE: Duration = Duration::from_secs(280);
 const LOAD_DEADLINE: Duration = Duration::from_secs(25);
 /// Between looks at whether it is loaded: the first, and the longest.
 const LOAD_PAUSES: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(50));
-/// Largest device state that is accepted. Real ones have some hundred kilobytes.
-const STATE_BYTES_MAX: u64 = 64 << 20;
-/// Largest guest memory that is believed.
-const MEMORY_BYTES_MAX: u64 = 1 << 40;
+/// What it says when a save would write pages that it has not loaded yet.
+const STILL_LOADING: &str = "on-demand memory restore is still in progress";
 
 /// A Cloud Hypervisor and the way to it.
 #[derive(Debug)]
-pub(super) struct ChMachine {
+pub(crate) struct ChMachine {
     vmm: Watched,
     api: Api,
     /// Where it writes its saves.
-    save_area: PathBuf,
+    save_area: SaveArea,
     /// Whether all memory is known to be there: what a lazy restore loads in the background cannot be saved before.
     is_loaded: Arc<AtomicBool>,
 }
@@ -53,24 +49,17 @@ pub(super) struct ChMachine {
 impl ChMachine {
     /// Begins to watch a Cloud Hypervisor: its console, its stderr, its end. These go on until it ends, whether or not
     /// this value still exists. `is_loaded` is false if its memory may still be loaded in the background.
-    pub(super) fn watch(
+    pub(crate) fn watch(
         sandbox: &SandboxId,
         process: Process,
         outputs: Outputs,
         console_log: PathBuf,
         api: Api,
-        save_area: PathBuf,
+        save_area: SaveArea,
         is_loaded: bool,
     ) -> Self {
         let reason = |ended, last_words: String| async move { exit_reason(ended, &last_words) };
-        let vmm = Watched::begin(
-            "Cloud Hypervisor",
-            sandbox,
-            process,
-            outputs,
-            console_log,
-            reason,
-        );
+        let vmm = Watched::begin(NAME, sandbox, process, outputs, console_log, reason);
         Self {
             vmm,
             api,
@@ -94,6 +83,7 @@ impl ChMachine {
         let info = self.api.get("vm.info", QUICK).await?;
         let state = info["state"].as_str().map(str::to_owned);
         state.ok_or_else(|| ApiError::Unclear {
+            vmm: self.api.vmm(),
             request: "vm.info",
             what: "no state".to_owned(),
         })
@@ -110,7 +100,7 @@ impl ChMachine {
             loop {
                 let asked = config::save_to_nowhere();
                 match self.api.put("vm.snapshot", Some(&asked), QUICK).await {
-                    Err(error) if error.is_still_loading() => {}
+                    Err(error) if is_still_loading(&error) => {}
                     Ok(()) | Err(ApiError::Refused { .. }) => return Ok(()),
                     Err(error) => return Err(error),
                 }
@@ -121,6 +111,7 @@ impl ChMachine {
         tokio::time::timeout(LOAD_DEADLINE, wait)
             .await
             .map_err(|_| ApiError::Timeout {
+                vmm: self.api.vmm(),
                 request: "the loading of memory",
                 after: LOAD_DEADLINE,
             })??;
@@ -129,10 +120,9 @@ impl ChMachine {
     }
 }
 
-impl TalkError for ApiError {
-    fn is_gone(&self) -> bool {
-        matches!(self, Self::Gone { .. })
-    }
+/// Whether it was refused because memory is still being loaded in the background.
+fn is_still_loading(error: &ApiError) -> bool {
+    matches!(error, ApiError::Refused { reason, .. } if reason.contains(STILL_LOADING))
 }
 
 #[async_trait]
@@ -188,14 +178,15 @@ impl Machine for ChMachine {
         self.vmm.or_its_end("load memory", self.loaded()).await?;
         let area = self.save_area.clone();
         let message = format!("save the guest of sandbox {}", self.vmm.sandbox());
-        empty(&area).map_err(|error| HostError::io(message.clone(), error))?;
+        area.empty()
+            .map_err(|error| HostError::io(message.clone(), error))?;
         let request = config::save_request();
         let written = self.api.put("vm.snapshot", Some(&request), SAVE_DEADLINE);
         let written = self.vmm.or_its_end("save", written).await;
         blocking(move || {
             let taken = written.and_then(|()| take(&area, &plan, &message));
             // Also what a save that failed has left.
-            let emptied = empty(&area).map_err(|error| HostError::io(message, error));
+            let emptied = area.empty().map_err(|error| HostError::io(message, error));
             let saved = taken?;
             emptied?;
             Ok(saved)
@@ -220,92 +211,22 @@ impl Machine for ChMachine {
 /// How it ended. By itself it ends well only when the guest powers off; a guest that resets makes it look for the kernel
 /// again, which is not there any more.
 fn exit_reason(ended: Ended, last_words: &str) -> ExitReason {
-    let how = match ended {
-        Ended::Exited(0) => "Cloud Hypervisor exited".to_owned(),
-        Ended::Exited(status) => format!("Cloud Hypervisor exited with status {status}"),
-        Ended::Signalled(signal) => format!("Cloud Hypervisor was killed by signal {signal}"),
-        Ended::Unknown => "Cloud Hypervisor ended".to_owned(),
-    };
     let reset = matches!(ended, Ended::Exited(1)) && last_words.contains("rebooting VM");
-    let words: Vec<&str> = last_words.lines().collect();
     ExitReason {
         by_guest: reset || ended == Ended::Exited(0),
-        detail: match words[..] {
-            _ if reset => "the guest reset its machine".to_owned(),
-            [] => how,
-            _ => format!("{how}: {}", words.join("; ")),
+        detail: if reset {
+            "the guest reset its machine".to_owned()
+        } else {
+            how_it_ended(NAME, ended, last_words.lines())
         },
     }
 }
 
-/// Removes everything in a directory that the VMM can write to.
-fn empty(directory: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(directory)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            fs::remove_dir_all(entry.path())?;
-        } else {
-            fs::remove_file(entry.path())?;
-        }
-    }
-    Ok(())
-}
-
 /// Copies a save to where it is kept.
-fn take(area: &Path, plan: &SavePlan, message: &str) -> Result<SavedMemory, HostError> {
-    let failed = |error| HostError::io(message.to_owned(), error);
-    let not_credible = |what: &str, bytes: u64| {
-        HostError::new(
-            ErrorKind::Invalid,
-            format!("{message}: {what} of {bytes} bytes is not credible"),
-        )
-    };
-    let (state, bytes) = open_saved(&area.join(SAVED_STATE)).map_err(failed)?;
-    if bytes == 0 || bytes > STATE_BYTES_MAX {
-        return Err(not_credible("device state", bytes));
-    }
-    copy_state(&state, bytes, &plan.device_state).map_err(failed)?;
-    let (memory, length) = open_saved(&area.join(SAVED_MEMORY)).map_err(failed)?;
-    if length == 0 || length > MEMORY_BYTES_MAX || length % PAGE_SIZE as u64 != 0 {
-        return Err(not_credible("guest memory", length));
-    }
-    let SaveOutcome {
-        pages,
-        changed,
-        zero,
-        allocated,
-    } = memory::save_file(&memory, length, &plan.memory)
+fn take(area: &SaveArea, plan: &SavePlan, message: &str) -> Result<SavedMemory, HostError> {
+    let bytes = area.take_state(SAVED_STATE, &plan.device_state, message)?;
+    let (memory, length) = area.open_memory(SAVED_MEMORY, message)?;
+    let saved = memory::save_file(&memory, length, &plan.memory)
         .map_err(|error| error.into_host(message.to_owned()))?;
-    Ok(SavedMemory {
-        pages,
-        changed_pages: changed,
-        zero_pages: zero,
-        allocated: Bytes(allocated + bytes.next_multiple_of(4096)),
-    })
-}
-
-/// A file that the VMM says it has written: nothing that it may have put there instead is followed or waited for.
-fn open_saved(path: &Path) -> io::Result<(File, u64)> {
-    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(flags.bits().cast_signed())
-        .open(path)?;
-    let meta = file.metadata()?;
-    if meta.is_file() {
-        Ok((file, meta.len()))
-    } else {
-        Err(io::Error::other(format!("{} is no file", path.display())))
-    }
-}
-
-fn copy_state(state: &File, length: u64, path: &Path) -> io::Result<()> {
-    let mut bytes = Vec::new();
-    state.take(length).read_to_end(&mut bytes)?;
-    OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o400)
-        .open(path)?
-        .write_all(&bytes)
+    Ok(saved.with_state(bytes))
 }

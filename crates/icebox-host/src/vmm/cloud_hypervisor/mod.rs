@@ -14,15 +14,12 @@
 //! - It can switch no disks, so its sandboxes need a volume driver whose heads the host freezes.
 //! - A guest's write that finds no room is an error that the guest sees: nothing stands still for it.
 
-mod api;
 mod config;
-#[cfg(test)]
-mod hostile;
-mod machine;
+pub(super) mod machine;
 
-use std::fs::{self, DirBuilder, Permissions};
+use std::fs::{self, DirBuilder};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _, chown, symlink};
+use std::os::unix::fs::{DirBuilderExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,19 +33,34 @@ use icebox_engine::id::SandboxId;
 use icebox_engine::layout::Layout;
 use tokio::process::Command;
 
-use self::api::{Api, QUICK};
 use self::config::{BOOT, CONFIG, Common, SOCKET, STATE, USERFAULTFD};
 use self::machine::ChMachine;
 use crate::blocking::blocking;
 use crate::boxes::HostBoxes;
 use crate::launcher::{Launcher, Process};
 use crate::network;
+use crate::vmm::api::{Api, Dialect, QUICK};
 use crate::vmm::console::{CONSOLE, Outputs, STDERR};
+use crate::vmm::own_disk::OwnDisk;
+use crate::vmm::own_save::{SaveArea, expose};
 use crate::vmm::processes::{self, Processes};
-use crate::vmm::{check_memory, program, trial};
+use crate::vmm::{check_memory, check_undivided, program, trial};
 
 /// What manifests and users call it, and what its program is called.
 pub const NAME: &str = "cloud-hypervisor";
+
+/// Its API.
+pub(super) const DIALECT: Dialect = Dialect {
+    name: "Cloud Hypervisor",
+    prefix: "/api/v1/",
+    reason,
+};
+
+/// The words of a refusal: since version 52 a list of reasons, each the cause of the one before.
+fn reason(body: &[u8]) -> Option<String> {
+    let reasons: Vec<String> = serde_json::from_slice(body).ok()?;
+    Some(reasons.join(": "))
+}
 
 /// The oldest that loads memory in the background, and whose refusals can be told apart.
 const OLDEST: (u32, u32) = (52, 0);
@@ -130,11 +142,12 @@ impl CloudHypervisor {
             ));
         }
         check_memory(plan)?;
-        let disk = config::look_at(&plan.disk)?;
+        check_undivided(DIALECT.name, plan)?;
+        let disk = OwnDisk::look_at(DIALECT.name, &plan.disk)?;
         let runtime = self.layout.vm(&plan.sandbox);
         let save_area = self.layout.save_area(&plan.sandbox);
         let uid = self.boxes.uid(plan.slot);
-        let outputs = prepare(plan, disk, &runtime, &save_area, uid).map_err(|error| {
+        let outputs = prepare(plan, &disk, &runtime, &save_area, uid).map_err(|error| {
             HostError::io(
                 format!("prepare the box of sandbox {}", plan.sandbox),
                 error,
@@ -143,7 +156,7 @@ impl CloudHypervisor {
         let spec = config::box_spec(
             &self.common,
             plan,
-            disk,
+            &disk,
             &runtime,
             &save_area,
             uid,
@@ -166,8 +179,8 @@ impl CloudHypervisor {
             process,
             outputs,
             self.layout.console_log(sandbox),
-            Api::new(self.layout.vm(sandbox).join(SOCKET)),
-            self.layout.save_area(sandbox),
+            Api::new(&DIALECT, self.layout.vm(sandbox).join(SOCKET)),
+            SaveArea::new(self.layout.save_area(sandbox)),
             is_loaded,
         )
     }
@@ -176,14 +189,14 @@ impl CloudHypervisor {
     async fn begin(&self, plan: &LaunchPlan, machine: &ChMachine) -> Result<(), HostError> {
         let (namespace, tap) = (plan.network.namespace.clone(), plan.network.tap.clone());
         let tap = blocking(move || network::open_tap(&namespace, &tap)).await?;
-        let (_, storage) = config::look_at(&plan.disk)?;
+        let disk = OwnDisk::look_at(DIALECT.name, &plan.disk)?;
         let api = machine.api();
         let ready = async { api.get("vmm.ping", START_DEADLINE).await.map(drop) };
         machine.vmm().or_its_end("start", ready).await?;
         let runtime = self.layout.vm(&plan.sandbox);
         let (operation, files): (_, &[&str]) = match &plan.start {
             Start::Boot { token, .. } => {
-                let created = config::for_boot(plan, storage, token.expose());
+                let created = config::for_boot(plan, &disk, token.expose());
                 let boot = async {
                     api.put("vm.create", Some(&created), QUICK).await?;
                     let card = config::network_card(plan);
@@ -334,22 +347,14 @@ fn may_load_lazily() -> bool {
 /// Makes what a box is made of, as its uid can use it.
 fn prepare(
     plan: &LaunchPlan,
-    (disk, storage): (&Path, config::Storage),
+    disk: &OwnDisk,
     runtime: &Path,
     save_area: &Path,
     uid: u32,
 ) -> io::Result<Outputs> {
     let outputs = Outputs::create(runtime)?;
-    if let Err(error) = DirBuilder::new().mode(0o700).create(save_area)
-        && error.kind() != io::ErrorKind::AlreadyExists
-    {
-        return Err(error);
-    }
-    chown(save_area, Some(uid), Some(uid))?;
-    if !storage.is_device() {
-        // This sandbox's alone; what it is frozen into is root's again.
-        chown(disk, Some(uid), Some(uid))?;
-    }
+    SaveArea::new(save_area.to_owned()).create(uid)?;
+    disk.hand_over(uid)?;
     match &plan.start {
         Start::Boot { .. } => {
             let boot = runtime.join(BOOT);
@@ -362,21 +367,10 @@ fn prepare(
             }
         }
         Start::Restore { device_state, .. } => {
-            let config = config::for_restore(plan, storage).to_string();
+            let config = config::for_restore(plan, disk).to_string();
             expose(&runtime.join(CONFIG), config.as_bytes())?;
             expose(&runtime.join(STATE), &fs::read(device_state)?)?;
         }
     }
     Ok(outputs)
-}
-
-/// Readable by the box's uid, which sees it under a bind mount; nobody else on the host can enter its directory.
-fn expose(path: &Path, content: &[u8]) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Ok(()) => {}
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(error),
-    }
-    fs::write(path, content)?;
-    fs::set_permissions(path, Permissions::from_mode(0o444))
 }

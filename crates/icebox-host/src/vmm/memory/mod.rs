@@ -12,10 +12,12 @@
 //! ```
 
 mod diff;
+mod flat;
 mod process;
 mod save;
 
 pub(crate) use diff::{Diff, DiffError};
+pub(crate) use flat::save_flat;
 pub(crate) use process::{GuestRam, ProcessMemory, ProcessMemoryError};
 pub(crate) use save::{SaveError, SaveOutcome, save, save_file};
 

@@ -5,6 +5,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
@@ -30,6 +31,17 @@ pub(crate) struct GuestRam {
     pub(crate) address: u64,
     /// Its length, a multiple of the page size.
     pub(crate) bytes: u64,
+}
+
+/// A part of a guest's memory that is the private mapping of a part of a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct MappedPart {
+    /// Where the process has it.
+    pub(crate) ram: GuestRam,
+    /// Where it begins in the file.
+    pub(crate) offset: u64,
+    /// Pages of it, numbered from its beginning, that the process has mapped something else over: all of them are its own.
+    pub(crate) replaced: Vec<Range<u64>>,
 }
 
 /// Why guest memory cannot be found or accessed.
@@ -103,6 +115,33 @@ impl ProcessMemory {
                 bytes: file.len(),
             })
             .ok_or_else(|| ProcessMemoryError::NotMapped(format!("all of {}", path.display())))
+    }
+
+    /// Finds the private, writable mappings of parts of a file, each in one piece but for what the process has put in the
+    /// place of some pages since. `parts` are in order.
+    pub(crate) fn find_parts(
+        &self,
+        path: &Path,
+        parts: &[Range<u64>],
+    ) -> Result<Vec<MappedPart>, ProcessMemoryError> {
+        let file = fs::metadata(path).map_err(|source| ProcessMemoryError::Io {
+            operation: format!("look at {}", path.display()),
+            source,
+        })?;
+        let mappings: Vec<Mapping> = self
+            .mappings()?
+            .into_iter()
+            .filter(|it| it.inode == file.ino() && it.is_private_writable)
+            .collect();
+        parts
+            .iter()
+            .map(|part| {
+                find_part(&mappings, part).ok_or_else(|| {
+                    let what = format!("bytes {part:?} of {}", path.display());
+                    ProcessMemoryError::NotMapped(what)
+                })
+            })
+            .collect()
     }
 
     /// Checks that anonymous memory of the VMM covers this range.
@@ -179,6 +218,41 @@ impl ProcessMemory {
     }
 }
 
+/// The part of a file that these mappings of it show at one address.
+fn find_part(mappings: &[Mapping], part: &Range<u64>) -> Option<MappedPart> {
+    let mut within: Vec<&Mapping> = mappings
+        .iter()
+        .filter(|it| part.contains(&it.offset))
+        .collect();
+    within.sort_by_key(|it| it.offset);
+    let first = within.first()?;
+    let address = first.start.checked_sub(first.offset - part.start)?;
+    let mut replaced = Vec::new();
+    let mut at = part.start;
+    for mapping in within {
+        let end = mapping.offset + (mapping.end - mapping.start);
+        let fits = mapping.start == address + (mapping.offset - part.start);
+        if !fits || mapping.offset < at || end > part.end {
+            return None;
+        }
+        if mapping.offset > at {
+            replaced.push((at - part.start) / PAGE..(mapping.offset - part.start) / PAGE);
+        }
+        at = end;
+    }
+    if at < part.end {
+        replaced.push((at - part.start) / PAGE..(part.end - part.start) / PAGE);
+    }
+    Some(MappedPart {
+        ram: GuestRam {
+            address,
+            bytes: part.end - part.start,
+        },
+        offset: part.start,
+        replaced,
+    })
+}
+
 /// An error of a file in `/proc/<pid>`: that it is not there means that the process is not.
 fn io_error(operation: String, source: io::Error) -> ProcessMemoryError {
     match source.kind() {
@@ -223,6 +297,44 @@ impl Mapping {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_part_is_in_one_piece_but_for_what_was_put_over_it() {
+        let mapping = |start: u64, pages: u64, offset: u64| Mapping {
+            start,
+            end: start + pages * PAGE,
+            is_private_writable: true,
+            offset: offset * PAGE,
+            inode: 7,
+        };
+        let at = 0x7f00_0000_0000;
+        let (first, second) = (0..6 * PAGE, 6 * PAGE..8 * PAGE);
+        let maps = [mapping(at, 6, 0), mapping(at - (1 << 30), 2, 6)];
+        let found = find_part(&maps, &second).unwrap();
+        assert_eq!(
+            (found.ram.address, found.offset),
+            (at - (1 << 30), 6 * PAGE)
+        );
+        assert_eq!(find_part(&maps, &first).unwrap().replaced, []);
+
+        // The first page, the middle and the end are something else now.
+        let maps = [mapping(at + 4 * PAGE, 1, 4), mapping(at + PAGE, 1, 1)];
+        let found = find_part(&maps, &first).unwrap();
+        assert_eq!(
+            found.ram,
+            GuestRam {
+                address: at,
+                bytes: 6 * PAGE
+            }
+        );
+        assert_eq!(found.replaced, [0..1, 2..4, 5..6]);
+
+        // Two mappings that are not of one piece, one that goes on too far, and none.
+        let maps = [mapping(at, 1, 0), mapping(at + PAGE, 1, 4)];
+        assert_eq!(find_part(&maps, &first), None);
+        assert_eq!(find_part(&[mapping(at, 7, 0)], &first), None);
+        assert_eq!(find_part(&[mapping(at, 6, 0)], &second), None);
+    }
 
     #[test]
     fn maps_are_understood() {

@@ -5,9 +5,9 @@ use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use icebox_engine::host::{ErrorKind, HostError, SavedPages};
+use icebox_engine::host::{ErrorKind, HostError, SavedMemory, SavedPages};
 use icebox_engine::layout::{MEMORY_BASE, MEMORY_DIFF};
-use icebox_engine::unit::PAGE_SIZE;
+use icebox_engine::unit::{Bytes, PAGE_SIZE};
 
 use super::diff::DiffWriter;
 use super::process::ProcessMemoryError;
@@ -67,6 +67,18 @@ pub(crate) struct SaveOutcome {
     pub(crate) zero: u64,
     /// Bytes allocated for the file. Blocks that a new base shares with the old one count in full.
     pub(crate) allocated: u64,
+}
+
+impl SaveOutcome {
+    /// The whole save, with a device state of so many bytes.
+    pub(crate) fn with_state(self, bytes: u64) -> SavedMemory {
+        SavedMemory {
+            pages: self.pages,
+            changed_pages: self.changed,
+            zero_pages: self.zero,
+            allocated: Bytes(self.allocated + bytes.next_multiple_of(PAGE)),
+        }
+    }
 }
 
 /// Writes the memory of a guest that stands still into `directory`. `old_base` is the file it is mapped over, if any.
@@ -177,11 +189,11 @@ pub(crate) fn save_file(
     })
 }
 
-fn allocated(file: &File) -> io::Result<u64> {
+pub(super) fn allocated(file: &File) -> io::Result<u64> {
     Ok(file.metadata()?.blocks() * 512)
 }
 
-fn failed(operation: &'static str, path: &Path, source: io::Error) -> SaveError {
+pub(super) fn failed(operation: &'static str, path: &Path, source: io::Error) -> SaveError {
     SaveError::File {
         operation,
         path: path.to_owned(),
@@ -189,7 +201,7 @@ fn failed(operation: &'static str, path: &Path, source: io::Error) -> SaveError 
     }
 }
 
-fn create(path: &Path) -> Result<File, SaveError> {
+pub(super) fn create(path: &Path) -> Result<File, SaveError> {
     OpenOptions::new()
         .read(true)
         .write(true)
@@ -242,7 +254,7 @@ fn read_pages(
 }
 
 /// Writes pages into a base: neighbours together, zero pages as holes.
-struct BaseWriter<'a> {
+pub(super) struct BaseWriter<'a> {
     file: &'a File,
     /// Whether the file may hold something where a zero page belongs.
     over_content: bool,
@@ -252,7 +264,7 @@ struct BaseWriter<'a> {
 }
 
 impl<'a> BaseWriter<'a> {
-    fn new(file: &'a File, over_content: bool) -> Self {
+    pub(super) fn new(file: &'a File, over_content: bool) -> Self {
         Self {
             file,
             over_content,
@@ -262,7 +274,7 @@ impl<'a> BaseWriter<'a> {
         }
     }
 
-    fn push(&mut self, number: u64, page: &[u8]) -> io::Result<()> {
+    pub(super) fn push(&mut self, number: u64, page: &[u8]) -> io::Result<()> {
         if page == ZERO_PAGE {
             self.zero += 1;
             if self.over_content {
@@ -285,7 +297,7 @@ impl<'a> BaseWriter<'a> {
         Ok(())
     }
 
-    fn finish(mut self) -> io::Result<u64> {
+    pub(super) fn finish(mut self) -> io::Result<u64> {
         self.write_batch()?;
         Ok(self.zero)
     }

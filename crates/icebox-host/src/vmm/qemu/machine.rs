@@ -15,7 +15,7 @@ use icebox_engine::host::{
 };
 use icebox_engine::id::SandboxId;
 use icebox_engine::layout::Layout;
-use icebox_engine::unit::{Bytes, PAGE_SIZE};
+use icebox_engine::unit::PAGE_SIZE;
 use qapi::qmp::{self, MigrationCapability, MigrationStatus, RunState};
 use rustix::fs::{MemfdFlags, memfd_create};
 use tokio::sync::watch;
@@ -30,7 +30,7 @@ use crate::vmm::memory::{
     self, Diff, DiffError, GuestRam, ProcessMemory, ProcessMemoryError, SaveError, SaveOutcome,
 };
 use crate::vmm::meter::ProcessMeter;
-use crate::vmm::watched::{TalkError, Watched};
+use crate::vmm::watched::{TalkError, Watched, how_it_ended};
 
 /// Device state is kilobytes; loading or saving it takes milliseconds, but the disk it is on may be slow.
 const STATE_DEADLINE: Duration = Duration::from_secs(30);
@@ -328,24 +328,12 @@ fn host_address(answer: &str) -> Option<u64> {
     u64::from_str_radix(address, 16).ok()
 }
 
-/// How a VMM ended, for people.
+/// How a QEMU ended, for people. What is left out is harmless, and said on every restore: a save of devices has no
+/// description of itself.
 fn describe(ended: Ended, last_words: &str) -> String {
-    let how = match ended {
-        Ended::Exited(0) => "QEMU exited".to_owned(),
-        Ended::Exited(status) => format!("QEMU exited with status {status}"),
-        Ended::Signalled(signal) => format!("QEMU was killed by signal {signal}"),
-        Ended::Unknown => "QEMU ended".to_owned(),
-    };
-    // Harmless, and said on every restore: a save of devices has no description of itself.
-    let words: Vec<&str> = last_words
-        .lines()
-        .filter(|line| !line.contains("Expected vmdescription section"))
-        .collect();
-    if words.is_empty() {
-        how
-    } else {
-        format!("{how}: {}", words.join("; "))
-    }
+    let words = last_words.lines();
+    let words = words.filter(|line| !line.contains("Expected vmdescription section"));
+    how_it_ended("QEMU", ended, words)
 }
 
 impl TalkError for QmpError {
@@ -423,12 +411,7 @@ impl Machine for QemuMachine {
             write_memory(&process, anonymous, &plan).map_err(|error| error.into_host(message))
         })
         .await?;
-        Ok(SavedMemory {
-            pages: saved.pages,
-            changed_pages: saved.changed,
-            zero_pages: saved.zero,
-            allocated: Bytes(saved.allocated + state_bytes.next_multiple_of(4096)),
-        })
+        Ok(saved.with_state(state_bytes))
     }
 
     /// QEMU stops the vCPUs by itself when a write finds no room (`werror=enospc`, its default), and says `STOP`; only its

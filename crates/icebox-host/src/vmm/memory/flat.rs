@@ -1,0 +1,163 @@
+//! Saves for a VMM that can restore nothing but one whole file: a copy of the file that the guest was restored from, with
+//! what has changed since.
+//!
+//! The file is always a new one. It shares the old one's blocks where the file system can, and then a save costs what has
+//! changed. Which pages those are needs no memory of earlier saves, neither ours nor the VMM's: they are the guest's own
+//! copies, whatever was saved or failed to be since. So there is no chain of saves that could miss a link.
+//!
+//! ```text
+//!   page is in what the VMM has written ──► that: it is of the same instant as its device state
+//!   else the guest has a copy of its own ─► that copy
+//!   else ─────────────────────────────────► as in the old file
+//! ```
+//!
+//! A VMM whose guest stands still may yet go on with what the guest has asked of its devices. That touches nothing but the
+//! rings between the two, which the VMM writes at every save, and buffers that are not the guest's until the rings say so.
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+
+use icebox_engine::host::SavedPages;
+use icebox_engine::layout::MEMORY_BASE;
+use icebox_engine::unit::PAGE_SIZE;
+
+use super::process::MappedPart;
+use super::save::{BaseWriter, SaveError, SaveOutcome, allocated, create, failed};
+use super::{PAGE, ProcessMemory, ZERO_PAGE};
+use crate::fs::{for_each_extent, sparse_copy};
+
+/// Writes the memory of a guest that stands still into `directory`: what `old` has, with the pages that `parts` have copies
+/// of, and those that the VMM has written to `written`, a file as long as the guest's memory with holes for what has not
+/// changed.
+///
+/// As with [`save`](super::save), readable by everybody, not writable and not durable. Blocks for as long as the changed
+/// pages take to copy; where the file system shares no blocks, all that is not zero.
+pub(crate) fn save_flat(
+    process: &ProcessMemory,
+    parts: &[MappedPart],
+    old: (&File, &Path),
+    written: &File,
+    directory: &Path,
+) -> Result<SaveOutcome, SaveError> {
+    let (old, old_path) = old;
+    let path = directory.join(MEMORY_BASE);
+    let file = create(&path)?;
+    sparse_copy(old, &file).map_err(|source| failed("copy", old_path, source))?;
+    let write = |source| failed("write", &path, source);
+    let extents =
+        extents(written).map_err(|source| failed("read what was saved over", old_path, source))?;
+    let mut writer = BaseWriter::new(&file, true);
+    let mut changed = 0;
+    let (mut now, mut before) = ([0; PAGE_SIZE], [0; PAGE_SIZE]);
+    for part in parts {
+        for number in candidates(process, part, &extents)? {
+            let at = part.offset + number * PAGE;
+            let next = extents.partition_point(|extent| extent.end <= at);
+            let is_written = extents.get(next).is_some_and(|extent| extent.contains(&at));
+            if is_written {
+                written.read_exact_at(&mut now, at).map_err(write)?;
+            }
+            // A file system may say that there are data where nothing was written. What is zero in the guest is so there.
+            if !is_written || now == ZERO_PAGE {
+                process.read(part.ram, number * PAGE, &mut now)?;
+            }
+            old.read_exact_at(&mut before, at)
+                .map_err(|source| failed("read", old_path, source))?;
+            if now != before {
+                changed += 1;
+                writer.push(at / PAGE, &now).map_err(write)?;
+            }
+        }
+    }
+    Ok(SaveOutcome {
+        pages: SavedPages::Full,
+        changed,
+        zero: writer.finish().map_err(write)?,
+        allocated: allocated(&file).map_err(write)?,
+    })
+}
+
+/// What a file has data for, in whole pages.
+fn extents(file: &File) -> std::io::Result<Vec<Range<u64>>> {
+    let mut extents = Vec::new();
+    for_each_extent(file, |extent| {
+        let (start, end) = (extent.start / PAGE, extent.end.div_ceil(PAGE));
+        extents.push(start * PAGE..end * PAGE);
+        Ok(())
+    })?;
+    Ok(extents)
+}
+
+/// Numbers of the pages of a part that may differ from the old file, ascending.
+fn candidates(
+    process: &ProcessMemory,
+    part: &MappedPart,
+    extents: &[Range<u64>],
+) -> Result<Vec<u64>, SaveError> {
+    let mut numbers = process.changed_pages(part.ram)?;
+    numbers.extend(part.replaced.iter().cloned().flatten());
+    let end = part.offset + part.ram.bytes;
+    for extent in extents {
+        let (from, to) = (extent.start.max(part.offset), extent.end.min(end));
+        if from < to {
+            numbers.extend((from - part.offset) / PAGE..(to - part.offset) / PAGE);
+        }
+    }
+    numbers.sort_unstable();
+    numbers.dedup();
+    Ok(numbers)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::launcher::identity_of;
+    use crate::vmm::memory::GuestRam;
+
+    #[test]
+    fn inv_08_inv_29_a_flat_save_is_the_old_memory_with_what_has_changed() {
+        let old = tempfile::NamedTempFile::new().unwrap();
+        old.as_file().write_all_at(&[7; 6 * PAGE_SIZE], 0).unwrap();
+        old.as_file().set_len(8 * PAGE).unwrap();
+        let mut memory = vec![0_u8; 9 * PAGE_SIZE];
+        let start = memory.as_ptr().align_offset(PAGE_SIZE);
+        let guest = &mut memory[start..start + 8 * PAGE_SIZE];
+        // As it was; another; zeroed; as it was; written by the VMM, and changed since; said to be written by it, and not;
+        // new; never touched.
+        for (page, byte) in [(0, 7), (1, 8), (2, 0), (3, 7), (4, 1), (5, 9), (6, 3)] {
+            guest[page * PAGE_SIZE..(page + 1) * PAGE_SIZE].fill(byte);
+        }
+        let written = tempfile::tempfile().unwrap();
+        written.set_len(8 * PAGE).unwrap();
+        written.write_all_at(&[2; PAGE_SIZE], 4 * PAGE).unwrap();
+        written.write_all_at(&[0; PAGE_SIZE], 5 * PAGE).unwrap();
+
+        let process = ProcessMemory::open(&identity_of(std::process::id()).unwrap()).unwrap();
+        let address = guest.as_ptr() as u64;
+        // Two parts, the second of which has lost its mapping of the file.
+        let part = |from: u64, pages: u64, replaced: &[Range<u64>]| MappedPart {
+            ram: GuestRam {
+                address: address + from * PAGE,
+                bytes: pages * PAGE,
+            },
+            offset: from * PAGE,
+            replaced: replaced.to_vec(),
+        };
+        let parts = [part(0, 6, &[]), part(6, 2, &[0..1, 1..2])];
+        let directory = tempfile::tempdir().unwrap();
+        let old_file = (old.as_file(), old.path());
+        let outcome = save_flat(&process, &parts, old_file, &written, directory.path()).unwrap();
+        assert_eq!(outcome.pages, SavedPages::Full);
+        assert_eq!((outcome.changed, outcome.zero), (5, 1));
+        let saved = std::fs::read(directory.path().join(MEMORY_BASE)).unwrap();
+        let bytes: Vec<u8> = saved.chunks(PAGE_SIZE).map(|page| page[17]).collect();
+        assert_eq!(bytes, [7, 8, 0, 7, 2, 9, 3, 0]);
+        // Never the file itself.
+        let mut before = [0];
+        old.as_file().read_exact_at(&mut before, PAGE).unwrap();
+        assert_eq!(before, [7]);
+        assert!(save_flat(&process, &parts, old_file, &written, directory.path()).is_err());
+    }
+}
