@@ -2,8 +2,8 @@
 //!
 //! A copy that writes as fast as the disk takes it leaves a guest on the same disk a fifth to a half of what it had alone.
 //! So a copy looks now and then whether a guest did I/O meanwhile. If none did, it goes on at full speed. If one did, it waits
-//! until the disk has what it wrote, and then rests for twice as long as that took: two thirds of the time are the guest's
-//! alone, and the copy takes about three times as long.
+//! until the disk has what it wrote, and then rests for three times as long as that took: three quarters of the time are the
+//! guest's alone, and the copy takes about four times as long.
 
 use std::fs::{self, File};
 use std::io;
@@ -22,7 +22,7 @@ const STRETCH: u64 = 8 << 20;
 const AT_REST_PER_SECOND: f64 = 1e6;
 const AT_REST: u64 = 32 << 10;
 /// How much longer a rest is than the work before it.
-const REST: u32 = 2;
+const REST: u32 = 3;
 /// The longest rest. A disk that took this long for a stretch has other worries.
 const REST_MAX: Duration = Duration::from_secs(2);
 /// How often to look for guests that were not there before.
