@@ -325,6 +325,9 @@ impl Client {
     /// What was changed and who asked for it.
     pub async fn audit(&self, range: AuditRange) -> Result<Vec<AuditEntry>, ClientError> {
         let mut path = format!("/audit?since={}", range.since);
+        if let Some(from) = range.from {
+            path.push_str(&format!("&from={from}"));
+        }
         if let Some(limit) = range.limit {
             path.push_str(&format!("&limit={limit}"));
         }

@@ -197,6 +197,9 @@ pub struct AuditRange {
     /// Those after this number.
     #[serde(default)]
     pub since: u64,
+    /// Those from this time on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<Timestamp>,
     /// At most so many. Absent: 1000.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<u32>,

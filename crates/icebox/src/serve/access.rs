@@ -331,8 +331,14 @@ impl Access {
     ) -> Result<Vec<AuditEntry>, ApiError> {
         let team = team.map(ToOwned::to_owned);
         let limit = range.limit.unwrap_or(AUDIT_PAGE).min(AUDIT_PAGE);
-        self.stored(move |store| store.audit(range.since, limit, team.as_deref()))
-            .await
+        self.stored(move |store| {
+            let since = match range.from {
+                Some(from) => range.since.max(store.audited_before(from)?),
+                None => range.since,
+            };
+            store.audit(since, limit, team.as_deref())
+        })
+        .await
     }
 }
 

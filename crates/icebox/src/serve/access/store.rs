@@ -318,6 +318,25 @@ impl Store {
     }
 
     /// Entries after `since`, of a team or of all, oldest first.
+    /// The number of the last entry before the first one of this time or later; 0 if that is the oldest.
+    pub(super) fn audited_before(&self, time: Timestamp) -> Result<u64, StoreError> {
+        let connection = self.lock();
+        let read = || -> rusqlite::Result<u64> {
+            let mut select = connection.prepare("SELECT seq, at FROM audit ORDER BY seq")?;
+            let mut rows = select.query([])?;
+            let mut before = 0;
+            while let Some(row) = rows.next()? {
+                // As text, times are not in order: they have as many digits as they need.
+                if parsed::<Timestamp>(row, 1)? >= time {
+                    break;
+                }
+                before = row.get::<_, i64>(0)?.unsigned_abs();
+            }
+            Ok(before)
+        };
+        read().map_err(failed("read"))
+    }
+
     pub(super) fn audit(
         &self,
         since: u64,
@@ -453,6 +472,10 @@ mod tests {
         assert_eq!(all[1].outcome, None, "it did not end");
         assert_eq!(store.audit(0, 10, Some("acme")).unwrap(), all[..1]);
         assert_eq!(store.audit(1, 10, None).unwrap(), all[1..]);
+        let second = jiff::SignedDuration::from_secs(1);
+        assert_eq!(store.audited_before(at - second).unwrap(), 0);
+        assert_eq!(store.audited_before(at).unwrap(), 0);
+        assert_eq!(store.audited_before(at + second).unwrap(), 2);
     }
 
     #[test]
