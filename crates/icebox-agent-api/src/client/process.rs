@@ -255,12 +255,24 @@ impl AgentClient {
     /// # Errors
     /// As [`AgentClient::start`]; `DeadlineExceeded` when the command's time ran out.
     pub async fn run(&self, command: Command) -> Result<Output, AgentError> {
+        self.run_keeping(command, usize::MAX).await
+    }
+
+    /// Runs a process to its end and keeps the first `most` bytes of each stream that it writes, for who does not trust it.
+    ///
+    /// # Errors
+    /// As [`AgentClient::run`].
+    pub async fn run_keeping(&self, command: Command, most: usize) -> Result<Output, AgentError> {
         let mut process = self.start(command).await?;
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+        let keep = |kept: &mut Vec<u8>, bytes: &[u8]| {
+            let room = most.saturating_sub(kept.len());
+            kept.extend_from_slice(&bytes[..bytes.len().min(room)]);
+        };
         loop {
             match process.next().await? {
-                Event::Stdout(bytes) | Event::Terminal(bytes) => stdout.extend_from_slice(&bytes),
-                Event::Stderr(bytes) => stderr.extend_from_slice(&bytes),
+                Event::Stdout(bytes) | Event::Terminal(bytes) => keep(&mut stdout, &bytes),
+                Event::Stderr(bytes) => keep(&mut stderr, &bytes),
                 Event::Exited(exit) => {
                     return Ok(Output {
                         stdout,

@@ -1,4 +1,4 @@
-//! One kernel, one agent and one Debian image for every test on this machine.
+//! One kernel, one agent and one Debian image for every test on this machine, and other people's programs that some need.
 //!
 //! Making them takes most of a minute and a network; so they are made once, kept in a cache, and only ever read. The cache
 //! is `$ICEBOX_TEST_CACHE`, or `target/test-cache` in the repository. Tests are processes of their own, so a lock file
@@ -19,9 +19,10 @@ use super::{
     rootfs::{self, Recipe, Source},
 };
 
-/// What every fixture image is made of: enough for a shell, Python, and commands as another user.
+/// What every fixture image is made of: enough for a shell, Python, git, and commands as another
+/// user.
 const SUITE: &str = "bookworm";
-const INCLUDE: [&str; 2] = ["python3", "sudo"];
+const INCLUDE: [&str; 3] = ["git", "python3", "sudo"];
 /// MiB of it, half of them in use. Every site that imports it reads and hashes all of them, for which an emulated machine
 /// takes half a minute for each 512.
 const IMAGE_MIB: u64 = 512;
@@ -43,6 +44,8 @@ pub enum FixtureError {
     },
     #[error("building the agent failed:\n{0}")]
     Agent(String),
+    #[error("{command} failed:\n{said}")]
+    Program { command: String, said: String },
 }
 
 fn at(op: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> FixtureError {
@@ -170,4 +173,70 @@ pub fn debian_image() -> Result<PathBuf, FixtureError> {
         .map_err(at("set the mode of", image.path()))?;
     image.persist(&path)?;
     Ok(path)
+}
+
+/// The directory `name` of the cache, which `make` has filled at some time: whoever needs it first does, and others wait.
+///
+/// # Errors
+/// It cannot be made, or `make` could not.
+pub fn made(
+    name: &str,
+    make: impl FnOnce(&Path) -> Result<(), FixtureError>,
+) -> Result<PathBuf, FixtureError> {
+    let programs = cache_dir().join("programs");
+    fs::create_dir_all(&programs).map_err(at("make", &programs))?;
+    let _lock = lock(&format!("programs/{name}"))?;
+    let (home, done) = (programs.join(name), programs.join(format!("{name}.done")));
+    if done.exists() {
+        return Ok(home);
+    }
+    match fs::remove_dir_all(&home) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(at("remove", &home)(error));
+        }
+        _ => fs::create_dir(&home).map_err(at("make", &home))?,
+    }
+    make(&home)?;
+    File::create(&done).map_err(at("create", &done))?;
+    Ok(home)
+}
+
+/// A Python of its own that has these packages, from where this machine's pip takes them.
+///
+/// # Errors
+/// It cannot be made: there is no Python, or no such package.
+pub fn python(packages: &[&str]) -> Result<PathBuf, FixtureError> {
+    let name = format!("python-{}", packages.join("+"));
+    made(&name, |home| virtual_environment(home, packages))
+}
+
+/// Fills `home` with a Python of its own, and packages.
+///
+/// # Errors
+/// As of [`python`].
+pub fn virtual_environment(home: &Path, packages: &[&str]) -> Result<(), FixtureError> {
+    succeed(Command::new("python3").args(["-m", "venv"]).arg(home))?;
+    let mut pip = Command::new(home.join("bin/pip"));
+    pip.args(["install", "--quiet", "--disable-pip-version-check"]);
+    succeed(pip.args(packages))
+}
+
+/// Runs a program that must succeed.
+///
+/// # Errors
+/// It does not, with what it said.
+pub fn succeed(command: &mut Command) -> Result<(), FixtureError> {
+    let failed = |command: &Command, said: String| FixtureError::Program {
+        command: format!("{command:?}"),
+        said,
+    };
+    let output = match command.stdin(Stdio::null()).output() {
+        Ok(output) => output,
+        Err(error) => return Err(failed(command, error.to_string())),
+    };
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = [output.stdout, output.stderr].concat();
+    Err(failed(command, String::from_utf8_lossy(&said).into_owned()))
 }

@@ -271,7 +271,7 @@ async fn is_ready(
     command: &str,
 ) -> Result<bool, icebox_agent_api::client::AgentError> {
     let output = agent
-        .run(Command::new("/bin/sh").args(["-c", command]))
+        .run_keeping(Command::new("/bin/sh").args(["-c", command]), 0)
         .await?;
     Ok(output.exit.shell_code() == 0)
 }

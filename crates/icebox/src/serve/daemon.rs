@@ -527,7 +527,7 @@ impl Daemon for Icebox {
     }
 
     async fn admit_files(&self, hash: &str) -> Result<Option<String>, ApiError> {
-        self.recipes.files().admit(hash)
+        self.recipes.admit_files(&self.engine, hash)
     }
 
     async fn put_files(

@@ -16,7 +16,8 @@ mod run;
 mod step;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use http::StatusCode;
@@ -29,6 +30,7 @@ use icebox_engine::host::Egress;
 use icebox_engine::id::{Name, Team, TemplateId};
 use icebox_engine::manifest::v1::Template;
 use icebox_engine::{Engine, Scope, unit::Geometry};
+use serde::{Deserialize, Serialize};
 
 use super::translate;
 use family::{Families, Reference};
@@ -36,19 +38,29 @@ use files::Files;
 use log::Log;
 use run::Run;
 
-/// How many builds are remembered after their end.
+/// How many builds of a team are remembered after their end.
 const REMEMBERED: usize = 100;
+/// How many names a team's builds may have, and each of them tags: all of them are in one file.
+const NAMES_MAX: usize = 1000;
+const TAGS_MAX: usize = 100;
+/// Where they are, in the data directory.
+const BUILDS: &str = "builds";
+/// The format of their files.
+const FORMAT: u32 = 1;
 
 /// All builds, and what is known of their names.
 pub(super) struct Recipes {
     egress: Egress,
     families: Families,
     files: Files,
+    directory: PathBuf,
     builds: Mutex<BTreeMap<String, Arc<Build>>>,
 }
 
 /// One build.
+#[derive(Serialize, Deserialize)]
 struct Build {
+    format: u32,
     id: String,
     /// When it was asked for, to forget the oldest.
     number: usize,
@@ -58,14 +70,15 @@ struct Build {
     tags: Vec<String>,
     vcpus: Option<u8>,
     mem_mib: Option<u32>,
+    #[serde(skip)]
     log: Log,
 }
 
 impl Recipes {
-    /// Reads what is known of names in `data`.
+    /// Reads what is known of names and builds in `data`.
     ///
     /// # Errors
-    /// It is damaged.
+    /// What is known of names is damaged.
     pub(super) fn open(data: &Path, internet: bool) -> std::io::Result<Self> {
         let egress = if internet {
             Egress::Internet
@@ -76,13 +89,23 @@ impl Recipes {
             egress,
             families: Families::open(data)?,
             files: Files::new(data),
-            builds: Mutex::default(),
+            builds: Mutex::new(remembered(&data.join(BUILDS))),
+            directory: data.join(BUILDS),
         })
     }
 
     /// Where archives are put.
     pub(super) fn files(&self) -> &Files {
         &self.files
+    }
+
+    /// `None` if a team has sent the archive of this hash; else where it is to be put.
+    pub(super) fn admit_files(
+        &self,
+        engine: &Engine,
+        hash: &str,
+    ) -> Result<Option<String>, ApiError> {
+        self.files.admit(&team(engine), hash)
     }
 
     /// The template that a user's words lead to, if they are about one that was built by steps.
@@ -131,12 +154,14 @@ impl Recipes {
         for tag in &tags {
             translate::name(tag)?;
         }
+        self.require_room_for(&team, name.as_str(), &tags)?;
         let template = self
             .families
             .id_of(&team, name.as_str())
             .map_err(not_kept)?;
         let mut builds = lock(&self.builds);
-        let build = Build {
+        let mut build = Build {
+            format: FORMAT,
             id: family::uuid(),
             number: builds.values().map(|it| it.number + 1).max().unwrap_or(0),
             template,
@@ -155,9 +180,55 @@ impl Recipes {
             tags: build.tags.clone(),
             aliases: vec![build.name.clone()],
         };
+        build.log = self.new_log(&build).map_err(not_kept)?;
+        let team = build.team.clone();
         builds.insert(build.id.clone(), Arc::new(build));
-        forget_oldest(&mut builds);
+        self.forget_oldest(&team, &mut builds);
         Ok(requested)
+    }
+
+    fn new_log(&self, build: &Build) -> std::io::Result<Log> {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&self.directory)?;
+        Log::create(&self.directory.join(&build.id), build)
+    }
+
+    /// Refuses a new name to a team that has as many as it may, and new tags to a name.
+    fn require_room_for(&self, team: &Team, name: &str, tags: &[String]) -> Result<(), ApiError> {
+        let full = |message: String| {
+            Err(ApiError::new(ErrorCode::LimitReached, message)
+                .hint("remove what nobody needs any more, or take a name and tags that are there"))
+        };
+        let known = self.families.tags(team, &Reference::read(name));
+        if known.is_none() && self.families.count(team) >= NAMES_MAX {
+            return full(format!(
+                "team {} has {NAMES_MAX} names of templates",
+                team.as_str()
+            ));
+        }
+        let known = known.unwrap_or_default();
+        let is_new = |tag: &&String| !known.iter().any(|it| it.tag == **tag);
+        if known.len() + tags.iter().filter(is_new).count() > TAGS_MAX {
+            return full(format!("template {name} may have {TAGS_MAX} tags"));
+        }
+        Ok(())
+    }
+
+    fn forget_oldest(&self, team: &Team, builds: &mut BTreeMap<String, Arc<Build>>) {
+        while builds.values().filter(|it| it.team == *team).count() > REMEMBERED {
+            let idle = builds
+                .values()
+                .filter(|it| it.team == *team && it.log.state() != BuildState::Building);
+            let Some(oldest) = idle.min_by_key(|it| it.number).map(|it| it.id.clone()) else {
+                return;
+            };
+            builds.remove(&oldest);
+            if let Err(error) = std::fs::remove_file(self.directory.join(&oldest)) {
+                tracing::warn!(%error, build = oldest, "a build's log stays");
+            }
+        }
     }
 
     /// Refuses a name that a template has which has no tags.
@@ -203,6 +274,7 @@ impl Recipes {
         let (team, reference) = (team(engine), read(engine, wanted));
         let tags = [reference.tag_or_default().to_owned()];
         let families = &self.families;
+        self.require_room_for(&team, reference.name, &tags)?;
         families.id_of(&team, reference.name).map_err(not_kept)?;
         let build = family::uuid();
         let before = families.built(&team, reference.name, &tags, template.as_str(), &build);
@@ -274,20 +346,28 @@ impl Recipes {
         let found = found.filter(|it| engine.scope().owns(&it.team));
         found.ok_or_else(|| {
             ApiError::new(ErrorCode::NotFound, format!("build {id:?} does not exist"))
-                .hint("builds are remembered until the daemon is restarted")
+                .hint(format!("the newest {REMEMBERED} builds are remembered"))
         })
     }
 
-    /// The tags of a template.
+    /// The tags of a template. One that was not built by steps has the one that is meant where none is named.
     pub(super) fn tags(
         &self,
         engine: &Engine,
         template: &str,
     ) -> Result<Vec<TemplateTag>, ApiError> {
         let reference = read(engine, template);
-        self.families
-            .tags(&team(engine), &reference)
-            .ok_or_else(|| unknown(template))
+        let own = self.families.tags(&team(engine), &reference);
+        if let Some(tags) = own.filter(|_| !names_a_team(engine, template)) {
+            return Ok(tags);
+        }
+        let found = engine.template(translate::template_reference(template));
+        let found = found.map_err(|error| translate::error(&error))?;
+        Ok(vec![TemplateTag {
+            tag: family::DEFAULT.to_owned(),
+            build_id: family::uuid_of(found.id.as_str()),
+            created_at: found.created_at,
+        }])
     }
 
     /// Gives tags to what another leads to.
@@ -303,6 +383,9 @@ impl Recipes {
             translate::name(tag)?;
         }
         let target = read(engine, &asked.target);
+        if self.families.find(&team(engine), target.name).is_some() {
+            self.require_room_for(&team(engine), target.name, &asked.tags)?;
+        }
         let assigned = self.families.assign(&team(engine), &target, &asked.tags);
         let build_id = assigned
             .map_err(not_kept)?
@@ -427,19 +510,21 @@ async fn remove_unless_used(engine: &Engine, templates: Vec<String>) {
     }
 }
 
-fn forget_oldest(builds: &mut BTreeMap<String, Arc<Build>>) {
-    while builds.len() > REMEMBERED {
-        let ended = builds.values().filter(|it| {
-            matches!(
-                it.log.state(),
-                BuildState::Ready | BuildState::Error | BuildState::Waiting
-            )
-        });
-        let Some(oldest) = ended.min_by_key(|it| it.number).map(|it| it.id.clone()) else {
-            return;
-        };
-        builds.remove(&oldest);
+/// The builds of earlier daemons. One that cannot be read is left out: it is not worth a daemon that does not start.
+fn remembered(directory: &Path) -> BTreeMap<String, Arc<Build>> {
+    let mut builds = BTreeMap::new();
+    for file in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+        match Log::open::<Build>(&file.path()) {
+            Ok((build, log)) if build.format == FORMAT && file.file_name() == *build.id => {
+                builds.insert(build.id.clone(), Arc::new(Build { log, ..build }));
+            }
+            Ok(_) => tracing::warn!(file = %file.path().display(), "the log of no build of ours"),
+            Err(error) => {
+                tracing::warn!(%error, file = %file.path().display(), "a build's log is unreadable");
+            }
+        }
     }
+    builds
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -384,3 +384,43 @@ fn snapshots_have_names_with_tags_and_each_is_removed_by_itself() {
     assert_eq!(remove("snap:v2"), 204);
     assert_eq!(client.ask("GET /templates/aliases/snap", "").status, 404);
 }
+
+#[test]
+fn templates_have_tags_however_they_were_built_and_not_too_many() {
+    let daemon = Daemon::start().with_template();
+    let client = Client::of(&daemon);
+    let listed = client.ask("GET /templates/base/tags", "");
+    assert_eq!(listed.status, 200, "{}", listed.body);
+    assert_eq!(listed.body[0]["tag"], "default");
+    assert_eq!(listed.body.as_array().unwrap().len(), 1);
+    let id = client.ask("GET /templates/aliases/base", "").body["templateID"].clone();
+    let by_id = client.ask(&format!("GET /templates/{}/tags", id.as_str().unwrap()), "");
+    assert_eq!(by_id.body, listed.body);
+    assert_eq!(client.ask("GET /templates/nothing/tags", "").status, 404);
+    let tags: Vec<_> = (0..101).map(|n| format!("v{n}")).collect();
+    let refused = client.ask(
+        "POST /v3/templates",
+        &json!({"name": "many", "tags": tags}).to_string(),
+    );
+    assert_eq!(refused.status, 429, "{}", refused.body);
+    let some = json!({"name": "many", "tags": tags[..99]}).to_string();
+    let asked = client.ask("POST /v3/templates", &some);
+    assert_eq!(asked.status, 202, "{}", asked.body);
+}
+
+#[test]
+fn a_build_is_there_after_a_restart() {
+    let daemon = Daemon::start().with_template();
+    let asked = Client::of(&daemon).ask("POST /v3/templates", r#"{"name": "later"}"#);
+    let id = |key: &str| asked.body[key].as_str().unwrap().to_owned();
+    let path = format!(
+        "GET /templates/{}/builds/{}/status",
+        id("templateID"),
+        id("buildID")
+    );
+    let before = Client::of(&daemon).ask(&path, "");
+    assert_eq!(before.body["status"], "waiting", "{}", before.body);
+    let daemon = daemon.restart();
+    let after = Client::of(&daemon).ask(&path, "");
+    assert_eq!((after.status, after.body), (200, before.body));
+}

@@ -47,12 +47,7 @@ impl Daemon {
     pub(crate) fn start_with(options: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let guests = loopback();
-        let process = serve(directory.path())
-            .args(["--sim", "--sim-guests", &guests.to_string()])
-            .args(["--listen", "127.0.0.1:0"])
-            .args(options)
-            .spawn()
-            .unwrap();
+        let process = spawn(directory.path(), guests, options);
         let mut daemon = Self {
             directory,
             process,
@@ -62,6 +57,17 @@ impl Daemon {
         };
         daemon.wait_until_ready();
         daemon
+    }
+
+    /// Ends a daemon without options of its own as a service manager would, and starts the next one on what it has left on
+    /// disk. A simulated host is another then.
+    pub(crate) fn restart(mut self) -> Self {
+        signal(self.process.id(), "TERM");
+        assert!(self.process.wait().unwrap().success());
+        self.logger.take().unwrap().join().unwrap();
+        self.process = spawn(self.directory.path(), self.guests, &[]);
+        self.wait_until_ready();
+        self
     }
 
     fn wait_until_ready(&mut self) {
@@ -152,19 +158,22 @@ impl Daemon {
     pub(crate) fn with_guest(mut self) -> Self {
         self = self.with_template();
         self.get(&["create", "base", "--name", "web"]);
-        let agent = self.start_agent();
-        self.agents.push(agent);
         let token = self.token_of("web");
-        self.welcome("web", Some(&token));
+        self.add_agent("web", Some(&token));
         self
     }
 
     /// An agent that answers everybody at the first sandbox's address.
     pub(crate) fn with_open_agent(mut self) -> Self {
+        self.add_agent("anybody", None);
+        self
+    }
+
+    /// Has an agent answer at the first sandbox's address.
+    pub(crate) fn add_agent(&mut self, sandbox: &str, token: Option<&str>) {
         let agent = self.start_agent();
         self.agents.push(agent);
-        self.welcome("anybody", None);
-        self
+        self.welcome(sandbox, token);
     }
 
     /// Tells the agent the sandbox's token, which a simulated host does not.
@@ -254,6 +263,15 @@ impl Drop for Daemon {
     }
 }
 
+fn spawn(directory: &Path, guests: Ipv4Addr, options: &[&str]) -> Child {
+    serve(directory)
+        .args(["--sim", "--sim-guests", &guests.to_string()])
+        .args(["--listen", "127.0.0.1:0"])
+        .args(options)
+        .spawn()
+        .unwrap()
+}
+
 /// `icebox serve` in a directory.
 pub(crate) fn serve(directory: &Path) -> Command {
     let mut command = icebox();
@@ -286,31 +304,12 @@ pub(crate) fn request(address: &str, line: &str, headers: &str, body: &str) -> S
 
 /// A Python of its own that has a package, made once.
 pub(crate) fn python(package: &str) -> PathBuf {
-    let cache = fixture::cache_dir().join("python");
-    std::fs::create_dir_all(&cache).unwrap();
-    let lock = std::fs::File::create(cache.join(format!("{package}.lock"))).unwrap();
-    lock.lock().unwrap();
-    let (home, done) = (cache.join(package), cache.join(format!("{package}.done")));
-    if !done.exists() {
-        std::fs::remove_dir_all(&home).unwrap_or_default();
-        succeed(Command::new("python3").args(["-m", "venv"]).arg(&home));
-        let mut pip = Command::new(home.join("bin/pip"));
-        pip.args(["install", "--quiet", "--disable-pip-version-check"]);
-        succeed(pip.arg(package));
-        std::fs::write(done, "").unwrap();
-    }
-    home
+    fixture::python(&[package]).unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// Runs a program that must succeed. If it does not, what it said is told.
 pub(crate) fn succeed(command: &mut Command) {
-    let output = command.stdin(Stdio::null()).output().unwrap();
-    assert!(
-        output.status.success(),
-        "{command:?}\n{}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
+    fixture::succeed(command).unwrap_or_else(|error| panic!("{error}"));
 }
 
 /// Sends a signal with the system's own tool.

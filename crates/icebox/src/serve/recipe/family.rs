@@ -11,6 +11,7 @@ use icebox_engine::id::{Team, TemplateId};
 use jiff::Timestamp;
 use rand::RngExt as _;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 
 use super::lock;
 
@@ -108,6 +109,13 @@ impl Families {
             own.find(|(_, it)| it.id == wanted).map(|(_, it)| it)
         });
         found.map(|it| it.id.clone())
+    }
+
+    /// How many names a team has.
+    pub(super) fn count(&self, team: &Team) -> usize {
+        let own = key(team, "");
+        let known = lock(&self.known);
+        known.keys().filter(|name| name.starts_with(&own)).count()
     }
 
     /// The template that a reference leads to.
@@ -266,8 +274,22 @@ impl Family {
 
 /// A random UUID (RFC 9562, version 4), which E2B's clients want a build's id to be.
 pub(super) fn uuid() -> String {
-    let bits: u128 = rand::rng().random();
-    let bits = bits & !(0xf << 76) | (0x4 << 76);
+    written(rand::rng().random(), 4)
+}
+
+/// The UUID (RFC 9562, version 8) of a template that no build by steps made: always the same for an id.
+pub(super) fn uuid_of(id: &str) -> String {
+    let digest: [u8; 32] = Sha256::digest(id).into();
+    let (bits, _) = digest.split_at(16);
+    let bits = bits
+        .iter()
+        .fold(0, |bits, byte| bits << 8 | u128::from(*byte));
+    written(bits, 8)
+}
+
+/// Bits as a UUID of this version.
+fn written(bits: u128, version: u128) -> String {
+    let bits = bits & !(0xf << 76) | (version << 76);
     let bits = bits & !(0b11 << 62) | (0b10 << 62);
     let hex = format!("{bits:032x}");
     let parts = [
@@ -345,11 +367,14 @@ mod tests {
     }
 
     #[test]
-    fn a_uuid_says_that_it_is_random() {
-        let id = uuid();
-        let parts: Vec<_> = id.split('-').map(str::len).collect();
-        assert_eq!(parts, [8, 4, 4, 4, 12]);
-        assert_eq!(&id[14..15], "4");
-        assert!("89ab".contains(&id[19..20]), "{id}");
+    fn a_uuid_says_what_it_is_made_of() {
+        for (id, version) in [(uuid(), "4"), (uuid_of("t1"), "8")] {
+            let parts: Vec<_> = id.split('-').map(str::len).collect();
+            assert_eq!(parts, [8, 4, 4, 4, 12]);
+            assert_eq!(&id[14..15], version);
+            assert!("89ab".contains(&id[19..20]), "{id}");
+        }
+        assert_eq!(uuid_of("t1"), uuid_of("t1"));
+        assert_ne!(uuid_of("t1"), uuid_of("t2"));
     }
 }

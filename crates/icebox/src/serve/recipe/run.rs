@@ -12,7 +12,6 @@ use icebox_api::types::{BuildReason, StartBuild};
 use icebox_api::{ApiError, ErrorCode};
 use icebox_engine::manifest::v1::{Login, OnTimeout};
 use icebox_engine::{CreateRequest, Defaults, Engine, LifetimeChange, Limit, SandboxView};
-use tokio::time::Instant;
 
 use super::step::{COPY, Step, absolute};
 use super::{Build, Recipes, geometry};
@@ -25,6 +24,8 @@ const READY_TIMEOUT: Duration = Duration::from_secs(600);
 const SETTLE: Duration = Duration::from_secs(20);
 /// A build's sandbox that nobody looks after any more goes after so long.
 const LONGEST: Duration = Duration::from_secs(4 * 3600);
+/// What is read of a short answer. A shell's profile may say anything.
+const ANSWER_MAX: usize = 4 << 10;
 /// Where archives are put in the sandbox.
 const ARCHIVE: &str = "/tmp/.icebox-archive";
 /// What parts of a build that are no steps are called.
@@ -78,7 +79,8 @@ impl Run {
         };
         let base = recipes.base(&engine, from)?;
         let steps = what.steps.iter();
-        let steps = steps.map(|step| Step::read(step, |hash| recipes.files.find(hash)));
+        let steps =
+            steps.map(|step| Step::read(step, |hash| recipes.files.find(&build.team, hash)));
         let words = |text: Option<String>| text.filter(|text| !text.trim().is_empty());
         Ok(Self {
             base,
@@ -311,19 +313,21 @@ impl Run {
             return Ok(());
         };
         self.say(FINALIZE, format!("waiting for {ready}"));
-        let begun = Instant::now();
-        loop {
-            let ran = agent.run(shell.command(ready)).await;
-            let ran = ran.map_err(|error| format!("failed to run command '{ready}': {error}"))?;
-            if ran.exit.shell_code() == 0 {
-                return Ok(());
+        let becoming = async {
+            loop {
+                let ran = agent.run_keeping(shell.command(ready), 0).await;
+                let ran =
+                    ran.map_err(|error| format!("failed to run command '{ready}': {error}"))?;
+                if ran.exit.shell_code() == 0 {
+                    return Ok(());
+                }
+                tokio::time::sleep(READY_INTERVAL).await;
             }
-            if begun.elapsed() > READY_TIMEOUT {
-                let seconds = READY_TIMEOUT.as_secs();
-                return Err(format!("'{ready}' did not succeed within {seconds} s"));
-            }
-            tokio::time::sleep(READY_INTERVAL).await;
-        }
+        };
+        let seconds = READY_TIMEOUT.as_secs();
+        let late = |_| Err(format!("'{ready}' did not succeed within {seconds} s"));
+        let ready = tokio::time::timeout(READY_TIMEOUT, becoming).await;
+        ready.unwrap_or_else(late)
     }
 
     async fn finish(&self, sandbox: &SandboxView, defaults: Defaults) -> Result<(), ApiError> {
@@ -388,7 +392,8 @@ impl Shell {
     }
 
     async fn ask(&self, question: &str) -> Result<String, String> {
-        let answer = self.agent_of_user().run(self.command(question)).await;
+        let command = self.command(question);
+        let answer = self.agent_of_user().run_keeping(command, ANSWER_MAX).await;
         let answer = answer.map_err(|error| error.to_string())?;
         Ok(String::from_utf8_lossy(&answer.stdout)
             .trim_end()
