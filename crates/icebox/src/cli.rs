@@ -6,7 +6,7 @@ use clap::{Parser, Subcommand};
 
 use crate::commands::reference;
 use crate::commands::{
-    attach, audit, checkpoint, completions, copy, create, destroy, doctor, drain, events, exec,
+    attach, audit, ca, checkpoint, completions, copy, create, destroy, doctor, drain, events, exec,
     flatten, fork, gc, history, inspect, kernel, key, list, logs, pause, pool, ps, resume,
     rollback, shell, snapshot, start, stats, stop, team, template, timeout, vmm,
 };
@@ -70,6 +70,7 @@ pub(crate) enum Command {
     Client(ClientCommand),
     #[command(subcommand)]
     Pool(pool::Command),
+    Ca(ca::Args),
     Completions(completions::Args),
 }
 

@@ -2,6 +2,7 @@
 
 pub(crate) mod attach;
 pub(crate) mod audit;
+pub(crate) mod ca;
 pub(crate) mod checkpoint;
 pub(crate) mod completions;
 pub(crate) mod copy;
@@ -65,6 +66,7 @@ pub(crate) fn run(cli: Cli, output: Output) -> Ended {
         Command::Client(command) => command,
         Command::Serve(args) => return serve::run(&args, cli.socket.as_deref(), output),
         Command::Pool(command) => return pool::run(&command, output),
+        Command::Ca(args) => return ca::run(&args, output),
         Command::Completions(args) => return completions::run(&args),
     };
     let context = Context {

@@ -10,6 +10,7 @@
 //! Sockets come before the engine, so that a second daemon is refused before it touches anything.
 
 mod access;
+mod authority;
 mod build;
 mod config;
 mod daemon;
@@ -50,7 +51,8 @@ use crate::commands::Ended;
 use crate::failure::Failure;
 use crate::output::Output;
 use access::{Access, House};
-use config::Config;
+use authority::Authority;
+use config::{Config, Tls};
 use daemon::Icebox;
 use listen::SocketFile;
 use recipe::Recipes;
@@ -83,6 +85,19 @@ pub(crate) async fn survey(settings: &Settings, socket: Option<&Path>) -> Result
 /// The settings are not understood.
 pub(crate) fn data_directory(settings: &Settings) -> Result<PathBuf, Failure> {
     Ok(Config::of_machine(settings, None)?.data_dir)
+}
+
+/// The certificate authority of a daemon with these settings.
+///
+/// # Errors
+/// The settings are not understood, or it cannot be read or made.
+pub(crate) fn authority(settings: &Settings) -> Result<Authority, Failure> {
+    authority_of(&Config::of_machine(settings, None)?)
+}
+
+fn authority_of(config: &Config) -> Result<Authority, Failure> {
+    let domain = config.domain.as_deref().unwrap_or(authority::DOMAIN);
+    Authority::open(&config.data_dir, domain)
 }
 
 /// What the daemon runs on: this machine, or a simulation.
@@ -146,7 +161,8 @@ async fn serve(config: Config, args: &Args, output: Output) -> Ended {
         None => None,
     };
     let certificate = match &config.tls {
-        Some((chain, key)) => Some(Certificate::load(chain, key)?),
+        Some(Tls::Files { chain, key }) => Some(Certificate::load(chain, key)?),
+        Some(Tls::Local) => Some(Certificate::signed(authority_of(&config)?)?),
         None => None,
     };
     let layout = Layout::new(&config.data_dir, &config.run_dir);

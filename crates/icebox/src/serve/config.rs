@@ -118,6 +118,10 @@ pub(crate) struct Args {
     )]
     tls_key: Option<PathBuf>,
 
+    /// Serve HTTPS there: with a certificate of this host's own authority, which `icebox ca` prints.
+    #[arg(long, env = "ICEBOX_TLS_LOCAL", conflicts_with_all = ["tls_cert", "tls_key"], hide_env_values = true)]
+    tls_local: bool,
+
     /// What to log: error, warn, info, debug, trace, or a filter by module [default: info].
     #[arg(
         long,
@@ -155,6 +159,8 @@ struct File {
     listen: Option<SocketAddr>,
     tls_cert: Option<PathBuf>,
     tls_key: Option<PathBuf>,
+    #[serde(default)]
+    tls_local: bool,
     domain: Option<String>,
     agent: Option<PathBuf>,
     qemu: Option<PathBuf>,
@@ -248,8 +254,8 @@ pub(crate) struct Config {
     pub(crate) run_dir: PathBuf,
     pub(crate) socket: PathBuf,
     pub(crate) listen: Option<SocketAddr>,
-    /// The certificate of that place, and its key.
-    pub(crate) tls: Option<(PathBuf, PathBuf)>,
+    /// What that place shows who it is with.
+    pub(crate) tls: Option<Tls>,
     pub(crate) domain: Option<String>,
     pub(crate) agent: Option<PathBuf>,
     pub(crate) qemu: Option<PathBuf>,
@@ -281,7 +287,10 @@ impl Config {
         let mut config = Self::of_machine(&args.settings, socket)?;
         config.listen = args.listen.or(config.listen);
         if args.tls_cert.is_some() || args.tls_key.is_some() {
-            config.tls = tls(args.tls_cert.clone(), args.tls_key.clone())?;
+            config.tls = tls(args.tls_cert.clone(), args.tls_key.clone(), false)?;
+        }
+        if args.tls_local {
+            config.tls = Some(Tls::Local);
         }
         config.log_filter = args.log.clone().unwrap_or(config.log_filter);
         config.log_format = args.log_format.unwrap_or(config.log_format);
@@ -331,7 +340,7 @@ impl Config {
             socket: absolute(socket)?,
             run_dir,
             listen: file.listen,
-            tls: tls(file.tls_cert, file.tls_key)?,
+            tls: tls(file.tls_cert, file.tls_key, file.tls_local)?,
             domain: file.domain,
             agent: settings
                 .agent
@@ -384,13 +393,26 @@ fn read(path: &Path) -> Result<File, Failure> {
     })
 }
 
-/// A certificate and its key, or neither.
-fn tls(
-    chain: Option<PathBuf>,
-    key: Option<PathBuf>,
-) -> Result<Option<(PathBuf, PathBuf)>, Failure> {
+/// Where a certificate for TLS comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Tls {
+    /// The operator's own, and its key.
+    Files { chain: PathBuf, key: PathBuf },
+    /// This host's authority.
+    Local,
+}
+
+/// A certificate and its key, or this host's own authority, or neither.
+fn tls(chain: Option<PathBuf>, key: Option<PathBuf>, local: bool) -> Result<Option<Tls>, Failure> {
+    if local {
+        return match (chain, key) {
+            (None, None) => Ok(Some(Tls::Local)),
+            _ => Err(Failure::new("two certificates for TLS were given")
+                .hint("leave out tls_local, or tls_cert and tls_key")),
+        };
+    }
     match (chain, key) {
-        (Some(chain), Some(key)) => Ok(Some((chain, key))),
+        (Some(chain), Some(key)) => Ok(Some(Tls::Files { chain, key })),
         (None, None) => Ok(None),
         (Some(_), None) => Err(
             Failure::new("a certificate for TLS was given without its key")
@@ -417,6 +439,7 @@ mod tests {
             listen: None,
             tls_cert: None,
             tls_key: None,
+            tls_local: false,
             log: None,
             log_format: None,
             sim: false,
@@ -471,7 +494,8 @@ mod tests {
             Some("127.0.0.1:3000".parse().expect("an address"))
         );
         let tls = |file| Path::new("/etc/icebox").join(file);
-        assert_eq!(config.tls.take(), Some((tls("tls.pem"), tls("tls.key"))));
+        let (chain, key) = (tls("tls.pem"), tls("tls.key"));
+        assert_eq!(config.tls.take(), Some(Tls::Files { chain, key }));
         assert_eq!(config.domain.take().as_deref(), Some("icebox.localhost"));
         assert_eq!(
             config.agent.take().as_deref(),

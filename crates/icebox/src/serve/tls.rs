@@ -1,4 +1,4 @@
-//! TLS on the TCP listener, with the operator's certificate.
+//! TLS on the TCP listener, with the operator's certificate or one of this host's own authority.
 //!
 //! The handshake is made when a connection is first read from, so in the connection's own task and within its time for the
 //! first request: whoever dawdles over it keeps nobody else waiting. A certificate that is replaced on disk is used from
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use axum::serve::Listener;
 use rustls::ServerConfig;
@@ -22,6 +22,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
+use super::authority::Authority;
 use crate::failure::Failure;
 
 /// Why a certificate cannot be served.
@@ -36,14 +37,30 @@ enum CertificateError {
     Empty { path: PathBuf },
     #[error("the certificate and its key do not go together")]
     Unusable(#[from] rustls::Error),
+    #[error("this host's authority cannot sign")]
+    Unsigned(#[from] rcgen::Error),
 }
 
-/// A certificate on disk.
+/// How old a certificate of this host's own authority gets: far less than it may.
+const RENEWED_AFTER: Duration = Duration::from_hours(30 * 24);
+
+/// What connections are accepted with.
 pub(super) struct Certificate {
-    chain: PathBuf,
-    key: PathBuf,
-    loaded_at: Option<(SystemTime, SystemTime)>,
+    origin: Origin,
     config: Arc<ServerConfig>,
+}
+
+/// Where a certificate comes from.
+enum Origin {
+    Files {
+        chain: PathBuf,
+        key: PathBuf,
+        loaded_at: Option<(SystemTime, SystemTime)>,
+    },
+    Authority {
+        authority: Box<Authority>,
+        signed_at: Instant,
+    },
 }
 
 impl Certificate {
@@ -58,33 +75,63 @@ impl Certificate {
                 "a certificate is PEM, its own first and then those that it is signed by; its key is PEM, without a password",
             )
         })?;
-        Ok(Self {
+        let origin = Origin::Files {
             chain: chain.to_owned(),
             key: key.to_owned(),
             loaded_at,
-            config,
-        })
+        };
+        Ok(Self { origin, config })
+    }
+
+    /// Has this host's own authority sign one.
+    ///
+    /// # Errors
+    /// It cannot.
+    pub(super) fn signed(authority: Authority) -> Result<Self, Failure> {
+        let config =
+            signed(&authority).map_err(|error| Failure::because("cannot serve TLS", &error))?;
+        let origin = Origin::Authority {
+            authority: Box::new(authority),
+            signed_at: Instant::now(),
+        };
+        Ok(Self { origin, config })
     }
 
     /// What the next connection is accepted with.
     fn acceptor(&mut self) -> TlsAcceptor {
-        let changed_at = changed_at(&self.chain, &self.key);
-        if changed_at != self.loaded_at {
-            // Tried once for each change: half of it may be there yet.
-            self.loaded_at = changed_at;
-            match config(&self.chain, &self.key) {
-                Ok(config) => {
-                    self.config = config;
-                    tracing::info!(certificate = %self.chain.display(), "a new certificate is served");
-                }
-                Err(error) => {
-                    let error = &error as &dyn std::error::Error;
-                    tracing::error!(
-                        error,
-                        "the certificate was replaced and cannot be used; the one before is served"
-                    );
-                }
+        let renewed = match &mut self.origin {
+            Origin::Files {
+                chain,
+                key,
+                loaded_at,
+            } => {
+                let changed_at = changed_at(chain, key);
+                // Tried once for each change: half of it may be there yet.
+                let changed = *loaded_at != changed_at;
+                *loaded_at = changed_at;
+                changed.then(|| config(chain, key))
             }
+            Origin::Authority {
+                authority,
+                signed_at,
+            } => (signed_at.elapsed() > RENEWED_AFTER).then(|| {
+                *signed_at = Instant::now();
+                signed(authority)
+            }),
+        };
+        match renewed {
+            Some(Ok(config)) => {
+                self.config = config;
+                tracing::info!("a new certificate is served");
+            }
+            Some(Err(error)) => {
+                let error = &error as &dyn std::error::Error;
+                tracing::error!(
+                    error,
+                    "the certificate was replaced and cannot be used; the one before is served"
+                );
+            }
+            None => {}
         }
         TlsAcceptor::from(Arc::clone(&self.config))
     }
@@ -114,12 +161,24 @@ fn config(chain: &Path, key: &Path) -> Result<Arc<ServerConfig>, CertificateErro
         });
     }
     let key = PrivateKeyDer::from_pem_file(key).map_err(read(key))?;
+    serving(certificates, key)
+}
+
+fn signed(authority: &Authority) -> Result<Arc<ServerConfig>, CertificateError> {
+    let signed = authority.sign()?;
+    serving(signed.chain, signed.key)
+}
+
+fn serving(
+    certificates: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+) -> Result<Arc<ServerConfig>, CertificateError> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()?
         .with_no_client_auth()
         .with_single_cert(certificates, key)?;
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(Arc::new(config))
 }
 

@@ -1,14 +1,16 @@
-//! HTTPS with a certificate of the operator's own.
+//! HTTPS, with a certificate of the operator's or one of this host's own authority, and HTTP/2 over it.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 
 use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 
-use crate::support::{Daemon, finish, serve};
+use crate::support::{Daemon, finish, python, serve, succeed};
 
 /// Writes a new certificate for `*.icebox.test` and its key to `directory`, and returns the certificate.
 fn certify(directory: &Path) -> CertificateDer<'static> {
@@ -106,4 +108,95 @@ fn a_certificate_that_cannot_be_served_is_refused_at_the_start() {
         assert!(stderr.contains(expected), "{stderr}");
         assert!(stderr.contains("hint:"), "{stderr}");
     }
+}
+
+/// What E2B's SDK does by HTTPS, in a guest that an agent beside the daemon stands in for. It speaks HTTP/2 then, and says so.
+const PROGRAM: &str = r#"
+import logging, sys, threading
+
+log = []
+
+class Kept(logging.Handler):
+    def emit(self, record):
+        log.append(record.getMessage())
+
+logging.getLogger("pyqwest").addHandler(Kept())
+logging.getLogger("pyqwest").setLevel(logging.DEBUG)
+logging.getLogger("pyqwest.access").setLevel(logging.DEBUG)
+
+from e2b import Sandbox, TimeoutException
+
+box = Sandbox.connect(sys.argv[1], timeout=600)
+assert box.is_running()
+assert box.commands.run("echo out; exit 0").stdout == "out\n"
+raw = bytes(range(256)) * 32768
+box.files.write(sys.argv[2], raw)
+assert bytes(box.files.read(sys.argv[2], format="bytes")) == raw
+# One connection carries many at once, and each comes as it is said.
+handles = [box.commands.run("read line; echo $line", background=True, stdin=True) for _ in range(20)]
+for n, handle in enumerate(handles):
+    box.commands.send_stdin(handle.pid, f"{n}\n")
+for n, handle in reversed(list(enumerate(handles))):
+    assert handle.wait().stdout == f"{n}\n"
+assert any("HTTP/2" in it or "h2" in it.lower() for it in log), log[:5]
+# A kill cuts what is on the way, and is told from a command that has ended.
+sleeping, ended = box.commands.run("sleep 600", background=True, timeout=0), []
+
+def wait():
+    try:
+        ended.append(sleeping.wait())
+    except Exception as error:
+        ended.append(error)
+
+waiting = threading.Thread(target=wait)
+waiting.start()
+assert box.kill() is True
+waiting.join(60)
+assert ended and isinstance(ended[0], TimeoutException) and "sandbox" in str(ended[0]), ended
+assert not box.is_running()
+"#;
+
+#[test]
+fn e2bs_sdk_speaks_http2_to_a_daemon_with_an_authority_of_its_own() {
+    let mut daemon = Daemon::start_with(&["--tls-local"]).with_template();
+    daemon.get(&["create", "base", "--name", "web"]);
+    let pem = daemon.path("ca.pem");
+    let data = daemon.path("data");
+    let shown = daemon.get(&["ca", "--data-dir", data.to_str().unwrap()]);
+    std::fs::write(&pem, format!("{shown}\n")).unwrap();
+    let path = daemon.get(&["ca", "--path", "--data-dir", data.to_str().unwrap()]);
+    assert_eq!(std::fs::read_to_string(path).unwrap().trim_end(), shown);
+
+    let authority = CertificateDer::from_pem_slice(shown.as_bytes()).unwrap();
+    let address = daemon.address();
+    let get = format!(
+        "GET /sandboxes/web HTTP/1.1\r\nhost: h\r\nconnection: close\r\nx-api-key: {}\r\n\r\n",
+        daemon.api_key()
+    );
+    for name in [
+        "icebox.localhost",
+        "8000-i1.icebox.localhost",
+        "localhost",
+        "127.0.0.1",
+    ] {
+        let answer = ask(&address, &authority, name, &get).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{name}: {answer}");
+    }
+    assert!(ask(&address, &authority, "example.org", &get).is_err());
+    let answer = ask(&address, &authority, "localhost", &get).unwrap();
+    let (_, body) = answer.split_once("\r\n\r\n").unwrap();
+    let web: serde_json::Value = serde_json::from_str(body).unwrap();
+    let text = |key: &str| web[key].as_str().unwrap();
+    daemon.add_agent("web", Some(text("envdAccessToken")));
+
+    let mut program = Command::new(python("e2b==2.63.0").join("bin/python"));
+    let url = format!("https://{address}");
+    program
+        .args(["-B", "-c", PROGRAM, text("sandboxID")])
+        .arg(daemon.path("carried"))
+        .env("E2B_API_KEY", daemon.api_key())
+        .env("E2B_API_URL", &url)
+        .env("E2B_SANDBOX_URL", &url)
+        .env("SSL_CERT_FILE", pem);
+    succeed(&mut program);
 }
