@@ -7,7 +7,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from page import KEY, URL, expect, run
+from page import KEY, PATIENCE_MS, URL, expect, run
 
 
 def a_key_is_needed_and_kept_for_the_tab_alone(it):
@@ -58,21 +58,21 @@ def a_sandbox_is_created_and_taken_through_its_verbs(it):
     it.click("Start")
     it.state("running")
     it.click("Save point")
-    expect(it.page.get_by_text("A point to go back to was saved in box.")).to_be_visible()
+    it.said("A point to go back to was saved in box.")
     # What others say is text, whatever it looks like.
     expect(it.page.get_by_text("<b>trial</b>")).to_be_visible()
     it.click("Snapshot")
     it.dialog().get_by_label("Name").fill("warm")
     it.click("Snapshot", it.dialog())
-    expect(it.page.get_by_text("warm is a template now.")).to_be_visible()
+    it.said("warm is a template now.")
     it.click("Flatten")
     it.dialog().get_by_label("Name").fill("flat")
     it.click("Flatten", it.dialog())
-    expect(it.page.get_by_text("flat is a template now.")).to_be_visible()
+    it.said("flat is a template now.")
     it.click("Fork")
     it.dialog().get_by_label("How many").fill("2")
     it.click("Fork", it.dialog())
-    expect(it.page.get_by_text("2 forks of box made.")).to_be_visible()
+    it.said("2 forks of box made.")
     it.click("Time limit")
     it.dialog().get_by_label("Ends by itself").select_option("Destroyed after 1 h")
     it.click("Set", it.dialog())
@@ -133,8 +133,9 @@ def the_stream_of_events_is_taken_up_where_it_broke(it):
             route.continue_()
 
     it.page.route("**/events?follow=true*", answer)
-    it.sign_in()
-    assert len(asked) == 2 and asked[1].endswith("&since=1"), asked
+    with it.page.expect_request(lambda request: request.url.endswith("&since=1")):
+        it.sign_in()
+    assert len(asked) == 2, asked
 
 
 def templates_are_built_and_removed(it):
@@ -198,7 +199,7 @@ def a_sandbox_goes_back_to_a_point_of_its_past(it):
     it.state("running")
     it.click("Go back to generation 1")
     it.click("Go back", it.dialog())
-    expect(it.page.get_by_text("past is back at generation 1.")).to_be_visible()
+    it.said("past is back at generation 1.")
     expect(it.page.get_by_text("on from generation 1")).to_be_visible()
     it.picture("history")
     it.click("Forget generation 2")
@@ -212,11 +213,11 @@ def the_lineage_is_a_picture(it):
     it.click("Snapshot")
     it.dialog().get_by_label("Name").fill("web-warm")
     it.click("Snapshot", it.dialog())
-    expect(it.page.get_by_text("web-warm is a template now.")).to_be_visible()
+    it.said("web-warm is a template now.")
     it.click("Fork")
     it.dialog().get_by_label("How many").fill("2")
     it.click("Fork", it.dialog())
-    expect(it.page.get_by_text("2 forks of web made.")).to_be_visible()
+    it.said("2 forks of web made.")
     it.link("Templates")
     it.click("Create a sandbox from web-warm")
     it.dialog().get_by_label("Name").fill("grandchild")
@@ -249,7 +250,7 @@ def files_are_listed_put_fetched_moved_and_removed(it):
     it.page.get_by_label("Files to upload").set_input_files(
         {"name": "data.bin", "mimeType": "application/octet-stream", "buffer": content}
     )
-    expect(it.page.get_by_text("data.bin is uploaded.")).to_be_visible()
+    it.said("data.bin is uploaded.")
     expect(it.row("data.bin")).to_contain_text("1.0 MiB")
     assert (place / "data.bin").read_bytes() == content
     with it.page.expect_download() as download:
@@ -290,6 +291,8 @@ def a_command_is_run(it):
     it.click("Run")
     expect(it.page.locator(".output")).to_have_text(f"{Path.cwd()}/home\n")
     command.fill("sleep 1000")
+    # While the last one has not ended to the end, nothing is run.
+    expect(it.page.get_by_role("button", name="Run", exact=True)).to_be_enabled()
     it.page.keyboard.press("Enter")
     it.click("End it")
     expect(it.page.get_by_text("signal: killed")).to_be_visible()
@@ -314,7 +317,12 @@ def a_terminal_is_a_terminal(it):
     terminal = it.page.get_by_role("textbox", name="Terminal of web")
     expect(terminal).to_be_focused()
     screen = it.page.locator(".tty")
-    typed = lambda text: it.page.keyboard.type(text + "\n")
+
+    def typed(text):
+        # What is typed elsewhere is lost.
+        expect(terminal).to_be_focused()
+        it.page.keyboard.type(text + "\n")
+
     typed("PS1='> '; clear; echo $((6 * 7)) $TERM $COLUMNS")
     expect(screen).to_contain_text(re.compile(r"42 xterm-256color \d{2,3}\s"))
     typed("printf '\\e[1;31mred\\e[0m \\e[38;5;33mblue\\e[0m \\e[7mback\\e[0m <b>no</b>\\n'")
@@ -366,7 +374,7 @@ def a_terminal_is_a_terminal(it):
     # Shells end with the page that they were for.
     assert processes(it) == ["/bin/bash"]
     it.click("Sign out")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_MS / 1000
     while processes(it):
         assert time.monotonic() < deadline, "the shell goes on"
 

@@ -9,7 +9,19 @@ URL = os.environ["ICEBOX_URL"]
 KEY = os.environ["ICEBOX_KEY"]
 PICTURES = Path(os.environ["ICEBOX_PICTURES"])
 
-expect.set_options(timeout=15_000)
+# For what happens sooner or later: on a machine that has much else to do, later.
+PATIENCE_MS = 90_000
+expect.set_options(timeout=PATIENCE_MS)
+
+# Keeps what the page says for a moment, since a moment may be over before anybody looks.
+SAID = """
+  window.said = [];
+  new MutationObserver((changes) => {
+    for (const { addedNodes } of changes)
+      for (const node of addedNodes)
+        if (node.classList?.contains('message')) window.said.push(node.firstChild.textContent);
+  }).observe(document, { childList: true, subtree: true });
+"""
 
 # The lowest contrast of text and what is behind it, as WCAG reckons it, of every text that is seen.
 CONTRAST = """() => {
@@ -59,6 +71,8 @@ class Dashboard:
 
     def __init__(self, browser):
         self.context = browser.new_context(viewport={"width": 1360, "height": 860}, accept_downloads=True)
+        self.context.set_default_timeout(PATIENCE_MS)
+        self.context.add_init_script(SAID)
         self.page = self.context.new_page()
         self.wrong = []
         self.expected = []
@@ -98,6 +112,10 @@ class Dashboard:
 
     def heading(self, name):
         expect(self.page.get_by_role("heading", name=name, level=1)).to_be_visible()
+
+    def said(self, text):
+        """Waits until the page has said something, whether or not it still shows it."""
+        self.page.wait_for_function("text => window.said.includes(text)", arg=text)
 
     def state(self, word):
         expect(self.page.locator(".bar .pill")).to_have_text(word)

@@ -1,15 +1,18 @@
-// Programs against E2B's own JavaScript SDK, as people write them: what differs from Python on the wire, and the main road.
+// Programs against E2B's own JavaScript SDK, as people write them: every row of what it can ask for that needs no cloud.
 //
 // Run by ../sdk.rs with the four variables set, in a directory where npm has put the SDK.
 
 import assert from 'node:assert/strict'
+import fs from 'node:fs/promises'
 import { createRequire } from 'node:module'
-import { pathToFileURL } from 'node:url'
+import os from 'node:os'
 import path from 'node:path'
+import { pathToFileURL } from 'node:url'
 
 const require = createRequire(path.join(process.cwd(), 'package.json'))
 const sdk = await import(pathToFileURL(require.resolve('e2b').replace(/index\.js$/, 'index.mjs')))
-const { Sandbox, NotFoundError, TimeoutError, CommandExitError, AuthenticationError } = sdk
+const { Sandbox, Template, NotFoundError, TimeoutError, CommandExitError, AuthenticationError, BuildError } = sdk
+const interpreter = require('@e2b/code-interpreter')
 
 const API = process.env.E2B_API_URL
 const RUN = process.env.ICEBOX_SDK_RUN
@@ -79,9 +82,35 @@ row('a paused sandbox goes on where it was', async () => {
   await assert.rejects(sleeping.wait())
 })
 
+row('time may be set, and what is over pauses and goes on by itself', async (box) => {
+  await box.setTimeout(700_000)
+  const left = (await box.getInfo()).endAt - Date.now()
+  assert(left > 600_000 && left <= 700_000, `${left}`)
+  const lifecycle = { onTimeout: 'pause', autoResume: true }
+  const other = await Sandbox.create('base', { timeoutMs: 3000, lifecycle })
+  const state = async () => (await Sandbox.getInfo(other.sandboxId)).state
+  await until('it is paused', async () => (await state()) === 'paused', 20)
+  assert.equal((await other.commands.run('echo resumed')).stdout, 'resumed\n')
+  assert.equal(await state(), 'running')
+  await other.pause({ keepMemory: false })
+  const paused = { query: { state: ['paused'] } }
+  assert((await all(Sandbox.list(paused))).some((it) => it.sandboxId === other.sandboxId))
+  assert.equal(await other.kill(), true)
+})
+
+row('metrics are there', async (box) => {
+  const samples = await until('a sample', async () => {
+    const samples = await box.getMetrics()
+    return samples.length && samples
+  })
+  assert(samples[0].memTotal > 0 && samples[0].cpuCount >= 1, JSON.stringify(samples[0]))
+})
+
 row('snapshots and forks begin where their sandbox is', async (box) => {
   await box.files.write('/home/user/before', RUN)
-  const snapshot = await box.createSnapshot()
+  const snapshot = await box.createSnapshot({ name: `js-${RUN}` })
+  const listed = await all(box.listSnapshots({ limit: 1 }))
+  assert(listed.some((it) => it.snapshotId === snapshot.snapshotId))
   const [fork] = await box.fork({ timeoutMs: 120_000 })
   const other = await Sandbox.create(snapshot.snapshotId, { timeoutMs: 120_000 })
   for (const one of [fork.sandbox ?? fork, other]) {
@@ -110,6 +139,17 @@ row('commands stream, take input and are killed', async (box) => {
   await box.pty.sendInput(terminal.pid, new TextEncoder().encode('tput cols 2>/dev/null || stty size; exit\n'))
   await terminal.wait()
   assert.match(shown, /80/)
+  const other = await box.pty.create({ cols: 80, rows: 24, onData: (data) => { shown += Buffer.from(data) } })
+  await box.pty.resize(other.pid, { cols: 101, rows: 33 })
+  await box.pty.sendInput(other.pid, new TextEncoder().encode('stty size\n'))
+  await until('the new size', () => shown.includes('33 101'))
+  assert.equal(await box.pty.kill(other.pid), true)
+  await assert.rejects(other.wait())
+  const late = await box.commands.run('read line; echo heard $line', { background: true, stdin: true })
+  const again = await box.commands.connect(late.pid)
+  await box.commands.sendStdin(late.pid, 'this\n')
+  assert.equal((await again.wait()).stdout, 'heard this\n')
+  assert.equal((await box.commands.run('whoami; pwd; echo $SET $HERE', { user: 'root', cwd: '/tmp', envs: { HERE: 'here' } })).stdout, 'root\n/tmp\nset here\n')
 })
 
 row('files are written, read, listed and watched', async (box) => {
@@ -129,6 +169,14 @@ row('files are written, read, listed and watched', async (box) => {
   await box.files.write('deep/new/file', 'x')
   await until('the events', () => events.includes('create new/file') && events.includes('write new/file'))
   await watch.stop()
+  await box.files.write('deep/labelled', 'x', { metadata: { colour: 'blue' } })
+  assert.deepEqual((await box.files.getInfo('deep/labelled')).metadata, { colour: 'blue' })
+  await box.files.write('deep/packed', 'packed'.repeat(1000), { gzip: true })
+  assert.equal(await box.files.read('deep/packed', { gzip: true }), 'packed'.repeat(1000))
+  const piece = new TextEncoder().encode('x'.repeat(100_000))
+  const source = new ReadableStream({ start(to) { for (let n = 0; n < 10; n++) to.enqueue(piece); to.close() } })
+  await box.files.write('deep/streamed', source)
+  assert.equal((await box.files.getInfo('deep/streamed')).size, 1_000_000)
   await box.files.rename('deep/a', 'deep/c')
   assert.equal(await box.files.exists('deep/a'), false)
   await box.files.remove('deep')
@@ -145,6 +193,78 @@ row('signed URLs need nothing else', async (box) => {
   assert.equal(sent.status, 200, await sent.text())
   assert.equal(await box.files.read('uploaded'), 'sent')
   assert.equal((await fetch(`${API}/files?path=signed`)).status, 401)
+})
+
+row('ports are reached', async (box) => {
+  await box.files.write('served', RUN)
+  await box.commands.run('python3 -m http.server 8100 --bind 127.0.0.1 --directory /home/user', { background: true })
+  assert(box.getHost(8100).startsWith(`8100-${box.sandboxId}.`))
+  const headers = { 'E2b-Sandbox-Id': box.sandboxId, 'E2b-Sandbox-Port': '8100' }
+  const fetched = () => fetch(`${API}/served`, { headers })
+  await until('the port', async () => (await fetched()).status === 200)
+  assert.equal(await (await fetched()).text(), RUN)
+})
+
+row('git works in a guest', async (box) => {
+  const here = '/home/user/js-project'
+  await box.commands.run('git init -q --bare -b main js-origin.git')
+  await box.git.configureUser('Somebody', 'somebody@example.org')
+  await box.git.init(here, { initialBranch: 'main' })
+  await box.files.write(`${here}/file`, 'one\n')
+  await box.git.add(here)
+  await box.git.commit(here, 'the first')
+  assert((await box.git.status(here)).isClean)
+  await box.git.remoteAdd(here, 'origin', 'file:///home/user/js-origin.git')
+  await box.git.push(here, { remote: 'origin', branch: 'main' })
+  await box.git.clone('file:///home/user/js-origin.git', { path: '/home/user/js-copy' })
+  assert.equal(await box.files.read('/home/user/js-copy/file'), 'one\n')
+  assert.equal((await box.git.branches('/home/user/js-copy')).currentBranch, 'main')
+})
+
+row('templates are built by steps', async () => {
+  const name = `js-built-${RUN}`
+  const context = await fs.mkdtemp(path.join(os.tmpdir(), 'icebox-'))
+  await fs.writeFile(path.join(context, 'one.txt'), 'one')
+  const options = { cpuCount: 1, memoryMB: 256 }
+  try {
+    const lines = []
+    const template = Template({ fileContextPath: context })
+      .fromTemplate('base')
+      .copy('one.txt', '/home/user/one.txt')
+      .setEnvs({ COLOUR: 'blue' })
+      .setWorkdir('/home/user/work')
+      .runCmd('echo $COLOUR > made; whoami')
+    await Template.build(template, name, { ...options, onBuildLogs: (it) => lines.push(it.message) })
+    assert(lines.includes('user'), lines.join())
+    const box = await Sandbox.create(name, { timeoutMs: 120_000 })
+    assert.equal((await box.commands.run('pwd; cat made ../one.txt')).stdout, '/home/user/work\nblue\none')
+    await box.kill()
+    assert.equal(await Template.exists(name), true)
+    await Template.assignTags(name, ['v1'])
+    assert.deepEqual((await Template.getTags(name)).map((it) => it.tag).sort(), ['default', 'v1'])
+    await Template.removeTags(name, ['v1'])
+    const failing = Template().fromTemplate('base').runCmd('exit 3')
+    await assert.rejects(Template.build(failing, name, options), (error) => error instanceof BuildError && /failed to run command 'exit 3'/.test(error.message))
+  } finally {
+    assert.equal(await Sandbox.deleteSnapshot(name), true)
+    await fs.rm(context, { recursive: true })
+  }
+})
+
+row('code runs in contexts', async () => {
+  const box = await interpreter.Sandbox.create('base', { timeoutMs: 120_000 })
+  await box.files.write('interpreter.py', await fs.readFile(new URL('interpreter.py', import.meta.url), 'utf8'))
+  await box.commands.run('python3 interpreter.py', { background: true })
+  const headers = { 'E2b-Sandbox-Id': box.sandboxId, 'E2b-Sandbox-Port': '49999' }
+  await until('it listens', async () => (await fetch(`${API}/contexts`, { headers })).status === 200)
+  let said = ''
+  const done = await box.runCode("x = 20; print('said'); x + 1", { onStdout: (it) => { said += it.line } })
+  assert.equal(done.text, '21')
+  assert.equal(said, 'said\n')
+  assert.equal((await box.runCode('1 / 0')).error.name, 'ZeroDivisionError')
+  const context = await box.createCodeContext({ cwd: '/tmp' })
+  assert.equal((await box.runCode('import os; os.getcwd()', { context })).text, "'/tmp'")
+  await box.kill()
 })
 
 row('a killed sandbox cuts its streams', async () => {
