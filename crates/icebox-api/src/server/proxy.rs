@@ -278,6 +278,10 @@ fn upgrade_of(headers: &HeaderMap) -> Option<HeaderValue> {
 
 fn to_guest(request: Request, upgrade: Option<&HeaderValue>) -> http::Request<Body> {
     let (mut parts, body) = request.into_parts();
+    if parts.headers.contains_key(header::TRANSFER_ENCODING) {
+        // That is what its length is told by (RFC 9112, 6.3).
+        parts.headers.remove(header::CONTENT_LENGTH);
+    }
     forwardable(&mut parts.headers, upgrade);
     // A server is asked with a path, whatever form the client used.
     parts.uri = parts

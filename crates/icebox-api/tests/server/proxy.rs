@@ -306,3 +306,30 @@ async fn connect_leads_nowhere() {
     assert_eq!(status(&answer), "405", "{answer}");
     script.holds(0).await;
 }
+
+#[tokio::test]
+async fn a_body_that_says_its_length_twice_is_carried_whole() {
+    let script = Script::new();
+    let served = Served::new(&script).await;
+    let (port, mut heads) = guest_port("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nhi").await;
+    let host = format!("host: {port}-{ID}.example.org");
+    for lengths in [
+        "content-length: 2\ntransfer-encoding: chunked",
+        "transfer-encoding: chunked\ncontent-length: 2",
+    ] {
+        let mut stream = served.connect().await;
+        send(&mut stream, &format!("POST / HTTP/1.1\n{host}\n{lengths}")).await;
+        stream
+            .write_all(b"5\r\nhello\r\n0\r\n\r\n")
+            .await
+            .expect("write");
+        let answer = read_until(&mut stream, "\r\n\r\n").await;
+        // Whoever refuses it is right, too.
+        if status(&answer) == "200" {
+            let head = heads.recv().await.expect("the guest was asked");
+            assert!(!head.contains("content-length"), "{head}");
+        } else {
+            assert_eq!(status(&answer), "400", "{answer}");
+        }
+    }
+}

@@ -1,5 +1,6 @@
 //! Clients that mean no good, or cannot do better, and many that mean well.
 
+use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::sync::mpsc;
@@ -171,7 +172,7 @@ fn every_request_that_was_begun_is_answered_when_the_daemon_is_restarted() {
         body.len()
     );
     // Asks for sandboxes until nobody is there to ask. Who is not let in has begun nothing.
-    let client = |made: mpsc::Sender<()>| {
+    let client = |made: mpsc::Sender<String>| {
         while let Ok(mut stream) = TcpStream::connect(&address) {
             stream.write_all(create.as_bytes()).ok();
             let mut answer = Vec::new();
@@ -182,22 +183,31 @@ fn every_request_that_was_begun_is_answered_when_the_daemon_is_restarted() {
             let answer = String::from_utf8(answer).unwrap();
             assert!(answer.starts_with("HTTP/1.1 201 "), "{answer}");
             let (_, body) = answer.split_once("\r\n\r\n").unwrap();
-            serde_json::from_str::<Value>(body).unwrap_or_else(|error| panic!("{error}: {answer}"));
-            made.send(()).ok();
+            let body: Value =
+                serde_json::from_str(body).unwrap_or_else(|error| panic!("{error}: {answer}"));
+            made.send(body["sandboxID"].as_str().unwrap().to_owned())
+                .ok();
         }
     };
-    let (status, log) = thread::scope(|scope| {
+    let ((status, log), told) = thread::scope(|scope| {
         let (made, answers) = mpsc::channel();
         for _ in 0..CLIENTS {
             let (client, made) = (&client, made.clone());
             scope.spawn(move || client(made));
         }
         drop(made);
-        for _ in 0..BEFORE {
-            answers.recv().unwrap();
-        }
-        daemon.stop()
+        let mut told: BTreeSet<_> = (0..BEFORE).map(|_| answers.recv().unwrap()).collect();
+        let stopped = daemon.stop();
+        told.extend(answers);
+        (stopped, told)
     });
     assert!(status.success(), "{log}");
     assert!(!log.contains("cut connections"), "{log}");
+    // What was made was told, and what was told was made: an event is announced once it is written down.
+    let made = log.lines().filter_map(|line| {
+        let event = line.split_once("sandbox.created")?.1;
+        let id = event.split_once("sandbox=")?.1;
+        Some(id.split_whitespace().next()?.to_owned())
+    });
+    assert_eq!(made.collect::<BTreeSet<_>>(), told);
 }

@@ -13,6 +13,7 @@ mod dashboard;
 mod document;
 mod edge;
 mod exec;
+mod large;
 mod lifecycle;
 mod offline;
 mod pipes;
