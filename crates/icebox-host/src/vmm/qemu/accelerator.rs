@@ -73,7 +73,11 @@ pub(super) async fn choose(
         });
     }
     let kvm = Path::new("/dev/kvm");
-    match prove(qemu, kernel, kvm, SILENCE_MAX, run).await {
+    let silence = match choice {
+        AcceleratorChoice::Kvm => SILENCE_MAX_OF_ALL,
+        AcceleratorChoice::Auto | AcceleratorChoice::Tcg => SILENCE_MAX,
+    };
+    match prove(qemu, kernel, kvm, silence, run).await {
         Ok(what) => Ok(Chosen {
             accelerator: Accelerator::Kvm,
             reason: what.into(),
@@ -89,6 +93,10 @@ pub(super) async fn choose(
         .hint("enable (nested) virtualisation, or choose the accelerator tcg")),
     }
 }
+
+/// How long a guest may say nothing where there is nothing else to run guests with: no start is delayed for it, since there
+/// would be none.
+const SILENCE_MAX_OF_ALL: Duration = SILENCE_MAX.saturating_mul(3);
 
 /// The file that remembers what KVM was proven with.
 const PROVEN: &str = "kvm-works";
