@@ -119,9 +119,3 @@ def git_works_in_a_guest(box):
     git.clone("file:///home/user/origin.git", path="/home/user/copy")
     assert box.files.read("/home/user/copy/file") == "one\n"
     assert git.branches("/home/user/copy").current_branch == "main"
-    box.files.write(here + "/file", "two\n")
-    git.add(here)
-    git.commit(here, "the second")
-    git.push(here, remote="origin", branch="main")
-    git.pull("/home/user/copy", remote="origin", branch="main")
-    assert box.commands.run("cat copy/file; git -C copy log --format=%s").stdout == "two\nthe second\nthe first\n"
