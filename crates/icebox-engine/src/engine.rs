@@ -32,7 +32,7 @@ use crate::lifecycle::Beginning;
 use crate::lifetime::LifetimeChange;
 use crate::manifest::v1::{
     self, Doors, Generation, HistoryPolicy, Lifetime, Login, Point, Rest, Spec, Template,
-    TemplateContent,
+    TemplateContent, Under,
 };
 use crate::merge;
 use crate::metrics::{Resolution, Sample};
@@ -101,6 +101,8 @@ pub struct CreateRequest {
     pub volume_driver: Option<String>,
     /// VMM. The default is the first that works here.
     pub vmm: Option<String>,
+    /// Boot its disk, also of a snapshot: without what the guest had in memory, on any VMM.
+    pub cold: bool,
     /// What it may reach.
     pub egress: Egress,
     /// Variables for every command, on top of the template's.
@@ -224,7 +226,14 @@ impl Engine {
         let spec = self.spec(&template, &request)?;
         self.shared.require_room(Some(&spec.volume_driver)).await?;
         let beginning = match template.content {
-            TemplateContent::Image { base } => Beginning::Image { base, _pin: pin },
+            TemplateContent::Image { base } => Beginning::Disk {
+                over: Under::Base(base),
+                _pin: pin,
+            },
+            TemplateContent::Snapshot { capture } if request.cold => Beginning::Disk {
+                over: Under::Layer(capture.layer),
+                _pin: pin,
+            },
             TemplateContent::Snapshot { capture } => {
                 let object = Object::Template(template.id.clone());
                 let origin = Origin {

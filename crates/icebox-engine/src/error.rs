@@ -235,7 +235,7 @@ impl Error {
             }),
             Self::Busy { .. } => Some("ask again when they have ended; `icebox inspect` shows what it is doing".into()),
             Self::Incompatible { .. } => {
-                Some("restore it with what it was captured with, or boot its disk: `stop`, then `start`".into())
+                Some("restore it with what it was captured with, or boot its disk: a sandbox's by `stop`, then `start`, a template's by `create --cold`".into())
             }
             Self::OverQuota { team, .. } => Some(format!(
                 "pause or remove what is not needed, or have the host's administrator raise the limit: `icebox team set {team}`"

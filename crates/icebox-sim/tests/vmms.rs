@@ -9,6 +9,7 @@ use icebox_engine::host::{
     Capabilities, HostError, LaunchPlan, Machine, ProcessIdentity, Removed, Vmm, VmmIdentity,
 };
 use icebox_engine::id::SandboxId;
+use icebox_engine::unit::Bytes;
 use icebox_engine::{CreateRequest, Error};
 use icebox_sim::{FreezeBy, World};
 
@@ -130,6 +131,74 @@ fn inv_26_inv_44_what_a_vmm_cannot_do_is_refused_with_what_to_do() {
         let view = engine.create(from("plainly")).await.unwrap();
         assert_eq!(view.record.spec.vmm, "plain");
 
+        leave_nothing(&world, &engine).await;
+    });
+}
+
+#[test]
+fn inv_44_the_disk_of_a_snapshot_boots_without_the_vmm_that_made_it_if_that_is_asked_for() {
+    let world = World::default();
+    life(async || {
+        let with_plain = || {
+            let mut host = world.host(FreezeBy::Host);
+            let inner = Arc::clone(&host.vmms[0]);
+            let identity = VmmIdentity {
+                name: "plain".into(),
+                ..inner.identity().clone()
+            };
+            host.vmms.push(Arc::new(Plain { inner, identity }));
+            host
+        };
+        let engine = open(with_plain()).await;
+        import_image(&world, &engine).await;
+        let on_plain = CreateRequest {
+            vmm: Some("plain".into()),
+            ..from(IMAGE)
+        };
+        let source = engine.create(on_plain).await.unwrap().record.id.clone();
+        engine
+            .snapshot(source.as_str(), "warm".parse().unwrap())
+            .await
+            .unwrap();
+        engine.destroy(source.as_str()).await.unwrap();
+    });
+    life(async || {
+        // The VMM is gone: nothing else is taken in its place, unless that is asked for.
+        let engine = open(world.host(FreezeBy::Host)).await;
+        let error = engine.create(from("warm")).await.unwrap_err();
+        let Error::Incompatible {
+            what,
+            field,
+            captured,
+            here,
+        } = &error
+        else {
+            panic!("{error:?}");
+        };
+        assert_eq!((&**what, *field), ("template warm", "VMM"));
+        assert_eq!((&**captured, &**here), ("plain", "sim"));
+        let hint = error.hint().unwrap();
+        assert!(hint.contains("create --cold"), "{hint}");
+        let cold = |vcpus| CreateRequest {
+            cold: true,
+            vcpus,
+            ..from("warm")
+        };
+        let view = engine.create(cold(Some(3))).await.unwrap();
+        let record = &view.record;
+        assert_eq!(record.spec.vmm, "sim");
+        assert_eq!(record.spec.geometry.vcpus, 3);
+        assert_eq!(record.restored_from, None);
+        assert_eq!(view.layers, 1);
+        let larger = CreateRequest {
+            disk_size: Some(Bytes(2 * record.spec.disk_size.0)),
+            ..cold(None)
+        };
+        let error = engine.create(larger).await.unwrap_err();
+        assert!(matches!(error, Error::Invalid { .. }), "{error:?}");
+        let id = record.id.clone();
+        engine.pause(id.as_str()).await.unwrap();
+        engine.resume(id.as_str(), None).await.unwrap();
         leave_nothing(&world, &engine).await;
     });
 }

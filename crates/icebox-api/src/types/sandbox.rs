@@ -36,6 +36,9 @@ pub struct NewSandbox {
     /// The VMM to use and no other.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vmm: Option<String>,
+    /// Boot its disk, also of a snapshot: without what the guest had in memory, on any VMM, with any CPUs and memory.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub cold: bool,
     /// Variables of every later command.
     #[serde(
         default,

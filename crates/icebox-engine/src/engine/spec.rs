@@ -2,7 +2,7 @@
 
 use crate::engine::{CreateRequest, Engine, check_history};
 use crate::error::Error;
-use crate::host::{LiveFreeze, VolumeDriver};
+use crate::host::{Host, LiveFreeze, VolumeDriver};
 use crate::manifest::v1::{Spec, Template, TemplateContent};
 use crate::sandbox::{find_vmm, find_volume_driver};
 use crate::unit::{Bytes, Geometry};
@@ -31,15 +31,28 @@ impl Engine {
             TemplateContent::Image { .. } => (None, None),
             TemplateContent::Snapshot { capture } => {
                 let driver = self.shared.catalog.layer_driver(&capture.layer)?;
-                (Some(capture.machine.vmm.name.clone()), Some(driver))
+                let vmm = (!request.cold).then(|| capture.machine.vmm.name.clone());
+                (vmm, Some(driver))
             }
         };
         let vmm = request
             .vmm
             .clone()
-            .or(captured_vmm)
+            .or_else(|| captured_vmm.clone())
             .unwrap_or_else(first_vmm);
-        let found = find_vmm(host, &vmm)?;
+        let found = find_vmm(host, &vmm).map_err(|error| {
+            let is_missing = request.vmm.is_none() && captured_vmm.is_some();
+            if is_missing {
+                Error::Incompatible {
+                    what: format!("template {}", template.name),
+                    field: "VMM",
+                    captured: vmm.clone(),
+                    here: names(host),
+                }
+            } else {
+                error
+            }
+        })?;
         let can_freeze = |driver: &dyn VolumeDriver| {
             found.capabilities().disk_switch
                 || matches!(driver.live_freeze(), LiveFreeze::ByHost(_))
@@ -108,17 +121,7 @@ impl Engine {
                 hint: "ask for at least the template's size, in whole sectors of 512 bytes".into(),
             });
         }
-        if matches!(template.content, TemplateContent::Snapshot { .. })
-            && (geometry != template.geometry || disk_size != template.disk_size)
-        {
-            return Err(Error::Invalid {
-                message: format!(
-                    "template {} is a snapshot of a machine with {} vCPUs, {} MiB and a disk of {}: it cannot become another",
-                    template.name, template.geometry.vcpus, template.geometry.mem_mib, template.disk_size
-                ),
-                hint: "leave CPUs, memory and disk size out; for another machine, `icebox flatten` a sandbox made from it and create from that template".into(),
-            });
-        }
+        require_same_machine(template, request.cold, geometry, disk_size)?;
         check_history(&request.history)?;
         let mut env = template.env.clone();
         env.extend(request.env.clone());
@@ -139,6 +142,33 @@ impl Engine {
             history: request.history.clone(),
         })
     }
+}
+
+/// Refuses a machine that a snapshot cannot go on in: another, or, if only its disk is booted, one with another disk.
+fn require_same_machine(
+    template: &Template,
+    is_cold: bool,
+    geometry: Geometry,
+    disk_size: Bytes,
+) -> Result<(), Error> {
+    let is_snapshot = matches!(template.content, TemplateContent::Snapshot { .. });
+    let fits = disk_size == template.disk_size && (is_cold || geometry == template.geometry);
+    if !is_snapshot || fits {
+        return Ok(());
+    }
+    Err(Error::Invalid {
+        message: format!(
+            "template {} is a snapshot of a machine with {} vCPUs, {} MiB and a disk of {}: it cannot become another",
+            template.name, template.geometry.vcpus, template.geometry.mem_mib, template.disk_size
+        ),
+        hint: "leave CPUs, memory and disk size out; `--cold` boots its disk with other CPUs and memory; for another disk, `icebox flatten` a sandbox made from it and create from that template".into(),
+    })
+}
+
+/// The VMMs that there are, in words.
+fn names(host: &Host) -> String {
+    let names = host.vmms.iter().map(|vmm| vmm.identity().name.clone());
+    names.collect::<Vec<_>>().join(", ")
 }
 
 pub(super) fn check_geometry(

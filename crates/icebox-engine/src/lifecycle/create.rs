@@ -3,7 +3,8 @@
 //! 1. The name and a slot are taken in the catalog; the first commit makes the directory, and rests `Nowhere`: until
 //!    the last commit, a crash means that the sandbox never was.
 //! 2. Image: a head over the base, then as [start](super::start). Snapshot: a generation 0 with a copy of the device
-//!    state, then as [resume](super::resume), with a new identity for the guest (INV-37).
+//!    state, then as [resume](super::resume), with a new identity for the guest (INV-37). A snapshot whose memory is to be
+//!    left out: a head over its layer, then as start; another VMM can do that, too.
 //! 3. Commit `Running`. A failure before that gives back everything, the directory included.
 
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use std::sync::Arc;
 use crate::catalog::Pin;
 use crate::deadline::{self, within};
 use crate::error::Error;
-use crate::id::{Digest, GenerationNo};
+use crate::id::GenerationNo;
 use crate::layout::{DEVICE_STATE, Object};
 use crate::manifest;
 use crate::manifest::v1::{Generation, Hold, MadeBy, Rest, Under};
@@ -20,10 +21,11 @@ use crate::steps::Steps;
 
 /// What a new sandbox begins with.
 pub(crate) enum Beginning {
-    /// A disk image: cold boot.
-    Image {
-        base: Digest,
-        /// Keeps the base until the sandbox refers to it.
+    /// A disk: cold boot.
+    Disk {
+        /// An image's base, or a snapshot's layer.
+        over: Under,
+        /// Keeps that until the sandbox refers to it.
         _pin: Pin,
     },
     /// An instant of a guest: restore.
@@ -35,7 +37,7 @@ impl Sandbox {
     pub(crate) async fn create(&mut self, beginning: Beginning) -> Result<(), Error> {
         let steps = self.steps.clone();
         let created = match beginning {
-            Beginning::Image { base, _pin } => self.create_from_image(&base, &steps).await,
+            Beginning::Disk { over, _pin } => self.create_from_disk(over, &steps).await,
             Beginning::Instant(origin) => self.create_from_instant(origin, &steps).await,
         };
         match created {
@@ -58,8 +60,7 @@ impl Sandbox {
         }
     }
 
-    async fn create_from_image(&mut self, base: &Digest, steps: &Steps) -> Result<(), Error> {
-        let over = Under::Base(base.clone());
+    async fn create_from_disk(&mut self, over: Under, steps: &Steps) -> Result<(), Error> {
         self.update(|record| {
             record.holds = vec![Hold::Directory, Hold::Slot, Hold::Head { number: 0, over }];
             record.next_head = 1;

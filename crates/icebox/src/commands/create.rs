@@ -40,6 +40,10 @@ pub(crate) struct Args {
     #[arg(long)]
     vmm: Option<String>,
 
+    /// Boot the disk of a snapshot, without what its guest had in memory. Any VMM can, with any CPUs and memory.
+    #[arg(long)]
+    cold: bool,
+
     /// Set a variable for every command in the sandbox.
     #[arg(short, long, value_name = "KEY=VALUE", value_parser = key_value)]
     env: Vec<(String, String)>,
@@ -103,6 +107,7 @@ pub(crate) async fn run(context: &Context, args: Args) -> Ended {
         disk_size_mb: args.disk,
         volume_driver: args.driver,
         vmm: args.vmm,
+        cold: args.cold,
         env_vars: args.env.into_iter().collect(),
         metadata: args.metadata.into_iter().collect(),
         history: (history != HistoryPolicy::default()).then_some(history),

@@ -166,6 +166,7 @@ struct File {
     qemu: Option<PathBuf>,
     cloud_hypervisor: Option<PathBuf>,
     firecracker: Option<PathBuf>,
+    vmm: Option<String>,
     accelerator: Option<Accelerator>,
     volume_driver: Option<String>,
     drain_on_stop: Option<bool>,
@@ -261,6 +262,7 @@ pub(crate) struct Config {
     pub(crate) qemu: Option<PathBuf>,
     pub(crate) cloud_hypervisor: Option<PathBuf>,
     pub(crate) firecracker: Option<PathBuf>,
+    pub(crate) vmm: Option<String>,
     pub(crate) accelerator: Accelerator,
     pub(crate) volume_driver: Option<String>,
     pub(crate) drain_on_stop: bool,
@@ -351,6 +353,7 @@ impl Config {
             qemu: file.qemu,
             cloud_hypervisor: file.cloud_hypervisor,
             firecracker: file.firecracker,
+            vmm: file.vmm,
             accelerator: file.accelerator.unwrap_or_default(),
             volume_driver: file.volume_driver,
             drain_on_stop: file.drain_on_stop.unwrap_or(false),
@@ -513,6 +516,7 @@ mod tests {
             config.firecracker.take().as_deref(),
             Some(Path::new("/usr/local/bin/firecracker"))
         );
+        assert_eq!(config.vmm.take().as_deref(), Some("qemu"));
         assert_eq!(config.volume_driver.take().as_deref(), Some("qcow2"));
         assert_eq!(config.zfs_dataset.take().as_deref(), Some("tank/icebox"));
         assert_eq!(config.keep_free.take(), Some(Bytes::mib(1024)));

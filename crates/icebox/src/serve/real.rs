@@ -130,6 +130,9 @@ pub(super) async fn survey(config: &Config) -> Report {
     checks.push(doctor::limits(boxes.as_ref()));
     let tried = try_vmms(config, &layout, &boxes, &kernels).await;
     checks.extend(doctor::vmms(tried, &named_vmms(config)));
+    if let Err(error) = require_known_vmm(config) {
+        checks.push(doctor::fails("vmm", &error));
+    }
     let volumes = all_volumes(config, &layout, &instance);
     let network = async {
         let config = network(config, instance).map_err(|failure| {
@@ -292,7 +295,7 @@ async fn try_vmms(
         launcher: Launcher::this_program(),
     };
     let third = Firecracker::find(third, layout.clone(), Arc::clone(boxes)).await;
-    vec![
+    let mut tried = vec![
         (
             qemu::NAME,
             qemu.map(|found| Arc::new(found) as Arc<dyn Vmm>),
@@ -305,7 +308,25 @@ async fn try_vmms(
             firecracker::NAME,
             third.map(|found| Arc::new(found) as Arc<dyn Vmm>),
         ),
-    ]
+    ];
+    // The default first.
+    tried.sort_by_key(|(name, _)| config.vmm.as_deref() != Some(name));
+    tried
+}
+
+/// Every VMM that sandboxes could ask for, in the order of preference.
+const VMMS: [&str; 3] = [qemu::NAME, cloud_hypervisor::NAME, firecracker::NAME];
+
+/// Refuses a default that is none of the VMMs that there are.
+fn require_known_vmm(config: &Config) -> Result<(), HostError> {
+    match &config.vmm {
+        Some(wanted) if !VMMS.contains(&wanted.as_str()) => {
+            let message = format!("there is no VMM {wanted:?}");
+            let error = HostError::new(ErrorKind::Invalid, message);
+            Err(error.hint(format!("there are {}", VMMS.join(", "))))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The VMMs that the settings ask for.
@@ -318,7 +339,10 @@ fn named_vmms(config: &Config) -> Vec<&'static str> {
     ];
     let named = named.into_iter();
     named
-        .filter_map(|(is_named, name)| is_named.then_some(name))
+        .filter_map(|(is_named, name)| {
+            let is_default = config.vmm.as_deref() == Some(name);
+            (is_named || is_default).then_some(name)
+        })
         .collect()
 }
 
@@ -329,6 +353,7 @@ async fn vmms(
     boxes: &Arc<HostBoxes>,
     kernels: &KernelStore,
 ) -> Result<(Vec<Arc<dyn Vmm>>, Vec<Check>), Failure> {
+    require_known_vmm(config).map_err(|error| failed(&error))?;
     let named = named_vmms(config);
     let (mut working, mut findings, mut first_failure) = (Vec::new(), Vec::new(), None);
     for (name, tried) in try_vmms(config, layout, boxes, kernels).await {

@@ -177,6 +177,7 @@ pub(super) fn create_request(new: NewSandbox, internet: bool) -> Result<CreateRe
         template: new.template_id,
         volume_driver: new.volume_driver,
         vmm: new.vmm,
+        cold: new.cold,
         egress,
         env: new.env_vars,
         doors: v1::Doors {

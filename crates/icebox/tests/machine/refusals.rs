@@ -61,6 +61,26 @@ fn inv_26_a_vmm_that_is_missing_or_too_old() {
         said.contains("7.2") && said.contains("8.2") && said.contains("backports"),
         "{said}"
     );
+    // The others are new enough, and not there, or no VMM at all.
+    for (settings, said_of_it) in [
+        (
+            "vmm = \"bochs\"",
+            ["\"bochs\"", "cloud-hypervisor, firecracker"],
+        ),
+        (
+            "firecracker = \"/nonexistent/fc\"",
+            ["/nonexistent/fc", "1.14"],
+        ),
+        (
+            "cloud_hypervisor = \"/nonexistent/ch\"",
+            ["/nonexistent/ch", "52"],
+        ),
+    ] {
+        place.settings = settings.to_owned();
+        let said = place.refused(&mut place.serve());
+        let is_said = said_of_it.iter().all(|word| said.contains(word));
+        assert!(is_said && said.contains("hint:"), "{said}");
+    }
     assert_eq!(place.holdings(), Vec::<String>::new());
 }
 

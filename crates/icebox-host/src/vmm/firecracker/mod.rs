@@ -389,13 +389,17 @@ fn reason_of(filters: bool) -> String {
     )
 }
 
-/// Whether a process has a filter for its system calls: proc_pid_status(5).
+/// Whether a process has put a filter before its system calls: one more than it has from this process, which may run in a
+/// container. proc_pid_status(5).
 fn has_seccomp_filter(pid: u32) -> bool {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let mode = status
-        .lines()
-        .find_map(|line| line.strip_prefix("Seccomp:"));
-    mode.is_some_and(|mode| mode.trim() == "2")
+    let filters = |process: &str| {
+        let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+        let count = status
+            .lines()
+            .find_map(|line| line.strip_prefix("Seccomp_filters:"));
+        count.and_then(|count| count.trim().parse::<u32>().ok())
+    };
+    filters(&pid.to_string()) > filters("self")
 }
 
 /// Makes what a box is made of, as its uid can use it.
