@@ -126,7 +126,7 @@ fn memory_and_disk_come_back(site: &mut Site, vmm: &Kind) {
     boot(site, vmm, "first");
     println!("booted and counting after {:.1?}", begun.elapsed());
     write(site, "first", "a");
-    let sums = site.exec("first", SUMS);
+    let mut sums = site.exec("first", SUMS);
     // Much that is random, much that was and is zero now.
     site.exec(
         "first",
@@ -169,6 +169,7 @@ fn memory_and_disk_come_back(site: &mut Site, vmm: &Kind) {
         site.count(to).assert_goes_on_from(&count);
         assert_eq!(site.exec(to, SUMS), sums);
         write(site, to, to);
+        sums = site.exec(to, SUMS);
         site.get(&["rm", from]);
     }
     assert_eq!(site.exec("fourth", whole), "0");

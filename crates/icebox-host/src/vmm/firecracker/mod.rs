@@ -36,6 +36,8 @@ use icebox_engine::host::{
 };
 use icebox_engine::id::SandboxId;
 use icebox_engine::layout::Layout;
+use object::read::elf::FileHeader as _;
+use object::{Endianness, elf};
 use serde_json::Value;
 use tokio::process::Command;
 
@@ -375,6 +377,8 @@ async fn prove(
     let filters = trial::watch_and_ask(command, trial::NO_ROOT, trial::SILENCE_MAX, filters)
         .await
         .map_err(failed)?;
+    // What is built for gnu has a filter that allows everything.
+    let filters = filters && is_static(program);
     proof.remember(run, if filters { PROVEN } else { PROVEN_UNFILTERED });
     Ok(reason_of(filters))
 }
@@ -387,6 +391,20 @@ fn reason_of(filters: bool) -> String {
     format!(
         "{reason}; this build of Firecracker has no filter for its system calls, as its releases have"
     )
+}
+
+/// Whether a program needs no interpreter, as releases do not, which are built for musl.
+fn is_static(program: &Path) -> bool {
+    let Ok(bytes) = fs::read(program) else {
+        return false;
+    };
+    let needs_interpreter = || {
+        let header = elf::FileHeader64::<Endianness>::parse(&*bytes)?;
+        let endian = header.endian()?;
+        let mut segments = header.program_headers(endian, &*bytes)?.iter();
+        Ok::<_, object::Error>(segments.any(|it| it.p_type.get(endian) == elf::PT_INTERP))
+    };
+    needs_interpreter().is_ok_and(|needs| !needs)
 }
 
 /// Whether a process has put a filter before its system calls: one more than it has from this process, which may run in a
@@ -466,6 +484,14 @@ mod tests {
         }
         let error = snapshot_format(&it("Firecracker v1.16.1", "")).await;
         assert_eq!(error.unwrap_err().kind(), ErrorKind::Unsupported);
+    }
+
+    #[test]
+    fn a_program_that_needs_an_interpreter_is_no_release() {
+        let directory = tempfile::tempdir().unwrap();
+        let script = saying(directory.path(), "Firecracker v1.16.1", "v10.0.0");
+        assert!(!is_static(&script));
+        assert!(!is_static(Path::new("/bin/sh")));
     }
 
     #[test]
