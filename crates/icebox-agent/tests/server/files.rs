@@ -88,22 +88,12 @@ async fn read_all(mut reader: FileReader) -> Vec<u8> {
     all
 }
 
-/// The most memory the server ever had, in KiB.
-fn peak_rss_kib(server: &Server) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{}/status", server.pid())).unwrap();
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))
-        .unwrap();
-    line.trim().strip_suffix(" kB").unwrap().parse().unwrap()
-}
-
 #[tokio::test]
 async fn inv_40_a_gibibyte_up_and_down_takes_no_memory() {
     const PIECES: usize = 1024;
     let server = Server::start();
     let client = server.client();
-    let before = peak_rss_kib(&server);
+    let before = server.peak_rss_kib();
     let path = server.directory.path().join("big");
     let piece = Bytes::from(vec![0x5a; 1 << 20]);
     client
@@ -118,7 +108,7 @@ async fn inv_40_a_gibibyte_up_and_down_takes_no_memory() {
         received += chunk.len();
     }
     assert_eq!(received, 1 << 30);
-    let grown = peak_rss_kib(&server) - before;
+    let grown = server.peak_rss_kib() - before;
     assert!(grown < 16 << 10, "the server grew by {grown} KiB");
 }
 

@@ -9,6 +9,7 @@
 )]
 
 mod auth;
+mod damaged;
 mod files;
 mod filesystem;
 mod process;

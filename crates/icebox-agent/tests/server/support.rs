@@ -54,6 +54,16 @@ impl Server {
         self.child.id()
     }
 
+    /// The most memory it ever had, in KiB.
+    pub(crate) fn peak_rss_kib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmHWM:"))
+            .unwrap();
+        line.trim().strip_suffix(" kB").unwrap().parse().unwrap()
+    }
+
     pub(crate) fn client(&self) -> AgentClient {
         AgentClient::tcp(self.address).with_token(&Token::new(BOOT_TOKEN))
     }

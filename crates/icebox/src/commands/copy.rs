@@ -554,4 +554,72 @@ mod tests {
         unpack(&through[..], &target).ok();
         assert!(!directory.path().join("escaped").exists());
     }
+
+    /// The damage is the same in each run.
+    #[test]
+    fn damaged_archives_write_nothing_outside() {
+        const ROUNDS: usize = 1000;
+        let mut archive = tar::Builder::new(Vec::new());
+        let long = "long/".repeat(30);
+        for (path, kind, link) in [
+            ("directory/", EntryType::Directory, None),
+            ("directory/file", EntryType::Regular, None),
+            (&*long, EntryType::Regular, None),
+            ("link", EntryType::Symlink, Some("directory")),
+            ("hard", EntryType::Link, Some("directory/file")),
+            ("link/through", EntryType::Regular, None),
+        ] {
+            let mut header = tar::Header::new_gnu();
+            header.set_entry_type(kind);
+            header.set_mode(0o644);
+            let content: &[u8] = if kind == EntryType::Regular {
+                b"hello"
+            } else {
+                b""
+            };
+            header.set_size(content.len() as u64);
+            match link {
+                Some(to) => archive.append_link(&mut header, path, to),
+                None => archive.append_data(&mut header, path, content),
+            }
+            .expect("in memory");
+        }
+        let archive = archive.into_inner().expect("in memory");
+        let mut random = fastrand::Rng::with_seed(0x1ceb_0c5e);
+        let directory = tempfile::tempdir().expect("a directory");
+        let target = directory.path().join("target");
+        let mut unpacked = 0;
+        for round in 0..ROUNDS {
+            let mut damaged = archive.clone();
+            for _ in 0..random.usize(1..=4) {
+                // Mostly in headers, whose checksum is then right again: what is behind it is what parses.
+                let block = random.usize(..damaged.len() / 512) * 512;
+                let at = block + random.usize(..512);
+                damaged[at] = *random
+                    .choice(b"./0179\0\xff\x80KLxgS125")
+                    .expect("not empty");
+                if random.bool() {
+                    let header: &mut [u8] = &mut damaged[block..block + 512];
+                    header[148..156].fill(b' ');
+                    let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+                    header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+                }
+            }
+            if random.u8(0..10) == 0 {
+                damaged.truncate(random.usize(..damaged.len()));
+            }
+            std::fs::create_dir(&target).expect("a directory");
+            unpacked += usize::from(unpack(&damaged[..], &target).is_ok());
+            std::fs::remove_dir_all(&target).expect("only what we may remove");
+            let mut left = std::fs::read_dir(directory.path()).expect("a directory");
+            assert!(
+                left.next().is_none(),
+                "round {round} wrote beside its target"
+            );
+        }
+        assert!(
+            unpacked > ROUNDS / 10,
+            "{unpacked} of {ROUNDS} were readable"
+        );
+    }
 }
