@@ -9,7 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::site::{COLD, Site, WARM, kill};
+use crate::site::{COLD, Driver, Site, WARM, kill};
 
 tests! {
     every:
@@ -352,7 +352,12 @@ fn inv_26_what_was_used_is_shown_and_what_is_not_here_is_refused(site: &mut Site
     assert!(used.2.iter().all(Value::is_string), "{used:?}");
     site.get(&["pause", "plain"]);
     assert_eq!(shown(site), used);
-    for asked in [["--driver", "zfs"], ["--vmm", "firecracker"]] {
+    // A pool that no setting names, or one that a site of another driver has.
+    let elsewhere = match site.driver {
+        Driver::Zfs => "reflink",
+        Driver::DmSnapshot | Driver::Reflink | Driver::Qcow2 => "zfs",
+    };
+    for asked in [["--driver", elsewhere], ["--vmm", "firecracker"]] {
         let said = site.refused(&[&["create", WARM, "--name", "other"], &asked[..]].concat());
         assert!(said.contains(asked[1]) && said.contains("hint:"), "{said}");
         site.refused(&["inspect", "other"]);
