@@ -140,8 +140,7 @@ impl Machine<'_> {
             ("root", self.image.root(), "snapshot=on"),
             ("suite", self.suite, "snapshot=off"),
         ] {
-            // A comma ends an option unless it is doubled.
-            let path = path.display().to_string().replace(',', ",,");
+            let path = option_value(path);
             command.arg("-drive");
             command.arg(format!(
                 "id={name},file={path},format=raw,if=none,cache=unsafe,{options}"
@@ -209,6 +208,11 @@ impl Machine<'_> {
             }
         }
     }
+}
+
+/// A path within an option of QEMU, which a comma ends unless it is doubled.
+pub(super) fn option_value(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
 }
 
 fn succeeded(status: ExitStatus) -> Result<Ended, Failure> {

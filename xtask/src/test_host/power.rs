@@ -27,6 +27,7 @@ use serde_json::json;
 
 use super::at;
 use super::image::remove_tree;
+use super::machine::option_value;
 use crate::run::Failure;
 
 /// Sparse.
@@ -102,8 +103,7 @@ impl PowerDisk {
 
     /// The arguments of QEMU that attach what a cut has left of it; what is written to that is thrown away.
     pub(super) fn arguments_after_a_cut(&self) -> [String; 4] {
-        // A comma ends an option unless it is doubled.
-        let path = self.disk.display().to_string().replace(',', ",,");
+        let path = option_value(&self.disk);
         [
             "-drive".to_owned(),
             format!("id=power,file={path},format=raw,if=none,cache=unsafe,snapshot=on"),
