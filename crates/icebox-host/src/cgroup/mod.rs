@@ -31,7 +31,7 @@ use crate::instance::Instance;
 use detect::{Controller, Mechanism};
 
 /// What a VMM that emulates the CPU (TCG) needs beside the guest's memory: its translation buffer above all.
-pub const OVERHEAD_TCG: Bytes = Bytes::mib(256);
+pub const OVERHEAD_TCG: Bytes = Bytes::mib(384);
 /// What a VMM that runs guests on KVM needs beside the guest's memory.
 pub const OVERHEAD_KVM: Bytes = Bytes::mib(128);
 

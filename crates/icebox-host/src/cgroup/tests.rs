@@ -312,7 +312,7 @@ fn version_2_is_limited_by_its_files() {
         (root.path().join("cgroup.subtree_control"), enabled),
         (parent.join("cgroup.subtree_control"), enabled),
         (group.join("cpu.max"), "200000 100000"),
-        (group.join("memory.max"), "805306368"),
+        (group.join("memory.max"), "939524096"),
         (group.join("memory.oom.group"), "1"),
         (group.join("pids.max"), "64"),
     ] {
