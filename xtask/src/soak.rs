@@ -111,7 +111,8 @@ fn with_row(document: &str, what: &str, row: &str) -> String {
     lines.join("\n") + "\n"
 }
 
-fn today() -> Result<String, Failure> {
+/// The date, as in `2026-01-31`.
+pub(crate) fn today() -> Result<String, Failure> {
     let failed = |error: &dyn std::fmt::Display| Failure(format!("date: {error}"));
     let output = Command::new("date").args(["-u", "+%F"]).output();
     let output = output.map_err(|error| failed(&error))?;

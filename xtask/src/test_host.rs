@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::documents;
 use crate::run::{Failure, target};
 
 use self::image::Image;
@@ -31,7 +32,7 @@ use self::machine::{Ended, Machine, Mode, Power};
 use self::power::PowerDisk;
 use self::suite::{Half, Side, Suite, SuiteDisk, Task};
 
-const USAGE: &str = "usage: cargo xtask test-host [--keep | --shell | --power-cut | --power-cuts DRIVER | --bench] [--full] [--test NAME]… [-- ARGUMENTS OF THE TESTS…]";
+const USAGE: &str = "usage: cargo xtask test-host [--keep | --shell | --power-cut | --power-cuts DRIVER | --bench] [--full] [--record] [--test NAME]… [-- ARGUMENTS OF THE TESTS…]";
 
 /// Longer than a machine's share of the usual suite takes on a busy host. One that runs into it is hung.
 const LONGEST: Duration = Duration::from_secs(40 * 60);
@@ -47,6 +48,8 @@ struct Options {
     power_cuts: Option<String>,
     /// Every test of sandboxes with every driver, and a power cut: too slow for each change.
     full: bool,
+    /// Whether what is seen of VMMs with volume drivers goes into the documents.
+    record: bool,
     /// What volume drivers cost, in place of the tests.
     bench: bool,
     /// Test executables to run; the usual ones if empty.
@@ -78,6 +81,9 @@ pub(crate) fn test_host(options: &[String]) -> Result<(), Failure> {
         outcome = outcome.and(cut_power_everywhere(&cache, &image, &suite, driver));
     }
     suite.print_skipped();
+    if options.record && outcome.is_ok() {
+        documents::record(&suite.seen())?;
+    }
     eprintln!("── test host: {:.1} s", begun.elapsed().as_secs_f64());
     outcome
 }
@@ -200,6 +206,7 @@ fn parse(options: &[String]) -> Result<Options, Failure> {
         power_cut: false,
         power_cuts: None,
         full: false,
+        record: false,
         bench: false,
         tests: Vec::new(),
         arguments: Vec::new(),
@@ -217,6 +224,7 @@ fn parse(options: &[String]) -> Result<Options, Failure> {
                 (parsed.suite, parsed.power_cuts) = (false, Some(driver.clone()));
             }
             "--full" => (parsed.full, parsed.power_cut) = (true, true),
+            "--record" => parsed.record = true,
             "--bench" => parsed.bench = true,
             "--test" => {
                 let name = options

@@ -7,13 +7,14 @@
 #                    ICEBOX_TEST_POWER_CUTS: the driver of those whose power is cut again and again
 #   /mnt/target      the files of that directory
 #   /mnt/cache       the tests' cache, as they know it from the host
-#   /mnt/out         what goes back: status (0 or 1; a run without one crashed), skipped
+#   /mnt/out         what goes back: status (0 or 1; a run without one crashed), skipped,
+#                    conformance
 #
 # There is no init system and no udev: device nodes are devtmpfs's.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=${TERM:-linux}
 # libdevmapper waits for udev otherwise.
 export DM_DISABLE_UDEV=1
-export RUST_BACKTRACE=1 ICEBOX_SKIPPED=/mnt/out/skipped
+export RUST_BACKTRACE=1 ICEBOX_SKIPPED=/mnt/out/skipped ICEBOX_CONFORMANCE=/mnt/out/conformance
 export ICEBOX_TEST_CACHE=/mnt/cache ICEBOX_TEST_AGENT=/mnt/agent
 # Everything takes this much longer here: what has to be quick has that much more time.
 export ICEBOX_TEST_SLOWNESS=10

@@ -7,7 +7,7 @@
 //!   cache/…, agent                 what guests are made of
 //!   vmm/…                          the VMMs that were given
 //!   vmlinuz                        the machine's own kernel, for a guest in it
-//!   out/status, out/skipped        what it says
+//!   out/status, skipped, conformance    what it says
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -110,6 +110,8 @@ pub(super) struct Suite {
     /// What guests are made of, if there will be any.
     fixtures: Option<Fixtures>,
     skipped: Mutex<BTreeSet<String>>,
+    /// What was seen of VMMs with volume drivers, in the words of the tests.
+    seen: Mutex<String>,
 }
 
 /// What each machine is to run, by the names of tests. Whoever wants something in particular, or a shell, gets one machine.
@@ -205,6 +207,7 @@ impl Suite {
             programs: Vec::new(),
             fixtures: None,
             skipped: Mutex::default(),
+            seen: Mutex::default(),
         };
         if options.bench {
             let mut command = cargo(["bench", "--no-run", "--package", "icebox-host"]);
@@ -355,6 +358,11 @@ impl Suite {
         let skipped = read(disk, "/out/skipped")?;
         let lines = skipped.lines().map(str::to_owned);
         self.skipped().extend(lines);
+        let seen = read(disk, "/out/conformance")?;
+        self.seen
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push_str(&seen);
         match read(disk, "/out/status")?.trim() {
             "0" => Ok(()),
             "" => Err(Failure(
@@ -366,6 +374,12 @@ impl Suite {
 
     fn skipped(&self) -> MutexGuard<'_, BTreeSet<String>> {
         self.skipped.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What machines have seen of VMMs with volume drivers: lines as tests write them.
+    pub(super) fn seen(&self) -> String {
+        let seen = self.seen.lock();
+        seen.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Says which tests could not run, and why.

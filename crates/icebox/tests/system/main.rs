@@ -44,6 +44,7 @@ mod monitor;
 #[path = "../../../icebox-host/tests/support/mounts.rs"]
 mod mounts;
 mod power_cut;
+mod record;
 mod sdk;
 mod site;
 mod space;

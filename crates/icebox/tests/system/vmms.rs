@@ -1,21 +1,29 @@
-//! VMMs beside the default one: that sandboxes live the same life on them. Each of them runs where it is named
-//! (`ICEBOX_CLOUD_HYPERVISOR`, `ICEBOX_FIRECRACKER`) and KVM runs guests, which is in the test host.
+//! Each VMM with each volume driver: that sandboxes live the same life on them, verb by verb. What is seen of a pair is
+//! recorded (`record.rs`).
+//!
+//! They run where KVM runs guests, which is in the test host; those beside QEMU where they are named
+//! (`ICEBOX_CLOUD_HYPERVISOR`, `ICEBOX_FIRECRACKER`).
 
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use icebox_host::skip::skip;
 use rustix::process::Signal;
 
+use crate::drivers::sums_on_disk;
 use crate::lifecycle::{SUMS, path_of, write};
-use crate::site::{COLD, COUNTER, Site, kill, ticking};
+use crate::record::Record;
+use crate::site::{COLD, COUNTER, Site, kill, patience, ticking};
 
 tests! {
+    every:
+        inv_08_inv_10_inv_18_inv_29_inv_44_on_qemu_memory_and_disk_come_back,
+        inv_06_inv_31_inv_46_on_qemu_guests_outlive_daemons_and_their_end_is_noticed;
     by_host:
-        inv_08_inv_10_inv_18_inv_29_on_cloud_hypervisor_memory_and_disk_come_back,
-        inv_31_inv_46_on_cloud_hypervisor_guests_outlive_daemons_and_their_end_is_noticed,
-        inv_08_inv_10_inv_18_inv_29_on_firecracker_memory_and_disk_come_back,
-        inv_31_inv_46_on_firecracker_guests_outlive_daemons_and_their_end_is_noticed;
+        inv_08_inv_10_inv_18_inv_29_inv_44_on_cloud_hypervisor_memory_and_disk_come_back,
+        inv_06_inv_31_inv_46_on_cloud_hypervisor_guests_outlive_daemons_and_their_end_is_noticed,
+        inv_08_inv_10_inv_18_inv_29_inv_44_on_firecracker_memory_and_disk_come_back,
+        inv_06_inv_31_inv_46_on_firecracker_guests_outlive_daemons_and_their_end_is_noticed;
 }
 
 pub(crate) const NAME: &str = "vmms";
@@ -26,77 +34,98 @@ struct Kind {
     name: &'static str,
     /// As names of tests and settings do.
     word: &'static str,
-    /// The variable that names its program.
-    variable: &'static str,
+    /// The variable that names its program; none for the one that is always there.
+    variable: Option<&'static str>,
     /// What a guest turns itself off with.
     off: &'static str,
 }
 
+const QEMU: Kind = Kind {
+    name: "qemu",
+    word: "qemu",
+    variable: None,
+    off: "sync; echo o >/proc/sysrq-trigger",
+};
 const CLOUD_HYPERVISOR: Kind = Kind {
     name: "cloud-hypervisor",
     word: "cloud_hypervisor",
-    variable: "ICEBOX_CLOUD_HYPERVISOR",
+    variable: Some("ICEBOX_CLOUD_HYPERVISOR"),
     off: "sync; echo o >/proc/sysrq-trigger",
 };
 const FIRECRACKER: Kind = Kind {
     name: "firecracker",
     word: "firecracker",
-    variable: "ICEBOX_FIRECRACKER",
+    variable: Some("ICEBOX_FIRECRACKER"),
     // It has nothing to turn a machine off with; the agent knows that, and resets it.
     off: "sync; kill -PWR 1",
 };
-const KINDS: [Kind; 2] = [CLOUD_HYPERVISOR, FIRECRACKER];
+const KINDS: [Kind; 3] = [QEMU, CLOUD_HYPERVISOR, FIRECRACKER];
 
 impl Kind {
-    fn named(&self) -> Option<PathBuf> {
-        let program = std::env::var_os(self.variable)?;
-        (!program.is_empty()).then(|| program.into())
+    /// Why it cannot run here, if it cannot.
+    fn absent(&self) -> Option<String> {
+        if let Some(variable) = self.variable
+            && self.named().is_none()
+        {
+            return Some(format!("{variable} names no {}", self.name));
+        }
+        let kvm = std::env::var("ICEBOX_TEST_ACCELERATOR").is_ok_and(|it| it == "kvm");
+        let why = "KVM is not known to run guests here (ICEBOX_TEST_ACCELERATOR=kvm)";
+        (!kvm).then(|| why.to_owned())
     }
 
-    fn program(&self) -> Option<PathBuf> {
-        let kvm = std::env::var("ICEBOX_TEST_ACCELERATOR").is_ok_and(|it| it == "kvm");
-        self.named().filter(|_| kvm)
+    fn named(&self) -> Option<PathBuf> {
+        let program = std::env::var_os(self.variable?)?;
+        (!program.is_empty()).then(|| program.into())
     }
 }
 
 /// The VMMs of these tests that are named and can run: the settings that name them, and their programs.
 pub(crate) fn programs() -> impl Iterator<Item = (&'static str, PathBuf)> {
-    let kinds = KINDS.iter();
-    kinds.filter_map(|kind| Some((kind.word, kind.program()?)))
+    let kinds = KINDS.iter().filter(|kind| kind.absent().is_none());
+    kinds.filter_map(|kind| Some((kind.word, kind.named()?)))
 }
 
 /// Whether `test` can run here. If not, the reason is said.
 pub(crate) fn can_run(test: &str) -> bool {
-    let kind = KINDS.iter().find(|kind| test.contains(kind.word));
+    let kind = KINDS
+        .iter()
+        .find(|kind| test.contains(&format!("_on_{}_", kind.word)));
     let kind = kind.expect("a test of this suite is named after its VMM");
-    if kind.program().is_some() {
-        return true;
-    }
-    match kind.named() {
-        Some(_) => skip(
-            test,
-            "KVM is not known to run guests here (ICEBOX_TEST_ACCELERATOR=kvm)",
-        ),
-        None => skip(test, &format!("{} names no {}", kind.variable, kind.name)),
+    match kind.absent() {
+        Some(why) => skip(test, &why),
+        None => return true,
     }
     false
 }
 
-fn inv_08_inv_10_inv_18_inv_29_on_cloud_hypervisor_memory_and_disk_come_back(site: &mut Site) {
+fn inv_08_inv_10_inv_18_inv_29_inv_44_on_qemu_memory_and_disk_come_back(site: &mut Site) {
+    memory_and_disk_come_back(site, &QEMU);
+}
+
+fn inv_06_inv_31_inv_46_on_qemu_guests_outlive_daemons_and_their_end_is_noticed(site: &mut Site) {
+    guests_outlive_daemons_and_their_end_is_noticed(site, &QEMU);
+}
+
+fn inv_08_inv_10_inv_18_inv_29_inv_44_on_cloud_hypervisor_memory_and_disk_come_back(
+    site: &mut Site,
+) {
     memory_and_disk_come_back(site, &CLOUD_HYPERVISOR);
 }
 
-fn inv_08_inv_10_inv_18_inv_29_on_firecracker_memory_and_disk_come_back(site: &mut Site) {
-    memory_and_disk_come_back(site, &FIRECRACKER);
-}
-
-fn inv_31_inv_46_on_cloud_hypervisor_guests_outlive_daemons_and_their_end_is_noticed(
+fn inv_06_inv_31_inv_46_on_cloud_hypervisor_guests_outlive_daemons_and_their_end_is_noticed(
     site: &mut Site,
 ) {
     guests_outlive_daemons_and_their_end_is_noticed(site, &CLOUD_HYPERVISOR);
 }
 
-fn inv_31_inv_46_on_firecracker_guests_outlive_daemons_and_their_end_is_noticed(site: &mut Site) {
+fn inv_08_inv_10_inv_18_inv_29_inv_44_on_firecracker_memory_and_disk_come_back(site: &mut Site) {
+    memory_and_disk_come_back(site, &FIRECRACKER);
+}
+
+fn inv_06_inv_31_inv_46_on_firecracker_guests_outlive_daemons_and_their_end_is_noticed(
+    site: &mut Site,
+) {
     guests_outlive_daemons_and_their_end_is_noticed(site, &FIRECRACKER);
 }
 
@@ -119,14 +148,17 @@ fn memory_and_disk_come_back(site: &mut Site, vmm: &Kind) {
     let listed = vmms.iter().find(|it| it["name"] == vmm.name);
     let listed = listed.unwrap_or_else(|| panic!("{vmms:?}\n{}", site.said()));
     println!("{listed}");
-    assert_eq!(listed["default"], false);
-    assert_eq!(listed["abilities"]["diskSwitch"], false);
+    let is_default = vmm.variable.is_none();
+    assert_eq!(listed["default"], is_default);
+    assert_eq!(listed["abilities"]["diskSwitch"], is_default);
+    let record = Record::of(site, listed, vmm.named());
 
     let begun = Instant::now();
     boot(site, vmm, "first");
     println!("booted and counting after {:.1?}", begun.elapsed());
     write(site, "first", "a");
     let mut sums = site.exec("first", SUMS);
+    record.saw(&["create", "exec"]);
     // Much that is random, much that was and is zero now.
     site.exec(
         "first",
@@ -134,9 +166,11 @@ fn memory_and_disk_come_back(site: &mut Site, vmm: &Kind) {
     );
     let whole = "cd /dev/shm && sha256sum -c sum >&2 && tr -d '\\000' <zero | wc -c";
 
+    let early = site.count("first");
     let begun = Instant::now();
     site.get(&["pause", "first"]);
     println!("paused after {:.1?}", begun.elapsed());
+    site.get(&["flatten", "first", "--name", "flat"]);
     let begun = Instant::now();
     site.get(&["resume", "first"]);
     println!("resumed after {:.1?}", begun.elapsed());
@@ -156,6 +190,13 @@ fn memory_and_disk_come_back(site: &mut Site, vmm: &Kind) {
         assert_eq!(site.exec("first", SUMS), sums);
         site.count("first").assert_goes_on_from(&count);
     }
+    record.saw(&["pause", "resume"]);
+
+    // The disk alone.
+    site.get(&["create", "flat", "--name", "flat", "--vmm", vmm.name]);
+    assert_eq!(sums_on_disk(site, "flat"), sums);
+    site.get(&["rm", "flat"]);
+    record.saw(&["flatten"]);
 
     // A snapshot of a snapshot of a snapshot.
     for (from, to) in [
@@ -170,27 +211,52 @@ fn memory_and_disk_come_back(site: &mut Site, vmm: &Kind) {
         assert_eq!(site.exec(to, SUMS), sums);
         write(site, to, to);
         sums = site.exec(to, SUMS);
-        site.get(&["rm", from]);
+        if from != "first" {
+            site.get(&["rm", from]);
+        }
     }
     assert_eq!(site.exec("fourth", whole), "0");
+    record.saw(&["snapshot", "create from a snapshot"]);
     let both = site.get(&["fork", "fourth", "-n", "2"]);
     let both = [0, 1].map(|n| path_of(&both[n], &["sandbox", "sandboxID"]).to_owned());
     for fork in &both {
         site.count(fork).assert_goes_on_from(&count);
+        assert_eq!(site.exec(fork, SUMS), sums);
     }
-    // QEMU can make nothing of it.
-    let refused = site.run(&["create", "of-third", "--vmm", "qemu"]);
-    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-    assert!(!refused.status.success() && said.contains("VMM"), "{said}");
-    let refused = site.run(&["create", COLD, "--vmm", vmm.name, "--driver", "qcow2"]);
-    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-    assert!(said.contains("cannot switch disks"), "{said}");
+    record.saw(&["fork"]);
 
-    site.get(&["rm", "fourth", &both[0], &both[1]]);
-    site.get(&["template", "rm", "of-first", "of-second", "of-third", COLD]);
+    // What was random before it was zero.
+    site.get(&["rollback", "first", "--to", "1", "--resume"]);
+    site.count("first").assert_goes_on_from(&early);
+    assert_ne!(site.exec("first", whole), "0");
+    record.saw(&["rollback"]);
+
+    // Another can make nothing of it.
+    let other = KINDS.iter().find(|it| {
+        let named = it.variable.is_none() || it.named().is_some();
+        it.name != vmm.name && named
+    });
+    if let Some(other) = other {
+        let said = site.refused(&["create", "of-third", "--vmm", other.name]);
+        assert!(said.contains("VMM"), "{said}");
+    }
+    if !is_default {
+        let said = site.refused(&["create", COLD, "--vmm", vmm.name, "--driver", "qcow2"]);
+        assert!(said.contains("cannot switch disks"), "{said}");
+        record.never("qcow2", "refused: it cannot switch disks");
+    }
+
+    site.get(&["rm", "first", "fourth", &both[0], &both[1]]);
+    record.saw(&["rm"]);
+    let templates = ["of-first", "of-second", "of-third", "flat", COLD];
+    site.get(&[&["template", "rm"][..], &templates].concat());
 }
 
 fn guests_outlive_daemons_and_their_end_is_noticed(site: &mut Site, vmm: &Kind) {
+    let vmms = site.get(&["vmm", "ls"]);
+    let listed = vmms.as_array().unwrap().iter();
+    let listed = listed.clone().find(|it| it["name"] == vmm.name).unwrap();
+    let record = Record::of(site, listed, vmm.named());
     boot(site, vmm, "hardy");
     write(site, "hardy", "a");
     let (count, sums) = (site.count("hardy"), site.exec("hardy", SUMS));
@@ -206,6 +272,25 @@ fn guests_outlive_daemons_and_their_end_is_noticed(site: &mut Site, vmm: &Kind) 
     site.get(&["pause", "hardy"]);
     site.get(&["resume", "hardy"]);
     site.count("hardy").assert_goes_on_from(&count);
+    record.saw(&["daemon killed"]);
+
+    // One that does not answer holds nobody up, and goes on when it does.
+    let wedged = site.vmm_pid("hardy");
+    kill(wedged, Signal::STOP);
+    let begun = Instant::now();
+    let said = site.refused(&["pause", "hardy"]);
+    assert!(
+        begun.elapsed() < patience(Duration::from_secs(11)),
+        "{:?}",
+        begun.elapsed()
+    );
+    assert!(
+        said.contains("did not answer") || said.contains("did not finish"),
+        "{said}"
+    );
+    kill(wedged, Signal::CONT);
+    site.count("hardy").assert_goes_on_from(&count);
+    record.saw(&["VMM wedged"]);
 
     // A guest that ends, one that resets its machine after a boot and after a restore, and a VMM that is killed.
     for (end, has_booted) in [
@@ -225,12 +310,16 @@ fn guests_outlive_daemons_and_their_end_is_noticed(site: &mut Site, vmm: &Kind) 
         site.get(&["start", "hardy"]);
         assert_eq!(site.exec("hardy", SUMS), sums);
     }
+    record.saw(&["guest off", "guest reset", "start"]);
     let mut events = site.events();
     kill(site.vmm_pid("hardy"), Signal::KILL);
     events.wait_for("sandbox.crashed");
     assert_eq!(site.state("hardy"), "stopped");
     site.get(&["start", "hardy"]);
     assert_eq!(site.exec("hardy", SUMS), sums);
+    record.saw(&["VMM killed"]);
+    site.get(&["stop", "hardy"]);
+    record.saw(&["stop"]);
     site.get(&["rm", "hardy"]);
     site.get(&["template", "rm", COLD]);
 }
