@@ -32,10 +32,14 @@ const CONFORMANCE: &str = "volume_conformance";
 const SYSTEM: &str = "system";
 
 /// What runs where nobody says what: what each machine does, so that they take about as long as each other. Of the black-box
-/// suite, what every volume driver has to carry, with those drivers that the machine that this is built on may not have; the
-/// rest of it is run there.
+/// suite, what every volume driver has to carry and how sandboxes live, with those drivers that the machine that this is built
+/// on may not have; the rest of it is run there.
 const USUAL: &[&[Call]] = &[
-    &[(CONFORMANCE, &[]), (SYSTEM, &["vmms::reflink"])],
+    &[
+        (CONFORMANCE, &[]),
+        (SYSTEM, &["lifecycle::dm-snapshot"]),
+        (SYSTEM, &["lifecycle::zfs"]),
+    ],
     &[
         (SYSTEM, &["drivers::dm-snapshot"]),
         (SYSTEM, &["drivers::zfs"]),
