@@ -252,7 +252,9 @@ impl Error {
             }
             Self::Draining => Some("ask again when the daemon has been started again".into()),
             Self::NotWoken { source } => source.hint(),
-            Self::Manifest(ManifestError::TooNew { .. }) => Some("install the newer version again".into()),
+            Self::Manifest(ManifestError::TooNew { .. } | ManifestError::Unknown { .. }) => {
+                Some("install the newer version again".into())
+            }
             _ => None,
         }
     }

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use icebox_engine::id::{GenerationNo, HeadId, LayerId, SandboxId, Slot};
 use icebox_engine::layout::Object;
+use icebox_engine::manifest;
 use icebox_engine::manifest::v1::{TemplateContent, Under};
 use icebox_engine::{Config, Engine, Error, Outcome, Phase};
 use icebox_sim::fault::{Fault, Kind, When};
@@ -826,6 +827,45 @@ fn inv_44_a_manifest_of_a_newer_or_damaged_format_stops_the_start() {
 }
 
 #[test]
+fn inv_44_a_manifest_that_says_more_than_is_known_stops_the_start_and_is_left_alone() {
+    for of in ["sandbox", "generation"] {
+        let world = World::new();
+        let object = life(async || {
+            let engine = open(world.host(FreezeBy::Vmm)).await;
+            import_image(&world, &engine).await;
+            let id = create(&engine, "a").await;
+            engine.pause("a").await.unwrap();
+            let view = engine.inspect("a").unwrap();
+            let (object, bytes) = match of {
+                "sandbox" => (Object::Sandbox(id), manifest::encode(1, &*view.record)),
+                _ => {
+                    let generation = &view.generations[0];
+                    let object = Object::Generation(id, generation.number);
+                    (object, manifest::encode(1, generation))
+                }
+            };
+            let text = String::from_utf8(bytes).unwrap();
+            let more = text.replacen("\"payload\": {", "\"payload\": { \"mood\": \"good\",", 1);
+            let newer = more.replacen(&manifest::this_build(), "icebox 9.0.0", 1);
+            world.overwrite_manifest(&object, newer.as_bytes());
+            object
+        });
+        let before = (world.in_use(), world.objects());
+        life(async || {
+            let opened = Engine::open(world.host(FreezeBy::Vmm), Config::default()).await;
+            let error = opened.err().unwrap();
+            let text = error.to_string();
+            for said in [&object.to_string(), "payload.mood", "icebox 9.0.0"] {
+                assert!(text.contains(said), "{text}");
+            }
+            assert!(error.hint().unwrap().contains("newer"), "{error:?}");
+        });
+        let after = (world.in_use(), world.objects());
+        assert_eq!(after, before, "nothing is touched");
+    }
+}
+
+#[test]
 fn inv_44_what_lacks_something_is_told_and_kept_and_not_used() {
     let spoil = |world: &World, object: &Object, says: &str| match says {
         "missing" => world.lose(object),
@@ -1143,7 +1183,7 @@ fn a_flattened_disk_is_a_template_that_boots_with_what_was_on_it() {
         let head = engine.inspect(copy.as_str()).unwrap().record.holds[2].clone();
         assert!(matches!(
             head,
-            icebox_engine::manifest::v1::Hold::Head {
+            manifest::v1::Hold::Head {
                 over: Under::Base(_),
                 ..
             }

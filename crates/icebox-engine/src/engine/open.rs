@@ -186,7 +186,9 @@ fn or_flawed<T: Document>(
     match manifest::decode(object, bytes) {
         Ok((revision, document)) => add(catalog, revision, document),
         // Whoever wrote it knows what it means.
-        Err(error @ ManifestError::TooNew { .. }) => return Err(error.into()),
+        Err(error @ (ManifestError::TooNew { .. } | ManifestError::Unknown { .. })) => {
+            return Err(error.into());
+        }
         Err(error) => {
             let why = Chained(&error.into()).to_string();
             tracing::error!(%object, why, "cannot be used");

@@ -13,7 +13,6 @@ use crate::unit::{Bytes, Geometry};
 
 /// What a VMM is, as far as a saved state depends on it. Compared before a restore (INV-44), shown by `inspect`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct VmmIdentity {
     /// `qemu`, `cloud-hypervisor`, `firecracker`.
     pub name: String,
@@ -49,7 +48,6 @@ pub struct Capabilities {
 
 /// A process that can be told from a later one with the same pid.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct ProcessIdentity {
     /// Process id.
     pub pid: u32,
@@ -151,7 +149,6 @@ pub enum SavedPages {
 
 /// What a save wrote.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct SavedMemory {
     /// Full or diff.
     pub pages: SavedPages,

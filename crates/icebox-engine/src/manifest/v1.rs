@@ -27,7 +27,6 @@ pub enum Under {
 
 /// An imported image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Base {
     /// SHA-256 of the image.
     pub digest: Digest,
@@ -40,7 +39,6 @@ pub struct Base {
 /// An immutable disk state: what it shows never changes. What it needs to show it may, when the layers under it are
 /// merged into one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Layer {
     /// Its id.
     pub id: LayerId,
@@ -58,7 +56,6 @@ pub struct Layer {
 
 /// An immutable guest memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Memory {
     /// Its id.
     pub id: MemoryId,
@@ -74,7 +71,6 @@ pub struct Memory {
 
 /// What a guest runs on. Everything that a saved state depends on, recorded when the guest booted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Machine {
     /// The VMM and how it was configured.
     pub vmm: VmmIdentity,
@@ -88,7 +84,6 @@ pub struct Machine {
 
 /// One instant of a guest: memory, devices and disk. The device state lies beside the manifest that this is part of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Capture {
     /// The disk.
     pub layer: LayerId,
@@ -122,14 +117,19 @@ pub enum MadeBy {
     Create,
 }
 
+impl MadeBy {
+    fn is_pause(&self) -> bool {
+        *self == Self::Pause
+    }
+}
+
 /// One instant of a sandbox: what a pause wrote, or a capture while it ran on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Generation {
     /// Its number within the sandbox.
     pub number: GenerationNo,
     /// What wrote it.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "MadeBy::is_pause")]
     pub made_by: MadeBy,
     /// The generation that the guest had gone on from, which may not be listed any more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -156,7 +156,6 @@ pub enum TemplateContent {
 
 /// What sandboxes are created from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Template {
     /// Its id.
     pub id: TemplateId,
@@ -189,7 +188,6 @@ pub struct Template {
 
 /// Who runs commands that name nobody, and where. What it does not say is the guest's to say.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Login {
     /// The user.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -207,7 +205,6 @@ impl Login {
 
 /// Who may talk to a sandbox, apart from the rule: its agent to who has its token, its other ports to anybody.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Doors {
     /// Its agent serves whoever knows the sandbox's id.
     #[serde(default)]
@@ -225,7 +222,6 @@ impl Doors {
 
 /// What a sandbox was asked to be. Fixed for its life.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Spec {
     /// Whose it is.
     #[serde(default, skip_serializing_if = "Team::is_default")]
@@ -263,7 +259,6 @@ pub struct Spec {
 
 /// What becomes of a sandbox's past. What it does not say is the daemon's to say.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct HistoryPolicy {
     /// How many of the newest generations are kept, and of the newest branches. At least 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -287,7 +282,7 @@ impl HistoryPolicy {
 /// Its name on the host derives from the sandbox and what is recorded here, so it can be released by a process that
 /// never acquired it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "kind", deny_unknown_fields)]
+#[serde(rename_all = "kebab-case", tag = "kind")]
 pub enum Hold {
     /// The sandbox's directory, and so this manifest.
     Directory,
@@ -332,7 +327,7 @@ pub enum Rest {
 
 /// An effect that cannot be undone once it has happened, written down before it begins.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "kind", deny_unknown_fields)]
+#[serde(rename_all = "kebab-case", tag = "kind")]
 pub enum Intent {
     /// The head becomes `layer`, and head number `to` goes on top of it.
     Freeze {
@@ -387,7 +382,6 @@ impl FromStr for Point {
 
 /// A disk that was set aside, kept by name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Branch {
     /// Its name within the sandbox.
     pub name: Name,
@@ -415,7 +409,6 @@ pub enum OnTimeout {
 
 /// When a running sandbox ends by itself, and when a paused one begins to.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Lifetime {
     /// It ends when nothing has happened in it for so many seconds.
     pub idle_seconds: Option<u64>,
@@ -440,7 +433,6 @@ impl Lifetime {
 
 /// How a sandbox's VMM last ended without being asked to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Exit {
     /// When it was noticed.
     pub at: Timestamp,
@@ -452,7 +444,6 @@ pub struct Exit {
 
 /// A sandbox.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Sandbox {
     /// Its id.
     pub id: SandboxId,
