@@ -1,8 +1,8 @@
 //! What the routes ask of a daemon.
 
-use std::any::Any;
 use std::net::Ipv4Addr;
 use std::pin::Pin;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -72,12 +72,13 @@ pub trait Daemon: Send + Sync + 'static {
     /// What the guest wrote to its console so far.
     async fn console(&self, sandbox: &str) -> Result<BoxStream<std::io::Result<Bytes>>, ApiError>;
 
-    /// Where a port of a running sandbox is reached. One that is paused and is to be resumed for this is resumed first. `exact`: only a full id will do, since the caller may be
-    /// anybody and ids are the secret of public ports.
+    /// Where a port of a running sandbox is reached. `exact`: only a full id will do, since the caller may be anybody and
+    /// ids are the secret of public ports. `wake`: one that is paused and is to be resumed for who asks for it is resumed
+    /// first.
     ///
     /// # Errors
     /// Not found, not running, or admitting no connections now.
-    async fn route(&self, sandbox: &str, exact: bool) -> Result<Route, ApiError>;
+    async fn route(&self, sandbox: &str, exact: bool, wake: bool) -> Result<Route, ApiError>;
     /// The id of the sandbox that has the token which `has` says yes to. For requests that carry a signature and name no
     /// sandbox.
     async fn signer(&self, has: &(dyn for<'a> Fn(&'a str) -> bool + Sync)) -> Option<String>;
@@ -172,27 +173,17 @@ pub struct Route {
     /// What its other ports ask for, if they do. Never logged.
     pub traffic_token: Option<String>,
     /// Held for exactly as long as a connection to the sandbox lives.
-    pub pass: Pass,
+    pub pass: Arc<dyn Pass>,
 }
 
-/// The permission to reach a sandbox. A sandbox that pauses or goes waits a little for passes to be dropped, then
-/// revokes them.
-pub struct Pass {
-    revoked: Pin<Box<dyn Future<Output = ()> + Send>>,
-    _held: Box<dyn Any + Send>,
-}
+/// The permission to reach a sandbox, for as long as it is held. A sandbox that pauses or goes waits a little for passes to
+/// be dropped, then revokes them.
+#[async_trait]
+pub trait Pass: Send + Sync {
+    /// Completes when the connection must be cut.
+    async fn revoked(&self);
 
-impl Pass {
-    /// A pass that keeps `held` and is revoked when `revoked` completes.
-    pub fn new(revoked: impl Future<Output = ()> + Send + 'static, held: impl Any + Send) -> Self {
-        Self {
-            revoked: Box::pin(revoked),
-            _held: Box::new(held),
-        }
-    }
-
-    /// Completes when the connection must be cut, and is not to be awaited again then.
-    pub async fn revoked(&mut self) {
-        self.revoked.as_mut().await;
-    }
+    /// Says that the connection carries a stream from now on: it ends when one of its sides wants it to, and a sandbox
+    /// that pauses hardly waits for that.
+    fn becomes_stream(&self);
 }

@@ -5,10 +5,15 @@ use std::future::Future;
 use std::time::Duration;
 
 use crate::error::Error;
+use crate::gate::Drain;
 use crate::host::HostError;
 
-/// Connections through the proxy end by themselves in this time, or are closed (INV-07).
-pub(crate) const DRAIN: Duration = Duration::from_secs(5);
+/// Connections through the proxy end by themselves in this time, or are closed (INV-07). A stream that is about to end
+/// may say so; one that is not keeps nobody waiting.
+pub(crate) const DRAIN: Drain = Drain {
+    requests: Duration::from_secs(5),
+    streams: Duration::from_millis(50),
+};
 /// The guest's preparations for a capture (INV-05).
 pub(crate) const PREPARE: Duration = Duration::from_secs(5);
 /// The answer of a VMM to the question whether it lives (INV-06).

@@ -12,8 +12,13 @@
 //! freeze. So admission and closing are decided under one lock: after [`Gate::close`] has begun, no
 //! [`enter`](Gate::enter) succeeds, even one that raced it (INV-07). The guard opens the gate again when it is
 //! dropped, on every way out of a failed capture, unless the gate has been shut meanwhile.
+//!
+//! What is inside is a request, which ends by itself when it is answered, or a stream, which ends when somebody wants it
+//! to: a command that is followed, a shell, a web socket. A drain waits for requests. Streams it cuts as soon as there
+//! are none: what a stream shows goes on in the guest, and who follows it can do so again.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -31,6 +36,8 @@ struct State {
     admission: Admission,
     /// Passes that exist.
     inside: usize,
+    /// Those of them that are streams.
+    streams: usize,
     /// Passes of an older epoch must end.
     epoch: u64,
     /// When somebody was inside, or something else happened in the sandbox.
@@ -62,6 +69,7 @@ impl Default for Gate {
         let state = State {
             admission: Admission::Shut,
             inside: 0,
+            streams: 0,
             epoch: 0,
             active_at: Instant::now(),
             before: Duration::ZERO,
@@ -74,6 +82,14 @@ impl Default for Gate {
 pub struct Pass {
     gate: Gate,
     epoch: u64,
+    is_stream: AtomicBool,
+}
+
+/// How long those inside a gate that closes have to end by themselves.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Drain {
+    pub(crate) requests: Duration,
+    pub(crate) streams: Duration,
 }
 
 /// Keeps the gate closed. Dropping it opens the gate.
@@ -95,6 +111,7 @@ impl Gate {
         epoch.map(|epoch| Pass {
             gate: self.clone(),
             epoch,
+            is_stream: AtomicBool::new(false),
         })
     }
 
@@ -163,14 +180,25 @@ impl Gate {
         });
     }
 
-    /// Admits nobody from now on, waits up to `limit` for those inside to end, and then tells them to.
-    pub(crate) async fn close(&self, limit: Duration) -> Closed {
+    /// Admits nobody from now on, waits for those inside to end, and then tells them to: for requests as long as `requests`
+    /// says, for streams as long as `streams` does, or as there are requests.
+    pub(crate) async fn close(&self, Drain { requests, streams }: Drain) -> Closed {
         self.0
             .send_modify(|state| state.admission = Admission::Draining);
         let guard = Closed(self.clone());
         let mut state = self.0.subscribe();
-        let drained = state.wait_for(|state| state.inside == 0);
-        if tokio::time::timeout(limit, drained).await.is_err() {
+        let begun = Instant::now();
+        let empty = state.wait_for(|state| state.inside == 0);
+        if tokio::time::timeout_at(begun + streams, empty)
+            .await
+            .is_err()
+        {
+            let only_streams = state.wait_for(|state| state.inside == state.streams);
+            // Whichever it was, whoever is still inside leaves now.
+            tokio::time::timeout_at(begun + requests, only_streams)
+                .await
+                .map(drop)
+                .unwrap_or_default();
             self.0.send_modify(|state| state.epoch += 1);
         }
         guard
@@ -178,6 +206,13 @@ impl Gate {
 }
 
 impl Pass {
+    /// Says that this is a stream from now on, which a drain does not wait for.
+    pub fn becomes_stream(&self) {
+        if !self.is_stream.swap(true, Ordering::SeqCst) {
+            self.gate.0.send_modify(|state| state.streams += 1);
+        }
+    }
+
     /// Completes when the connection must end now.
     pub async fn revoked(&self) {
         let mut state = self.gate.0.subscribe();
@@ -194,6 +229,7 @@ impl Drop for Pass {
     fn drop(&mut self) {
         self.gate.0.send_modify(|state| {
             state.inside -= 1;
+            state.streams -= usize::from(*self.is_stream.get_mut());
             state.touch();
         });
     }
@@ -218,7 +254,50 @@ impl Drop for Closed {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt as _;
+
     use super::*;
+
+    const DRAIN: Drain = Drain {
+        requests: Duration::from_secs(5),
+        streams: Duration::from_millis(50),
+    };
+
+    #[tokio::test(start_paused = true)]
+    async fn inv_07_a_drain_waits_for_requests_and_not_for_streams() {
+        let gate = Gate::default();
+        gate.open();
+        let stream = gate.enter().unwrap();
+        stream.becomes_stream();
+        stream.becomes_stream();
+        let begun = Instant::now();
+        drop(gate.close(DRAIN).await);
+        assert_eq!(begun.elapsed(), DRAIN.streams);
+        stream.revoked().await;
+        drop(stream);
+
+        let (stream, request) = (gate.enter().unwrap(), gate.enter().unwrap());
+        stream.becomes_stream();
+        let begun = Instant::now();
+        let answered = async {
+            tokio::time::sleep(DRAIN.requests / 2).await;
+            let is_cut = tokio::time::timeout(Duration::ZERO, stream.revoked()).await;
+            assert!(is_cut.is_err(), "nobody is cut while a request is answered");
+            drop(request);
+        };
+        let (closed, ()) = tokio::join!(gate.close(DRAIN), answered);
+        assert_eq!(begun.elapsed(), DRAIN.requests / 2);
+        stream.revoked().await;
+        drop((closed, stream));
+
+        let stream = gate.enter().unwrap();
+        stream.becomes_stream();
+        let begun = Instant::now();
+        let (closed, ()) = tokio::join!(gate.close(DRAIN), async { drop(stream) });
+        assert_eq!(begun.elapsed(), Duration::ZERO, "it has ended by itself");
+        drop(closed);
+        assert!(gate.idle_for(Duration::ZERO).now_or_never().is_some());
+    }
 
     #[tokio::test(start_paused = true)]
     async fn inv_07_drain_is_bounded_and_admits_nobody() {
@@ -229,7 +308,7 @@ mod tests {
         let begun = Instant::now();
         let closing = {
             let gate = gate.clone();
-            tokio::spawn(async move { gate.close(Duration::from_secs(5)).await })
+            tokio::spawn(async move { gate.close(DRAIN).await })
         };
         tokio::task::yield_now().await;
         assert!(
@@ -291,7 +370,7 @@ mod tests {
         let begun = Instant::now();
         let closing = {
             let gate = gate.clone();
-            tokio::spawn(async move { gate.close(Duration::from_secs(5)).await })
+            tokio::spawn(async move { gate.close(DRAIN).await })
         };
         tokio::task::yield_now().await;
         drop(pass);

@@ -8,12 +8,12 @@ mod support;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use icebox_engine::Error;
 use icebox_engine::host::GuestOrigin;
 use icebox_engine::id::{GenerationNo, Name, SandboxId};
 use icebox_engine::layout::Object;
-use icebox_engine::manifest::v1::TemplateContent;
+use icebox_engine::manifest::v1::{Point, TemplateContent};
 use icebox_engine::unit::Bytes;
+use icebox_engine::{Error, Verb};
 use icebox_sim::fault::{Fault, Injector, Kind, When, inject};
 use icebox_sim::{FreezeBy, World};
 use stories::{story, story_of_faults};
@@ -140,7 +140,8 @@ fn inv_37_every_guest_is_told_who_it_is_and_what_it_was() {
 }
 
 #[test]
-fn inv_39_a_command_lives_through_copies_and_has_five_seconds_before_a_pause() {
+fn inv_07_inv_39_what_is_carried_lives_through_copies_and_requests_have_five_seconds_before_a_pause()
+ {
     story(async |_, engine| {
         create(engine, "a").await;
         let is_cut = async |pass: &icebox_engine::Pass| {
@@ -175,6 +176,31 @@ fn inv_39_a_command_lives_through_copies_and_has_five_seconds_before_a_pause() {
         });
         paused.unwrap();
         assert_eq!(cut, Duration::from_secs(5));
+        drop(endless);
+
+        let number = engine.inspect("a").unwrap().generations[0].number;
+        for ends in [Verb::Pause, Verb::Rollback, Verb::Stop] {
+            engine.resume("a", None).await.unwrap();
+            let stream = engine.route("a").unwrap().unwrap().pass;
+            stream.becomes_stream();
+            let begun = Instant::now();
+            let ending = async {
+                match ends {
+                    Verb::Pause => engine.pause("a").await,
+                    Verb::Stop => engine.stop("a").await,
+                    _ => {
+                        let to = Point::Generation(number);
+                        engine.rollback("a", to, false).await
+                    }
+                }
+            };
+            let (ended, cut) = tokio::join!(ending, async {
+                stream.revoked().await;
+                begun.elapsed()
+            });
+            ended.unwrap();
+            assert_eq!(cut, Duration::from_millis(50), "{ends:?}");
+        }
     });
 }
 

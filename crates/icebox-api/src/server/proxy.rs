@@ -5,6 +5,9 @@
 //! whose slot address it was made to. When a sandbox pauses or goes, what is in flight is cut *without* a proper end:
 //! E2B's SDKs tell a killed sandbox from a finished command by that. With HTTP/2 this is the reset of the stream, and
 //! others on its connection go on.
+//!
+//! A sandbox that pauses waits for requests to be answered and not for streams, so what is known to be one is said to be:
+//! what follows a command in the agent, an upgraded connection, and events that a server sends (`text/event-stream`).
 
 mod destination;
 mod dial;
@@ -12,6 +15,7 @@ mod signed;
 
 use std::io;
 use std::pin::{Pin, pin};
+use std::sync::Arc;
 use std::task::{Context as TaskContext, Poll};
 use std::time::Duration;
 
@@ -48,6 +52,12 @@ const HALF_OPEN_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What is carried of an upgraded connection at a time, each way.
 const TUNNEL_CHUNK: usize = 16 << 10;
+
+/// Where an agent says that it answers.
+const HEALTH: &str = "/health";
+
+/// How the content types of streams begin.
+const STREAMS: [&[u8]; 2] = [b"application/connect+", b"text/event-stream"];
 
 /// Headers that concern one connection, not the message (RFC 9110, 7.6.1), and those that are for us alone.
 const NOT_FORWARDED: [&str; 12] = [
@@ -135,15 +145,17 @@ pub(super) async fn forward(
         .into_response();
     }
     let is_administrator = context.caller.is_administrator();
+    // Whether it runs must be a question that does not change the answer: E2B's SDKs ask it when a stream was cut.
+    let wake = !(port == AGENT_PORT && request.uri().path() == HEALTH);
     let route = if is_administrator {
-        context.daemon.route(&sandbox, false).await
+        context.daemon.route(&sandbox, false, wake).await
     } else {
         // Older clients append a node name to the id.
         let id = sandbox.split('-').next().unwrap_or_default();
         if let Err(error) = require_id(id) {
             return cors::allow(error.into_response());
         }
-        context.daemon.route(id, true).await
+        context.daemon.route(id, true, wake).await
     };
     let route = match route {
         Ok(route) => route,
@@ -172,10 +184,13 @@ async fn carry(route: Route, port: u16, mut request: Request) -> Response {
     let Route {
         sandbox_id,
         address,
-        mut pass,
+        pass,
         token,
         ..
     } = route;
+    if is_stream(request.headers()) {
+        pass.becomes_stream();
+    }
     let upstream = tokio::select! {
         upstream = dial::connect(address, port, &token) => upstream,
         () = pass.revoked() => return not_found(&sandbox_id),
@@ -197,7 +212,12 @@ async fn carry(route: Route, port: u16, mut request: Request) -> Response {
     let cut = CancellationToken::new();
     let (switch, switched) = oneshot::channel();
     let place = request.extensions_mut().remove::<Place>();
-    let holding = hold(pass, cut.clone(), connection.with_upgrades(), switched);
+    let holding = hold(
+        Arc::clone(&pass),
+        cut.clone(),
+        connection.with_upgrades(),
+        switched,
+    );
     tokio::spawn(async move {
         holding.await;
         drop(place);
@@ -218,7 +238,11 @@ async fn carry(route: Route, port: u16, mut request: Request) -> Response {
             return not_open(&sandbox_id, port);
         }
     };
-    if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
+    let switches = answer.status() == StatusCode::SWITCHING_PROTOCOLS;
+    if switches || is_stream(answer.headers()) {
+        pass.becomes_stream();
+    }
+    if switches {
         let Some(client_side) = client_side else {
             return not_open(&sandbox_id, port);
         };
@@ -236,7 +260,7 @@ async fn carry(route: Route, port: u16, mut request: Request) -> Response {
 /// however slowly the client takes them, and through what it was upgraded to. When the pass is revoked, it closes the
 /// connection, whether or not anybody waits for it just then.
 async fn hold(
-    mut pass: Pass,
+    pass: Arc<dyn Pass>,
     cut: CancellationToken,
     connection: impl Future<Output = hyper::Result<()>>,
     switched: oneshot::Receiver<(OnUpgrade, OnUpgrade)>,
@@ -261,6 +285,17 @@ async fn hold(
         () = carried => {}
         () = revoked => {}
     }
+}
+
+/// Whether a message is of a stream, which lasts as long as somebody wants it to. Of the calls of Connect those have a content
+/// type of their own; they are how commands are followed and fed.
+fn is_stream(headers: &HeaderMap) -> bool {
+    let kind = headers.get(header::CONTENT_TYPE);
+    let kind = kind.map_or(&b""[..], HeaderValue::as_bytes);
+    STREAMS.iter().any(|it| {
+        kind.get(..it.len())
+            .is_some_and(|kind| kind.eq_ignore_ascii_case(it))
+    })
 }
 
 /// The protocol that a message wants to switch to.

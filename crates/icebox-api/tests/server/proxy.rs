@@ -294,6 +294,59 @@ async fn inv_07_a_client_that_takes_nothing_does_not_keep_a_connection_that_is_c
 }
 
 #[tokio::test]
+async fn inv_07_what_lasts_as_long_as_somebody_wants_it_to_is_said_to_be_a_stream() {
+    const DONE: &str = "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
+    let script = Script::new();
+    let served = Served::new(&script).await;
+    let mut streams = 0;
+    for (sent, answer, is_stream) in [
+        ("x: y", DONE, false),
+        ("content-type: application/json", DONE, false),
+        ("content-type: application/connect", DONE, false),
+        ("content-type: application/connect+json", DONE, true),
+        ("content-type: Application/Connect+proto", DONE, true),
+        (
+            "accept: text/event-stream",
+            "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n\r\n",
+            true,
+        ),
+        (
+            "connection: upgrade\nupgrade: echo",
+            "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\n",
+            true,
+        ),
+        ("connection: upgrade\nupgrade: echo", DONE, false),
+    ] {
+        let (port, _heads) = guest_port(answer).await;
+        let mut stream = served.connect().await;
+        let request = format!("POST / HTTP/1.1\nhost: {port}-{ID}.example.org\ncontent-length: 0");
+        send(&mut stream, &format!("{request}\n{sent}")).await;
+        read_until(&mut stream, "\r\n\r\n").await;
+        streams += u32::from(is_stream);
+        assert_eq!(*script.streams.borrow(), streams, "{sent}: {answer}");
+        drop(stream);
+        script.holds(0).await;
+    }
+}
+
+#[tokio::test]
+async fn inv_35_whether_it_runs_is_a_question_that_wakes_nobody() {
+    let script = Script::new();
+    let served = Served::new(&script).await;
+    for (port, path, wakes) in [
+        (49983, "/health", 0),
+        (49983, "/health?x", 0),
+        (49983, "/metrics", 1),
+        (8000, "/health", 2),
+    ] {
+        let request =
+            format!("GET {path} HTTP/1.1\nhost: h\ne2b-sandbox-id: {ID}\ne2b-sandbox-port: {port}");
+        served.ask(&request).await;
+        assert_eq!(*script.woken.borrow(), wakes, "{port} {path}");
+    }
+}
+
+#[tokio::test]
 async fn connect_leads_nowhere() {
     let script = Script::new();
     let served = Served::new(&script).await;

@@ -29,23 +29,36 @@ pub(crate) struct Script {
     address: Ipv4Addr,
     /// Passes that are held.
     pub(crate) held: watch::Sender<u32>,
+    /// How often one was said to be of a stream.
+    pub(crate) streams: watch::Sender<u32>,
+    /// How often somebody came who would have woken it.
+    pub(crate) woken: watch::Sender<u32>,
     /// Who it was shown to last.
     pub(crate) caller: Mutex<String>,
 }
 
-/// Counts a pass for as long as it is held.
-struct Held(watch::Sender<u32>);
+/// Counted for as long as it is held.
+struct Held {
+    running: watch::Sender<bool>,
+    held: watch::Sender<u32>,
+    streams: watch::Sender<u32>,
+}
 
-impl Held {
-    fn new(count: &watch::Sender<u32>) -> Self {
-        count.send_modify(|held| *held += 1);
-        Self(count.clone())
+#[async_trait]
+impl Pass for Held {
+    async fn revoked(&self) {
+        let mut running = self.running.subscribe();
+        running.wait_for(|running| !running).await.ok();
+    }
+
+    fn becomes_stream(&self) {
+        self.streams.send_modify(|streams| *streams += 1);
     }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.0.send_modify(|held| *held -= 1);
+        self.held.send_modify(|held| *held -= 1);
     }
 }
 
@@ -59,6 +72,8 @@ impl Script {
             running: watch::channel(true).0,
             address: Ipv4Addr::LOCALHOST,
             held: watch::channel(0).0,
+            streams: watch::channel(0).0,
+            woken: watch::channel(0).0,
             caller: Mutex::default(),
         })
     }
@@ -286,21 +301,21 @@ impl Daemon for Script {
     async fn console(&self, _: &str) -> Result<BoxStream<std::io::Result<Bytes>>, ApiError> {
         Ok(stream::iter(["boot ", "done"].map(|text| Ok(Bytes::from(text)))).boxed())
     }
-    async fn route(&self, sandbox: &str, exact: bool) -> Result<Route, ApiError> {
+    async fn route(&self, sandbox: &str, exact: bool, wake: bool) -> Result<Route, ApiError> {
         self.known(sandbox, exact)?;
-        let mut running = self.running.subscribe();
+        self.woken.send_modify(|woken| *woken += u32::from(wake));
+        self.held.send_modify(|held| *held += 1);
         Ok(Route {
             sandbox_id: ID.to_owned(),
             address: self.address,
             token: "the-token".to_owned(),
             agent_is_open: false,
             traffic_token: None,
-            pass: Pass::new(
-                async move {
-                    running.wait_for(|running| !running).await.ok();
-                },
-                Held::new(&self.held),
-            ),
+            pass: Arc::new(Held {
+                running: self.running.clone(),
+                held: self.held.clone(),
+                streams: self.streams.clone(),
+            }),
         })
     }
     async fn signer(&self, has: &(dyn for<'a> Fn(&'a str) -> bool + Sync)) -> Option<String> {

@@ -1,6 +1,6 @@
 //! Pause: `Running` to `Paused`. Memory, devices and disk go to the host's disk, and the process goes.
 //!
-//! 1. Close the gate: connections end by themselves within 5 s, or are closed (INV-07).
+//! 1. Close the gate: requests end by themselves within 5 s, or are cut, and then streams are (INV-07).
 //! 2. Capture the guest into the next generation; it stands still from the instant on.
 //! 3. Commit `Paused(n)`. Before this write the guest runs again, whatever happened; after it, it never does.
 //! 4. End the VMM and give back everything above the slot, the head over the generation's layer included.

@@ -312,6 +312,8 @@ enum Again {
     Follows(Box<Process>),
     /// The daemon is not there, or not that far.
     NotYet,
+    /// Its sandbox has been paused, and so has the command.
+    Paused,
     /// Its sandbox does not run, or the command does not.
     Gone,
 }
@@ -343,6 +345,7 @@ impl Running<'_> {
             match again {
                 Again::Follows(process) => break *process,
                 Again::NotYet if Instant::now() < until => tokio::time::sleep(AGAIN).await,
+                Again::Paused => return Err(self.paused()),
                 Again::NotYet | Again::Gone => return Err(broken(&error)),
             }
         };
@@ -355,6 +358,19 @@ impl Running<'_> {
         }
         self.process = process;
         Ok(())
+    }
+
+    /// What became of a command whose sandbox was paused, and how to find it again.
+    fn paused(&self) -> Failure {
+        let label = verb::label(&self.following.sandbox);
+        let (pid, from) = (self.process.pid(), self.process.position());
+        Failure::new(format!(
+            "sandbox {label} was paused, and its process {pid} with it"
+        ))
+        .hint(format!(
+            "both go on with `icebox resume {label}`; `icebox attach {label} {pid} --from {from}` follows the command from here"
+        ))
+        .exit(OURS)
     }
 
     async fn try_again(following: &Following<'_>, process: &Process) -> Again {
@@ -372,8 +388,14 @@ impl Running<'_> {
             Err(ClientError::Refused(_)) => return Again::Gone,
             Err(_) => return Again::NotYet,
         };
-        if sandbox.listed.state != State::Running {
-            return Again::Gone;
+        if sandbox.listed.verb.is_some() {
+            // It is being paused, perhaps, and must not be resumed for this.
+            return Again::NotYet;
+        }
+        match sandbox.listed.state {
+            State::Running => {}
+            State::Paused => return Again::Paused,
+            State::Stopped | State::Broken => return Again::Gone,
         }
         let position = process.position();
         let which = Selector::Pid(process.pid());

@@ -50,6 +50,20 @@ pub(super) struct Icebox {
     pub(super) leave: CancellationToken,
 }
 
+/// What the gate of a sandbox has admitted.
+struct Admitted(icebox_engine::Pass);
+
+#[async_trait]
+impl Pass for Admitted {
+    async fn revoked(&self) {
+        self.0.revoked().await;
+    }
+
+    fn becomes_stream(&self) {
+        self.0.becomes_stream();
+    }
+}
+
 impl Icebox {
     fn detail(&self, view: &SandboxView, usage: Option<&Usage>) -> SandboxDetail {
         self.detail_within(&self.limits(), view, usage)
@@ -393,7 +407,7 @@ impl Daemon for Icebox {
         }
     }
 
-    async fn route(&self, sandbox: &str, exact: bool) -> Result<Route, ApiError> {
+    async fn route(&self, sandbox: &str, exact: bool, wake: bool) -> Result<Route, ApiError> {
         let found = self
             .engine
             .inspect(sandbox)
@@ -402,10 +416,12 @@ impl Daemon for Icebox {
         if exact && id != sandbox {
             return Err(ApiError::new(ErrorCode::NotFound, "no such sandbox"));
         }
-        let route = self
-            .engine
-            .route_awake(&id)
-            .await
+        let route = if wake {
+            self.engine.route_awake(&id).await
+        } else {
+            self.engine.route(&id)
+        };
+        let route = route
             .map_err(|error| translate::error(&error))?
             .ok_or_else(|| {
                 ApiError::new(
@@ -413,15 +429,13 @@ impl Daemon for Icebox {
                     format!("sandbox {id} admits no connections now: it is not running, or being captured"),
                 )
             })?;
-        let pass = Arc::new(route.pass);
-        let held = Arc::clone(&pass);
         Ok(Route {
             sandbox_id: id,
             address: route.ip,
             token: route.token.expose().to_owned(),
             agent_is_open: found.record.spec.doors.agent_open,
             traffic_token: translate::traffic_token(&found.record),
-            pass: Pass::new(async move { pass.revoked().await }, held),
+            pass: Arc::new(Admitted(route.pass)),
         })
     }
 

@@ -2,7 +2,7 @@
 //! back, and what is remembered of it all.
 
 use std::io::{BufRead as _, BufReader, Read as _};
-use std::process::Stdio;
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
@@ -12,6 +12,7 @@ use crate::site::{Site, WARM, patience};
 
 tests! {
     qcow2:
+        inv_07_inv_39_a_pause_does_not_wait_for_who_follows_a_command,
         inv_34_a_drain_pauses_everything_and_the_daemon_leaves,
         inv_35_an_idle_sandbox_is_paused_and_woken_by_who_asks_for_it,
         inv_45_what_a_guest_uses_is_measured_from_outside;
@@ -171,6 +172,69 @@ fn inv_46_a_command_goes_on_without_its_daemon_and_nothing_it_says_is_lost(site:
         assert_eq!(said, numbers(|n| n % 10 != 0));
     }
     site.get(&["rm", "talker"]);
+}
+
+fn inv_07_inv_39_a_pause_does_not_wait_for_who_follows_a_command(site: &mut Site) {
+    // One that is resumed for whoever comes must not be for who was cut off by its pause.
+    let create = ["create", WARM, "--name", "followed", "--auto-resume"];
+    site.get(&create);
+    let follow = |arguments: &[&str]| {
+        let mut command = site.command(arguments);
+        let mut following = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut said = BufReader::new(following.stdout.take().unwrap());
+        let mut first = String::new();
+        said.read_line(&mut first).unwrap();
+        (following, said, first)
+    };
+    let (mut following, mut said, mut first) =
+        follow(&["exec", "-n", "followed", "--", "sh", "-c", NUMBERS]);
+    let silent = ["exec", "-n", "followed", "--", "sh", "-c"];
+    let (mut silent, ..) = follow(&[&silent[..], &["echo here; exec sleep 1000"]].concat());
+
+    let paused = site.get(&["pause", "followed"]);
+    let steps = paused["sandbox"]["lastVerb"]["steps"].as_array().unwrap();
+    let drain = steps.iter().find(|it| it["step"] == "drain").unwrap();
+    let took = Duration::from_micros(drain["micros"].as_u64().unwrap());
+    assert!(took < patience(Duration::from_secs(1)), "{took:?}");
+
+    said.read_to_string(&mut first).unwrap();
+    let told = |following: &mut Child| {
+        let mut told = String::new();
+        let stderr = following.stderr.take().unwrap();
+        BufReader::new(stderr).read_to_string(&mut told).unwrap();
+        assert_eq!(following.wait().unwrap().code(), Some(125), "{told}");
+        told
+    };
+    let (told, told_silent) = (told(&mut following), told(&mut silent));
+    for told in [&told, &told_silent] {
+        assert!(told.contains("sandbox followed was paused"), "{told}");
+    }
+    assert_eq!(site.state("followed"), "paused", "nobody has woken it");
+
+    // What the hint says works, and nothing is lost.
+    let commands: Vec<_> = told.split('`').skip(1).step_by(2).collect();
+    let [resume, attach] = commands[..] else {
+        panic!("{told}");
+    };
+    let as_said = |command: &str| {
+        let words = command.strip_prefix("icebox ").unwrap().split(' ');
+        site.run(&words.collect::<Vec<_>>())
+    };
+    let output = as_said(resume);
+    assert!(output.status.success(), "{output:?}");
+    let output = as_said(attach);
+    assert_eq!(output.status.code(), Some(7), "{output:?}");
+    let rest = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(first + &rest, numbers(|n| n % 10 != 0));
+    let listed = site.get(&["ps", "followed"]);
+    let sleeps = |process: &Value| process.to_string().contains("sleep 1000");
+    assert!(listed.as_array().unwrap().iter().any(sleeps), "{listed}");
+    site.get(&["rm", "followed"]);
 }
 
 fn inv_49_the_next_daemon_goes_on_counting_events(site: &mut Site) {

@@ -257,8 +257,8 @@ impl Daemon for Audited {
     }
 
     /// Not a change, though it may resume the sandbox: who asked is nobody that we know, and the event says that.
-    async fn route(&self, sandbox: &str, exact: bool) -> Result<Route, ApiError> {
-        self.daemon.route(sandbox, exact).await
+    async fn route(&self, sandbox: &str, exact: bool, wake: bool) -> Result<Route, ApiError> {
+        self.daemon.route(sandbox, exact, wake).await
     }
 
     async fn signer(&self, has: &(dyn for<'a> Fn(&'a str) -> bool + Sync)) -> Option<String> {
