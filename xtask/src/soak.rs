@@ -1,6 +1,7 @@
 //! `cargo xtask soak`: what takes longer than anybody waits for before a change lands. What it found last is in
 //! `docs/soak.md`, which it writes.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::process::Command;
 use std::time::Instant;
@@ -18,7 +19,17 @@ usage: cargo xtask soak [boots] [-n BOOTS] [-j AT_ONCE]
 const EMPTY: &str = "\
 # What soaking found last
 
-Written by `cargo xtask soak`. A run that fails says how to do it again.
+What takes longer than anybody waits for before a change lands. `cargo xtask soak` does it and writes the row below when
+nothing failed; a run that fails says how to do it again, and leaves the row of the last one that did not. All of it needs
+what the tests need, and takes hours.
+
+- `cargo xtask soak model`: random verbs under random faults on twenty simulated sandboxes, against a model of what users were
+  told (`crates/icebox-sim/tests/model`), with seeds that nobody has chosen, once for each way to freeze a disk. In the end
+  every sandbox runs once more with what it should hold, and the host holds nothing. To do one run again:
+  `ICEBOX_MODEL_SEED=… ICEBOX_MODEL_STEPS=… cargo test -p icebox-sim --test model`.
+- `cargo xtask soak boots`: real guests booted, two at a time, each with all of its devices.
+- `cargo xtask soak pairs`: real sandboxes with every volume driver that works on the machine; the daemon and the VMM are
+  killed at every step of pause, resume, snapshot, fork and rm, and a life of thirty rounds is gone through.
 
 | what | when | what was seen |
 |---|---|---|
@@ -28,9 +39,13 @@ pub(crate) fn soak(arguments: &[String]) -> Result<(), Failure> {
     match arguments.split_first() {
         Some((first, options)) if first == "model" => model(options),
         Some((first, [])) if first == "pairs" => pairs(),
-        Some((first, options)) if first == "boots" => bench::soak(options),
-        _ => bench::soak(arguments),
+        Some((first, options)) if first == "boots" => boots(options),
+        _ => boots(arguments),
     }
+}
+
+fn boots(options: &[String]) -> Result<(), Failure> {
+    note("boots", &bench::soak(options)?)
 }
 
 /// Random verbs under random faults (`crates/icebox-sim/tests/model.rs`), with seeds that nobody has chosen.
@@ -74,30 +89,54 @@ fn model(options: &[String]) -> Result<(), Failure> {
 /// The daemon and the VMM killed at every step, with every volume driver that works here, and a life of thirty rounds.
 fn pairs() -> Result<(), Failure> {
     let begun = Instant::now();
+    let mut seen = Vec::new();
     for tests in ["steps::", "chains::"] {
-        let mut test = cargo([
-            "test",
-            "--package",
-            "icebox",
-            "--test",
-            "system",
-            "--",
-            tests,
-        ]);
-        run(tests, test.env("ICEBOX_TEST_EVERY_PAIR", "1"))?;
+        let test = |listing: &[&str]| {
+            let test = ["test", "--package", "icebox", "--test", "system", "--"];
+            let mut test = cargo([&test[..], listing, &[tests]].concat());
+            test.env("ICEBOX_TEST_EVERY_PAIR", "1");
+            test
+        };
+        let listed = test(&["--list"]).output();
+        let listed = listed.map_err(|error| Failure(format!("{tests} --list: {error}")))?;
+        let listed = String::from_utf8_lossy(&listed.stdout);
+        let drivers = by_driver(&listed);
+        if drivers.is_empty() {
+            return Err(Failure(format!("there is nothing in {tests}")));
+        }
+        run(tests, &mut test(&[]))?;
+        let drivers = drivers
+            .iter()
+            .map(|(driver, count)| format!("{count} with {driver}"));
+        let drivers: Vec<_> = drivers.collect();
+        seen.push(format!("`{tests}` {}", drivers.join(", ")));
     }
     let took = begun.elapsed().as_secs();
-    let seen = format!(
-        "`steps::` with every volume driver that works there and `chains::`, none failed; {took} s"
-    );
-    note("pairs", &seen)
+    note(
+        "pairs",
+        &format!("{}: none failed; {took} s", seen.join("; ")),
+    )
+}
+
+/// How many tests there are for each volume driver, in a list of `<suite>::<driver>::<name>: test`.
+fn by_driver(listed: &str) -> BTreeMap<&str, usize> {
+    let mut drivers = BTreeMap::new();
+    let tests = listed
+        .lines()
+        .filter_map(|line| line.strip_suffix(": test"));
+    for driver in tests.filter_map(|test| test.split("::").nth(1)) {
+        *drivers.entry(driver).or_default() += 1;
+    }
+    drivers
 }
 
 /// Replaces the row of `what` in the document.
 fn note(what: &str, seen: &str) -> Result<(), Failure> {
     let path = root().join(DOCUMENT);
     let before = fs::read_to_string(&path).unwrap_or_else(|_| EMPTY.to_owned());
-    let row = format!("| {what} | {} | {seen} |", today()?);
+    let commit = output("git", &["rev-parse", "--short", "HEAD"])?;
+    let today = today()?;
+    let row = format!("| {what} | {today}, at {commit} | {seen} |");
     fs::write(&path, with_row(&before, what, &row))
         .map_err(|error| Failure(format!("{DOCUMENT}: {error}")))?;
     println!("{row}");
@@ -113,9 +152,17 @@ fn with_row(document: &str, what: &str, row: &str) -> String {
 
 /// The date, as in `2026-01-31`.
 pub(crate) fn today() -> Result<String, Failure> {
-    let failed = |error: &dyn std::fmt::Display| Failure(format!("date: {error}"));
-    let output = Command::new("date").args(["-u", "+%F"]).output();
+    output("date", &["-u", "+%F"])
+}
+
+fn output(program: &str, arguments: &[&str]) -> Result<String, Failure> {
+    let failed = |error: &dyn std::fmt::Display| Failure(format!("{program}: {error}"));
+    let mut command = Command::new(program);
+    let output = command.args(arguments).current_dir(root()).output();
     let output = output.map_err(|error| failed(&error))?;
+    if !output.status.success() {
+        return Err(failed(&output.status));
+    }
     let said = String::from_utf8(output.stdout).map_err(|error| failed(&error))?;
     Ok(said.trim().to_owned())
 }
@@ -142,5 +189,14 @@ mod tests {
             again.ends_with("| pairs | then | b |\n| model | now | c |\n"),
             "{again}"
         );
+    }
+
+    #[test]
+    fn a_pair_is_counted_where_it_runs() {
+        let listed = "SKIPPED steps::zfs::a: there is no ZFS here\n\
+            steps::qcow2::a: test\nsteps::reflink::a: test\nsteps::qcow2::b: test\n3 tests\n";
+        let counted = by_driver(listed);
+        assert_eq!(counted, [("qcow2", 2), ("reflink", 1)].into());
+        assert!(by_driver("0 tests\n").is_empty());
     }
 }

@@ -8,8 +8,8 @@ use super::report::{Report, Row, Series};
 use super::{Options, USAGE, build, clean, ensure_template, ms, start};
 use crate::run::Failure;
 
-/// Boots that many guests.
-pub(crate) fn soak(arguments: &[String]) -> Result<(), Failure> {
+/// Boots that many guests, and says how that went.
+pub(crate) fn soak(arguments: &[String]) -> Result<String, Failure> {
     let (mut boots, mut at_once, mut rest) = (200_usize, 2_usize, Vec::new());
     let mut words = arguments.iter();
     while let Some(word) = words.next() {
@@ -33,11 +33,11 @@ pub(crate) fn soak(arguments: &[String]) -> Result<(), Failure> {
     let soaked = ensure_template(&daemon, &options).and_then(|_| boot_all(&daemon, boots, at_once));
     let cleaned = clean(&daemon);
     daemon.end()?;
-    soaked?;
-    cleaned
+    let seen = soaked?;
+    cleaned.map(|()| seen)
 }
 
-fn boot_all(daemon: &Daemon, boots: usize, at_once: usize) -> Result<(), Failure> {
+fn boot_all(daemon: &Daemon, boots: usize, at_once: usize) -> Result<String, Failure> {
     /// The root disk and the network are proven by running at all.
     const DEVICES: &str = "test -n \"$(cat /sys/class/misc/hw_random/rng_current)\" \
          && ls -d /sys/bus/virtio/drivers/virtio_balloon/virtio* \
@@ -65,11 +65,10 @@ fn boot_all(daemon: &Daemon, boots: usize, at_once: usize) -> Result<(), Failure
     for result in results {
         times.extend(&result.map_err(|_| Failure("a thread panicked".into()))??);
     }
+    let seen = format!("{boots} boots, {at_once} at a time, none failed");
+    let median = times.median();
     let mut report = Report::default();
-    report.add(
-        Row::new("boot → devices checked", "ms", times)
-            .note(format!("{boots} boots, {at_once} at a time, none failed")),
-    );
+    report.add(Row::new("boot → devices checked", "ms", times).note(seen.clone()));
     println!("\n{}", report.table());
-    Ok(())
+    Ok(format!("{seen}; {median:.0} ms each at the median"))
 }
