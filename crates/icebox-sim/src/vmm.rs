@@ -31,12 +31,17 @@ struct SimMachine {
 }
 
 impl SimVmm {
-    pub(crate) fn new(world: World, version: Option<String>) -> Self {
+    pub(crate) fn new(world: World) -> Self {
+        let (version, cpu_features) = {
+            let state = world.lock();
+            (state.vmm_version.clone(), state.cpu_features.clone())
+        };
         let identity = VmmIdentity {
             name: "sim".into(),
             version: version.unwrap_or_else(|| "1.0".into()),
             machine: "sim".into(),
             cpu: "sim".into(),
+            cpu_features,
             accelerator: "none".into(),
             accelerator_reason: "a simulation needs none".into(),
         };
@@ -90,6 +95,7 @@ impl Vmm for SimVmm {
             live_save: true,
             differential_save: true,
             lazy_restore: true,
+            keeps_cpu_features: false,
             resize: false,
             max_vcpus: 8,
         }

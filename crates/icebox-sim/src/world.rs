@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use icebox_engine::host::{
-    ErrorKind, ExitReason, Host, HostError, ProcessIdentity, Space, Welcome,
+    CpuFeatures, ErrorKind, ExitReason, Host, HostError, ProcessIdentity, Space, Welcome,
 };
 use icebox_engine::id::{Digest, HeadId, LayerId, SandboxId, Slot};
 use icebox_engine::layout::{LAYER_DISK, Object};
@@ -125,6 +125,7 @@ pub(crate) struct State {
     /// What went though it was in use.
     pub(crate) taken_away: Vec<String>,
     pub(crate) vmm_version: Option<String>,
+    pub(crate) cpu_features: CpuFeatures,
 }
 
 /// A host in memory. Cheap to clone; all clones are the same world.
@@ -309,11 +310,10 @@ impl World {
         if freeze == FreezeBy::Host {
             volumes.reverse();
         }
-        let version = self.lock().vmm_version.clone();
         Host {
             store: Arc::new(SimStore::new(self.clone())),
             volumes,
-            vmms: vec![Arc::new(SimVmm::new(self.clone(), version))],
+            vmms: vec![Arc::new(SimVmm::new(self.clone()))],
             journal: Arc::new(SimJournal::new(self.clone())),
             clock: Arc::new(SimClock::new(self.clone())),
             network: Arc::new(SimNetwork::new(self.clone())),
@@ -537,6 +537,11 @@ impl World {
     /// Replaces the VMM by another version, for hosts made from now on.
     pub fn upgrade_vmm(&self, version: &str) {
         self.lock().vmm_version = Some(version.to_owned());
+    }
+
+    /// Has the CPU features of these names, for hosts made from now on.
+    pub fn offer_cpu_features(&self, names: &str) {
+        self.lock().cpu_features = CpuFeatures::from(names.to_owned());
     }
 
     /// Replaces the bytes of an object's manifest.

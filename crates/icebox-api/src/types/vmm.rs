@@ -35,6 +35,8 @@ pub struct HostVmm {
     pub machine: String,
     /// The CPU model that guests see.
     pub cpu: String,
+    /// The features of that CPU that depend on the host: what was saved is restored where all that its guest has are there.
+    pub cpu_features: Vec<String>,
     /// `kvm` or `tcg`.
     pub accelerator: String,
     /// Why that accelerator.

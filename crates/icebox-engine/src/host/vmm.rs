@@ -1,5 +1,7 @@
 //! VMMs: the processes that run guests.
 
+use std::collections::BTreeSet;
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,10 +24,62 @@ pub struct VmmIdentity {
     pub machine: String,
     /// The CPU model that the guest sees.
     pub cpu: String,
+    /// The features of that CPU, as far as they depend on the host. A guest is restored where all of them are, whatever else
+    /// is there. What was recorded before they were known names none.
+    #[serde(default, skip_serializing_if = "CpuFeatures::is_empty")]
+    pub cpu_features: CpuFeatures,
     /// `kvm` or `tcg`.
     pub accelerator: String,
     /// Why this accelerator: the result of the live probe, in words.
     pub accelerator_reason: String,
+}
+
+/// Features of a CPU, by names that mean the same on every host and do not change.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "String", into = "String")]
+pub struct CpuFeatures(BTreeSet<String>);
+
+impl CpuFeatures {
+    /// Adds one, which is a single word.
+    pub fn insert(&mut self, name: &str) {
+        self.0.insert(name.to_owned());
+    }
+
+    /// Whether it names none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Their names.
+    pub fn iter(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().map(String::as_str)
+    }
+
+    /// Those that are not among `others`.
+    #[must_use]
+    pub fn without(&self, others: &Self) -> Self {
+        Self(self.0.difference(&others.0).cloned().collect())
+    }
+}
+
+/// The names with spaces between them.
+impl fmt::Display for CpuFeatures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.iter().collect::<Vec<_>>().join(" "))
+    }
+}
+
+impl From<String> for CpuFeatures {
+    fn from(names: String) -> Self {
+        Self(names.split_whitespace().map(ToOwned::to_owned).collect())
+    }
+}
+
+impl From<CpuFeatures> for String {
+    fn from(features: CpuFeatures) -> Self {
+        features.to_string()
+    }
 }
 
 /// What a VMM can do. The engine asks this, never names.
@@ -40,6 +94,9 @@ pub struct Capabilities {
     pub differential_save: bool,
     /// A restored guest runs before its memory has been read: pages come when it touches them.
     pub lazy_restore: bool,
+    /// A restored guest sees the CPU features that it was saved with. Without it, it sees those of the host that it is on,
+    /// and begins to depend on them.
+    pub keeps_cpu_features: bool,
     /// Can give a running guest more or less memory, or more or fewer CPUs.
     pub resize: bool,
     /// The most virtual CPUs.

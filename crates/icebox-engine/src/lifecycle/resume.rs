@@ -16,7 +16,7 @@ use crate::host::{GuestOrigin, MemorySource, Start};
 use crate::id::{GenerationNo, MemoryId};
 use crate::layout::{DEVICE_STATE, MEMORY_BASE, MEMORY_DIFF, Object};
 use crate::lifecycle::power::power_holds;
-use crate::manifest::v1::{Capture, Hold, Point, Rest, Under};
+use crate::manifest::v1::{Capture, Hold, Machine, Point, Rest, Under};
 use crate::phase::{Refusal, Step, Verb};
 use crate::sandbox::{Outcome, Sandbox};
 use crate::steps::Steps;
@@ -71,6 +71,7 @@ impl Sandbox {
         let _counts = self.shared.catalog.take_power(self.id())?;
         let capture = self.shared.catalog.generation(self.id(), number)?.capture;
         self.check_restorable(&format!("generation {number}"), &capture)?;
+        let machine = self.restored_machine(&capture)?;
         let memory = self.memory_source(&capture.memory)?;
         let head = self.record().next_head;
         let over = Under::Layer(capture.layer.clone());
@@ -82,7 +83,7 @@ impl Sandbox {
             record.opened = opened;
             record.next_head += 1;
             record.after = Some(number);
-            record.machine = Some(capture.machine.clone());
+            record.machine = Some(machine);
             record.restored_from = Some(capture.memory.clone());
         });
         steps.time("write-down", written).await?;
@@ -125,10 +126,12 @@ impl Sandbox {
         })
     }
 
-    /// Compares what a capture ran on with what is here, field by field.
+    /// Compares what a capture ran on with what is here, field by field. Not its agent: that is in its memory, and a host
+    /// with a newer one can talk to it, or finds that it does not answer.
     pub(super) fn check_restorable(&self, what: &str, capture: &Capture) -> Result<(), Error> {
         let here = self.vmm()?.identity().clone();
         let then = &capture.machine;
+        let spec = &self.record().spec;
         let geometry = |g: Geometry| format!("{} vCPUs, {} MiB", g.vcpus, g.mem_mib);
         let fields = [
             ("VMM", &then.vmm.name, &here.name),
@@ -136,23 +139,43 @@ impl Sandbox {
             ("machine type", &then.vmm.machine, &here.machine),
             ("CPU model", &then.vmm.cpu, &here.cpu),
             ("accelerator", &then.vmm.accelerator, &here.accelerator),
+            ("kernel", &then.kernel.to_string(), &spec.kernel.to_string()),
             (
                 "geometry",
                 &geometry(then.geometry),
-                &geometry(self.record().spec.geometry),
+                &geometry(spec.geometry),
             ),
         ];
-        match fields
+        let differs = |field, captured: &str, here: &str| Error::Incompatible {
+            what: what.to_owned(),
+            field,
+            captured: captured.to_owned(),
+            here: here.to_owned(),
+        };
+        let found = fields
             .into_iter()
-            .find(|(_, captured, here)| captured != here)
-        {
-            None => Ok(()),
-            Some((field, captured, here)) => Err(Error::Incompatible {
-                what: what.to_owned(),
-                field,
-                captured: captured.clone(),
-                here: here.clone(),
-            }),
+            .find(|(_, captured, here)| captured != here);
+        if let Some((field, captured, here)) = found {
+            return Err(differs(field, captured, here));
         }
+        let missing = then.vmm.cpu_features.without(&here.cpu_features);
+        if !missing.is_empty() {
+            return Err(differs(
+                "CPU features",
+                &missing.to_string(),
+                "none of these",
+            ));
+        }
+        Ok(())
+    }
+
+    /// What the guest runs on once a capture is restored here.
+    fn restored_machine(&self, capture: &Capture) -> Result<Machine, Error> {
+        let vmm = self.vmm()?;
+        let mut machine = capture.machine.clone();
+        if !vmm.capabilities().keeps_cpu_features {
+            machine.vmm.cpu_features = vmm.identity().cpu_features.clone();
+        }
+        Ok(machine)
     }
 }

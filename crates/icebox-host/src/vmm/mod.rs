@@ -7,6 +7,7 @@
 mod api;
 pub mod cloud_hypervisor;
 mod console;
+mod cpu;
 pub mod firecracker;
 #[cfg(test)]
 mod hostile;

@@ -3,7 +3,7 @@
 //! That it does is remembered until the next boot, for this program, version and kernel. That it does not is looked at
 //! each time.
 
-use std::fs::{self, OpenOptions};
+use std::fs::OpenOptions;
 use std::io;
 use std::path::Path;
 use std::process::Stdio;
@@ -78,16 +78,6 @@ pub(crate) fn opens(device: &Path) -> Result<(), String> {
         .open(device)
         .map(drop)
         .map_err(|error| format!("{} cannot be opened: {error}", device.display()))
-}
-
-/// The host's CPU, as far as a state that was saved under KVM depends on it.
-pub(crate) fn host_cpu() -> io::Result<String> {
-    let cpuinfo = fs::read_to_string("/proc/cpuinfo")?;
-    let name = cpuinfo
-        .lines()
-        .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
-        .map_or("unknown", |(_, name)| name);
-    Ok(format!("host ({name})"))
 }
 
 /// Runs a guest until it says `proof`.

@@ -12,9 +12,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use async_trait::async_trait;
 use icebox_engine::host::{
-    BlockDevice, Capabilities, Counters, DiskSwitch, ErrorKind, ExitReason, Guest, GuestAddress,
-    HostError, LaunchPlan, Machine, Meter, ProcessIdentity, Removed, SavePlan, SavedMemory,
-    SavedPages, Secret, Start, VcpuState, Vmm, VmmIdentity, Welcome,
+    BlockDevice, Capabilities, Counters, CpuFeatures, DiskSwitch, ErrorKind, ExitReason, Guest,
+    GuestAddress, HostError, LaunchPlan, Machine, Meter, ProcessIdentity, Removed, SavePlan,
+    SavedMemory, SavedPages, Secret, Start, VcpuState, Vmm, VmmIdentity, Welcome,
 };
 use icebox_engine::id::SandboxId;
 use icebox_engine::layout::{MEMORY_BASE, MEMORY_DIFF};
@@ -60,6 +60,7 @@ impl Default for Guests {
                 version: "1".into(),
                 machine: "number".into(),
                 cpu: "number".into(),
+                cpu_features: CpuFeatures::default(),
                 accelerator: "none".into(),
                 accelerator_reason: "a number needs none".into(),
             },
@@ -143,6 +144,7 @@ impl Vmm for Guests {
             live_save: true,
             differential_save: true,
             lazy_restore: true,
+            keeps_cpu_features: false,
             resize: false,
             max_vcpus: 8,
         }

@@ -495,6 +495,11 @@ pub(super) fn host_vmm(vmm: &dyn host::Vmm, default: bool) -> HostVmm {
         version: identity.version.clone(),
         machine: identity.machine.clone(),
         cpu: identity.cpu.clone(),
+        cpu_features: identity
+            .cpu_features
+            .iter()
+            .map(ToOwned::to_owned)
+            .collect(),
         accelerator: identity.accelerator.clone(),
         accelerator_reason: identity.accelerator_reason.clone(),
         abilities: VmmAbilities {

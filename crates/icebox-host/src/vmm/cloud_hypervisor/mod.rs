@@ -44,7 +44,7 @@ use crate::vmm::console::{CONSOLE, Outputs, STDERR};
 use crate::vmm::own_disk::OwnDisk;
 use crate::vmm::own_save::{SaveArea, expose};
 use crate::vmm::processes::{self, Processes};
-use crate::vmm::{check_memory, check_undivided, program, trial};
+use crate::vmm::{check_memory, check_undivided, cpu, program, trial};
 
 /// What manifests and users call it, and what its program is called.
 pub const NAME: &str = "cloud-hypervisor";
@@ -118,8 +118,10 @@ impl CloudHypervisor {
             name: NAME.into(),
             version,
             machine: format!("pci revision {}", config::MACHINE_REVISION),
-            cpu: trial::host_cpu()
+            cpu: cpu::host_model()
                 .map_err(|error| HostError::io("read the host's CPU model", error))?,
+            cpu_features: cpu::offered_by_kvm()
+                .map_err(|error| HostError::io("ask KVM for the features of CPUs", error))?,
             accelerator: "kvm".into(),
             accelerator_reason,
         };
@@ -241,6 +243,7 @@ impl Vmm for CloudHypervisor {
             live_save: true,
             differential_save: false,
             lazy_restore: self.common.lazy,
+            keeps_cpu_features: true,
             resize: false,
             max_vcpus: MAX_VCPUS,
         }

@@ -53,7 +53,7 @@ use crate::vmm::own_disk::OwnDisk;
 use crate::vmm::own_save::{SaveArea, create_for, expose};
 use crate::vmm::processes::{self, Processes};
 use crate::vmm::watched::Watched;
-use crate::vmm::{check_memory, check_undivided, program, trial};
+use crate::vmm::{check_memory, check_undivided, cpu, program, trial};
 
 /// What manifests and users call it, and what its program is called.
 pub const NAME: &str = "firecracker";
@@ -130,8 +130,10 @@ impl Firecracker {
             name: NAME.into(),
             version,
             machine: format!("mmio revision {}, state {format}", config::MACHINE_REVISION),
-            cpu: trial::host_cpu()
+            cpu: cpu::host_model()
                 .map_err(|error| HostError::io("read the host's CPU model", error))?,
+            cpu_features: cpu::offered_by_kvm()
+                .map_err(|error| HostError::io("ask KVM for the features of CPUs", error))?,
             accelerator: "kvm".into(),
             accelerator_reason,
         };
@@ -258,6 +260,7 @@ impl Vmm for Firecracker {
             live_save: true,
             differential_save: self.shares_blocks,
             lazy_restore: true,
+            keeps_cpu_features: true,
             resize: false,
             max_vcpus: MAX_VCPUS,
         }

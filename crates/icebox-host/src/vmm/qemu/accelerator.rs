@@ -13,11 +13,12 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-use icebox_engine::host::{ErrorKind, HostError};
+use icebox_engine::host::{CpuFeatures, ErrorKind, HostError};
 use tokio::process::Command;
 
 use super::binary::Binary;
 use super::command;
+use crate::vmm::cpu;
 use crate::vmm::trial::{self, SILENCE_MAX, watch};
 
 /// What runs guest code.
@@ -169,13 +170,19 @@ async fn probe(
     Ok(what_ran(kernel))
 }
 
-/// What of the CPU a saved state depends on.
-pub(super) fn cpu_identity(accelerator: Accelerator) -> io::Result<String> {
-    let model = command::cpu(accelerator);
+/// The CPU that guests see.
+pub(super) fn cpu_model(accelerator: Accelerator) -> io::Result<String> {
     match accelerator {
-        // The same on every host.
-        Accelerator::Tcg => Ok(model.to_owned()),
-        Accelerator::Kvm => trial::host_cpu(),
+        Accelerator::Tcg => Ok(command::cpu(accelerator).to_owned()),
+        Accelerator::Kvm => cpu::host_model(),
+    }
+}
+
+/// What of its features depends on the host. What TCG emulates does not: QEMU's version says it.
+pub(super) fn cpu_features(accelerator: Accelerator) -> io::Result<CpuFeatures> {
+    match accelerator {
+        Accelerator::Tcg => Ok(CpuFeatures::default()),
+        Accelerator::Kvm => cpu::offered_by_kvm(),
     }
 }
 

@@ -111,8 +111,10 @@ impl Qemu {
                 command::machine(chosen.accelerator),
                 command::MACHINE_REVISION
             ),
-            cpu: accelerator::cpu_identity(chosen.accelerator)
+            cpu: accelerator::cpu_model(chosen.accelerator)
                 .map_err(|error| HostError::io("read the host's CPU model", error))?,
+            cpu_features: accelerator::cpu_features(chosen.accelerator)
+                .map_err(|error| HostError::io("ask KVM for the features of CPUs", error))?,
             accelerator: chosen.accelerator.to_string(),
             accelerator_reason: chosen.reason,
         };
@@ -192,6 +194,7 @@ impl Vmm for Qemu {
             live_save: true,
             differential_save: true,
             lazy_restore: true,
+            keeps_cpu_features: false,
             resize: false,
             max_vcpus: MAX_VCPUS,
         }
