@@ -1,6 +1,8 @@
 //! What the real programs cannot be made to do: APIs that are silent, slow, garbled or gone, and saves that are not what
 //! they should be. Whatever a VMM with an API does wrong, what is asked of it ends with an error that says so, in time, with
-//! nothing left; and who asked can go on.
+//! nothing left; and who asked can go on. What becomes of a sandbox meanwhile is [`engine`]'s.
+
+mod engine;
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -31,6 +33,7 @@ use crate::vmm::console::Outputs;
 const SOON: Duration = Duration::from_millis(300);
 
 /// A VMM with an API, and what its requests are called.
+#[derive(Clone, Copy)]
 struct Kind {
     dialect: &'static Dialect,
     /// Asks for the state.
@@ -116,6 +119,14 @@ impl Fake {
         dialect: &'static Dialect,
         script: impl Fn(&str, usize) -> Reply + Send + Sync + 'static,
     ) -> Self {
+        Self::reading(dialect, move |request, _, times| script(request, times))
+    }
+
+    /// One that reads the bodies of requests.
+    fn reading(
+        dialect: &'static Dialect,
+        script: impl Fn(&str, &str, usize) -> Reply + Send + Sync + 'static,
+    ) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(directory.path().join("api.sock")).unwrap();
         let asked = Arc::new(Mutex::new(Vec::new()));
@@ -126,14 +137,14 @@ impl Fake {
                 let (script, list) = (Arc::clone(&script), Arc::clone(&list));
                 tokio::spawn(async move {
                     let mut stream = stream;
-                    let request = read_request(&mut stream, dialect).await;
+                    let (request, body) = read_request(&mut stream, dialect).await;
                     let times = {
                         let mut list: std::sync::MutexGuard<'_, Vec<String>> = list.lock().unwrap();
                         let times = list.iter().filter(|it| **it == request).count();
                         list.push(request.clone());
                         times
                     };
-                    reply(&mut stream, script(&request, times)).await;
+                    reply(&mut stream, script(&request, &body, times)).await;
                 });
             }
         });
@@ -153,8 +164,8 @@ impl Fake {
     }
 }
 
-/// Reads a request and its body; returns what it is for.
-async fn read_request(stream: &mut UnixStream, dialect: &Dialect) -> String {
+/// Reads a request; returns what it is for, and its body.
+async fn read_request(stream: &mut UnixStream, dialect: &Dialect) -> (String, String) {
     let mut bytes = Vec::new();
     let head = loop {
         if let Some(end) = bytes.windows(4).position(|it| it == b"\r\n\r\n") {
@@ -171,7 +182,11 @@ async fn read_request(stream: &mut UnixStream, dialect: &Dialect) -> String {
         assert!(stream.read_buf(&mut bytes).await.unwrap() > 0, "no body");
     }
     let path = head.split(' ').nth(1).unwrap();
-    path.strip_prefix(dialect.prefix).unwrap().to_owned()
+    let path = path.strip_prefix(dialect.prefix).unwrap().to_owned();
+    (
+        path,
+        String::from_utf8(bytes.split_off(head.len() + 4)).unwrap(),
+    )
 }
 
 async fn reply(stream: &mut UnixStream, reply: Reply) {
