@@ -65,7 +65,10 @@ impl Guest {
         drop(listener);
         let mut command = Command::new("qemu-system-x86_64");
         command
-            .args(["-machine", "microvm,acpi=on,pit=off,pic=off,rtc=off", "-accel", "tcg", "-cpu", "max"])
+            .args(["-machine", "microvm,acpi=on,pit=off,pic=off,rtc=off", "-accel", "tcg", "-cpu", "max,-la57"])
+            // Room for a second CPU, as sandboxes have it and for the same reason: without it, a guest's disk may stand still
+            // for ever (docs/decisions/virtual-machines.md).
+            .args(["-smp", "1,maxcpus=2"])
             .args(["-m", "256", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"])
             .args(["-serial", "stdio", "-kernel"])
             .arg(&parts.kernel)
@@ -73,7 +76,7 @@ impl Guest {
             .arg(&parts.initramfs)
             .arg("-append")
             .arg(format!(
-                "console=ttyS0 quiet reboot=t panic=-1 tsc_early_khz={} icebox.token={BOOT_TOKEN} icebox.dns=192.0.2.53 {}",
+                "console=ttyS0 quiet reboot=t panic=-1 mitigations=off possible_cpus=1 tsc=reliable tsc_early_khz={} icebox.token={BOOT_TOKEN} icebox.dns=192.0.2.53 {}",
                 host_khz(),
                 options.parameters
             ))

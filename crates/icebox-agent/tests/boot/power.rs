@@ -2,9 +2,10 @@
 
 use std::{fs, path::Path, process::Command};
 
-use icebox_agent_api::{Token, client::Command as GuestCommand};
+use icebox_agent_api::Token;
+use icebox_agent_api::client::{AgentClient, AgentError, Command as GuestCommand, Output};
 
-use crate::guest::{CALL, Guest, Options, TOKEN, init, text};
+use crate::guest::{BOOT, CALL, Guest, Options, TOKEN, init, text};
 
 /// A small image with a static shell and nothing else: no user, no library, no directory but those of the shell.
 fn bare_image(directory: &Path) -> std::path::PathBuf {
@@ -21,6 +22,12 @@ fn bare_image(directory: &Path) -> std::path::PathBuf {
         .unwrap();
     assert!(status.success());
     image
+}
+
+/// Runs what a guest ends in the middle of.
+async fn run_last(client: &AgentClient, command: GuestCommand) -> Result<Output, AgentError> {
+    let cut = tokio::time::timeout(BOOT, client.run(command)).await;
+    cut.expect("the guest ends in time")
 }
 
 fn assert_clean(image: &Path) {
@@ -64,10 +71,8 @@ async fn an_image_with_nothing_in_it_boots_and_powers_off_in_order() {
     )
     .await;
     // As busybox does it: a signal to process 1. The connection may break before the answer.
-    client
-        .run(GuestCommand::new("/bin/busybox").args(["poweroff"]))
-        .await
-        .ok();
+    let command = GuestCommand::new("/bin/busybox").args(["poweroff"]);
+    run_last(&client, command).await.ok();
     assert!(guest.is_off().await.success());
     assert_clean(&image);
 }
@@ -81,10 +86,8 @@ async fn a_forced_power_off_and_a_reboot_end_the_machine() {
             ..Options::default()
         });
         let client = guest.booted().await;
-        client
-            .run(GuestCommand::new("/bin/busybox").args([how, "-f"]))
-            .await
-            .ok();
+        let command = GuestCommand::new("/bin/busybox").args([how, "-f"]);
+        run_last(&client, command).await.ok();
         assert!(guest.is_off().await.success(), "{how}");
     }
 }
@@ -100,10 +103,8 @@ async fn a_request_over_initctl_powers_off_in_order() {
     let client = guest.booted().await;
     // The start of what `poweroff` of sysvinit and systemd writes: magic, "change run level", '0'.
     let request = r"printf '\151\031\011\003\001\000\000\000\060\000\000\000' > /run/initctl; exec /bin/busybox sleep 1000";
-    client
-        .run(GuestCommand::new("/bin/sh").args(["-c", request]))
-        .await
-        .unwrap_err();
+    let command = GuestCommand::new("/bin/sh").args(["-c", request]);
+    run_last(&client, command).await.unwrap_err();
     assert!(guest.is_off().await.success());
     assert_clean(&image);
 }
