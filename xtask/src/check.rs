@@ -15,6 +15,10 @@ use crate::run::{Built, Failure, build_agent, built_by, cargo, root, run, target
 /// The black-box suite. It takes about as long as all others, which leave a processor idle here and there.
 const LONGEST: &str = "system";
 
+/// What runs before it, and by itself: a browser drops its requests when a network interface comes or goes anywhere on the
+/// machine, as those of sandboxes do.
+const ALONE: &str = "cli";
+
 pub(crate) fn check() -> Result<(), Failure> {
     let skipped = root().join("target/skipped-tests");
     let io = |error| Failure(format!("{}: {error}", skipped.display()));
@@ -51,7 +55,7 @@ pub(crate) fn check() -> Result<(), Failure> {
     documents::check()
 }
 
-/// Builds every test program and runs them: one after the other, as cargo would, and the longest beside them.
+/// Builds every test program and runs them: one after the other, as cargo would, and the longest beside most of them.
 fn test(skipped: &Path) -> Result<(), Failure> {
     eprintln!("\n── building the tests");
     let begun = Instant::now();
@@ -60,11 +64,12 @@ fn test(skipped: &Path) -> Result<(), Failure> {
     built.retain(|program| program.is_test);
     // Not in the order in which they happened to be built.
     built.sort_by(|one, other| one.executable.cmp(&other.executable));
-    let (longest, others): (Vec<_>, Vec<_>) = built
-        .into_iter()
-        .partition(|program| program.kind == "test" && program.name == LONGEST);
+    let called = |name| move |program: &Built| program.kind == "test" && program.name == name;
+    let (alone, others): (Vec<_>, Vec<_>) = built.into_iter().partition(called(ALONE));
+    let (longest, others): (Vec<_>, Vec<_>) = others.into_iter().partition(called(LONGEST));
 
-    let mut failed = thread::scope(|scope| {
+    let mut failed = failures(&alone, skipped);
+    let beside = thread::scope(|scope| {
         let longest = scope.spawn(|| failures(&longest, skipped));
         let mut failed = failures(&others, skipped);
         let mut examples = cargo(["test", "--quiet", "--workspace", "--doc"]);
@@ -73,6 +78,7 @@ fn test(skipped: &Path) -> Result<(), Failure> {
         failed.extend(longest.unwrap_or_else(|_| vec![Failure("a thread was lost".to_owned())]));
         failed
     });
+    failed.extend(beside);
     match failed.len() {
         0 => Ok(()),
         1 => Err(failed.remove(0)),
