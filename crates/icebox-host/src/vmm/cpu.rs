@@ -179,8 +179,7 @@ mod tests {
     #[test]
     fn inv_44_kvm_says_what_it_offers_guests() {
         if let Err(why) = crate::vmm::trial::kvm_opens() {
-            eprintln!("skipped: {why}");
-            return;
+            return crate::skip::skip_this(&why);
         }
         let offered = offered_by_kvm().unwrap().to_string();
         let offered: Vec<_> = offered.split(' ').collect();
