@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use icebox_host::skip::skip;
 use rustix::process::Signal;
+use serde_json::Value;
 
 use crate::drivers::sums_on_disk;
 use crate::lifecycle::{SUMS, path_of, write};
@@ -129,6 +130,15 @@ fn inv_06_inv_31_inv_46_on_firecracker_guests_outlive_daemons_and_their_end_is_n
     guests_outlive_daemons_and_their_end_is_noticed(site, &FIRECRACKER);
 }
 
+/// What the daemon says of a VMM.
+fn listed(site: &Site, vmm: &Kind) -> Value {
+    let vmms = site.get(&["vmm", "ls"]);
+    let listed = vmms.as_array().unwrap().iter();
+    let mut named = listed.filter(|it| it["name"] == vmm.name);
+    let one = named.next().cloned();
+    one.unwrap_or_else(|| panic!("{vmms}\n{}", site.said()))
+}
+
 /// A sandbox on a VMM, with a process that counts in it.
 fn boot(site: &Site, vmm: &Kind, name: &str) {
     site.build(COLD, &[]);
@@ -143,15 +153,12 @@ fn boot(site: &Site, vmm: &Kind, name: &str) {
 }
 
 fn memory_and_disk_come_back(site: &mut Site, vmm: &Kind) {
-    let vmms = site.get(&["vmm", "ls"]);
-    let vmms: Vec<_> = vmms.as_array().unwrap().iter().collect();
-    let listed = vmms.iter().find(|it| it["name"] == vmm.name);
-    let listed = listed.unwrap_or_else(|| panic!("{vmms:?}\n{}", site.said()));
+    let listed = listed(site, vmm);
     println!("{listed}");
     let is_default = vmm.variable.is_none();
     assert_eq!(listed["default"], is_default);
     assert_eq!(listed["abilities"]["diskSwitch"], is_default);
-    let record = Record::of(site, listed, vmm.named());
+    let record = Record::of(site, &listed, vmm.named());
 
     let begun = Instant::now();
     boot(site, vmm, "first");
@@ -253,10 +260,7 @@ fn memory_and_disk_come_back(site: &mut Site, vmm: &Kind) {
 }
 
 fn guests_outlive_daemons_and_their_end_is_noticed(site: &mut Site, vmm: &Kind) {
-    let vmms = site.get(&["vmm", "ls"]);
-    let listed = vmms.as_array().unwrap().iter();
-    let listed = listed.clone().find(|it| it["name"] == vmm.name).unwrap();
-    let record = Record::of(site, listed, vmm.named());
+    let record = Record::of(site, &listed(site, vmm), vmm.named());
     boot(site, vmm, "hardy");
     write(site, "hardy", "a");
     let (count, sums) = (site.count("hardy"), site.exec("hardy", SUMS));
