@@ -18,7 +18,7 @@ use rustix::thread::{
     set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
 };
 
-use super::{BoxSpec, OpenFile, Report, SPEC_BYTES_MAX, Source, process, sys, world};
+use super::{BoxSpec, OpenFile, Report, SPEC_BYTES_MAX, Source, landlock, process, sys, world};
 use crate::fs::open_device;
 use crate::network;
 
@@ -138,6 +138,9 @@ fn run(control: &mut UnixStream) -> Result<std::convert::Infallible, Failure> {
     let root = spec.pid_file.with_file_name("root");
     fs::create_dir_all(&root).step(|| format!("create {}", root.display()))?;
     world::enter(&root, &spec.binds, &spec.devices, spec.uid)?;
+    landlock::restrict(&spec)
+        .map_err(io::Error::other)
+        .step(|| "restrict itself to the box by Landlock".into())?;
     limit_resources(spec.file_bytes_max).step(|| "limit resources".into())?;
     drop_privileges(spec.uid).step(|| format!("become uid {}", spec.uid))?;
 

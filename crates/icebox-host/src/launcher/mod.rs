@@ -9,7 +9,7 @@
 //!   daemon                                launcher (the same binary)
 //!     spawn ───────────────────────────►  read BoxSpec from the control socket (its stdin)
 //!                                         session · cgroup · netns · tap · open files · pid file
-//!                                         mount namespace · pivot_root · drop groups, uid, capabilities
+//!                                         mount namespace · pivot_root · Landlock · drop groups, uid, capabilities
 //!     record the process  ◄── ready ────  pid, start time
 //!     one byte  ── go ─────────────────►  exec the VMM
 //!     end of file: it is the VMM now ◄──  (the control socket closes on exec)
@@ -24,6 +24,7 @@
 
 mod child;
 mod control;
+mod landlock;
 mod process;
 mod sys;
 mod world;
@@ -34,6 +35,7 @@ use serde::{Deserialize, Serialize};
 
 pub use child::launcher_main;
 pub use control::{LaunchError, Launcher};
+pub use landlock::{LANDLOCK_NEWEST, landlock_version};
 pub use process::{Ended, Process, boot_id, identity_of, is_of_the_kernel};
 
 /// The hidden first argument with which a binary is asked to be the launcher.

@@ -2,7 +2,7 @@
 
 #![allow(
     unsafe_code,
-    reason = "unshare, close_range and signal have no safe wrapper, and tokio wants a promise about descriptors"
+    reason = "unshare, close_range, signal and the version of Landlock have no safe wrapper, and tokio wants a promise about descriptors"
 )]
 
 use std::io;
@@ -37,6 +37,21 @@ pub(super) fn close_on_exec_from(first: u32) -> io::Result<()> {
     } else {
         Err(io::Error::last_os_error())
     }
+}
+
+/// Which version of Landlock the kernel has.
+pub(super) fn landlock_version() -> io::Result<u32> {
+    const VERSION: libc::c_uint = 1;
+    // SAFETY: with this flag and no rules, nothing is made and nothing read.
+    let version = unsafe {
+        libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            std::ptr::null::<libc::c_void>(),
+            0_usize,
+            VERSION,
+        )
+    };
+    u32::try_from(version).map_err(|_| io::Error::last_os_error())
 }
 
 /// Lets a write beyond `RLIMIT_FSIZE` fail instead of ending this process, and what it becomes by exec.

@@ -31,7 +31,7 @@ const SYSTEM: [&str; 6] = [
 ];
 
 /// Devices that libraries expect. Everybody may use them.
-const COMMON_DEVICES: [&str; 3] = ["/dev/null", "/dev/zero", "/dev/urandom"];
+pub(super) const COMMON_DEVICES: [&str; 3] = ["/dev/null", "/dev/zero", "/dev/urandom"];
 
 /// Enough for the empty files, directories and links of the world; there is no data in it.
 const TMPFS_OPTIONS: &std::ffi::CStr = c"mode=0755,size=1m,nr_inodes=1024";

@@ -2,14 +2,20 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::chown;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
-use icebox_engine::host::{BlockDevice, Machine, Vmm};
+use icebox_engine::host::{BlockDevice, Boxes as _, Machine, Vmm};
+use icebox_host::launcher::{Bind, BoxSpec, landlock_version};
+use icebox_host::skip::skip;
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use crate::lab::{DISK_SIZE, Lab, output};
+use crate::lab::{DISK_SIZE, Lab, launcher, output};
 
 fn digest(path: &PathBuf) -> Vec<u8> {
     Sha256::digest(fs::read(path).unwrap()).to_vec()
@@ -255,6 +261,81 @@ async fn a_box_holds_what_its_vmm_needs_and_no_more() {
     assert!(command_line.contains("microvm") && !command_line.contains(guest.token.expose()));
     let environment = fs::read_to_string(format!("/proc/{pid}/environ")).unwrap();
     assert_eq!(environment, "");
+    lab.close().await;
+}
+
+/// What a VMM that was taken over might try from inside its box, and what came of it.
+const TRAPS: &str = r#"
+import errno, json, os, socket, sys
+save, other = "/run/icebox/box/save/", int(sys.argv[1])
+def tcp():
+    socket.socket(socket.AF_INET).connect(("127.0.0.1", 9))
+def create(path):
+    with open(path, "w") as file: file.write("x")
+seen = {}
+for name, attempt in {
+    "file": lambda: create(save + "file"),
+    "directory": lambda: os.mkdir(save + "directory"),
+    "unlink": lambda: os.unlink(save + "file"),
+    "socket": lambda: socket.socket(socket.AF_UNIX).bind(save + "socket"),
+    "null": lambda: create("/dev/null"),
+    "symlink": lambda: os.symlink("/", save + "symlink"),
+    "fifo": lambda: os.mkfifo(save + "fifo"),
+    "tcp": tcp,
+    "signal": lambda: os.kill(other, 0),
+}.items():
+    try: attempt(); seen[name] = "done"
+    except OSError as error: seen[name] = errno.errorcode[error.errno]
+with open(save + "seen", "w") as file: json.dump(seen, file)
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn inv_25_a_box_makes_no_traps_for_root_and_reaches_nobody() {
+    const TEST: &str = "inv_25_a_box_makes_no_traps_for_root_and_reaches_nobody";
+    let Ok(landlock) = landlock_version() else {
+        return skip(TEST, "this kernel has no Landlock");
+    };
+    let lab = Lab::open().await;
+    let guest = lab.guest().await;
+    let runtime = lab.layout.vm(&guest.id);
+    let uid = lab.boxes.uid(guest.slot);
+    output("mkfifo", &[runtime.join("stderr").to_str().unwrap()]);
+    let save = runtime.join("save");
+    fs::create_dir(&save).unwrap();
+    chown(&save, Some(uid), Some(uid)).unwrap();
+    let mut other = Command::new("sleep").arg("600").uid(uid).spawn().unwrap();
+    let spec = BoxSpec {
+        program: "/usr/bin/python3".into(),
+        arguments: vec!["-c".into(), TRAPS.into(), other.id().to_string()],
+        cgroup_procs: lab.boxes.cgroups().join_files(&guest.id),
+        pid_file: runtime.join("pid"),
+        network_namespace: Some(guest.network.namespace.clone()),
+        uid,
+        file_bytes_max: 4096,
+        files: Vec::new(),
+        stdout: None,
+        stderr: runtime.join("stderr"),
+        binds: vec![Bind::writable(&save, "/run/icebox/box/save")],
+        devices: Vec::new(),
+    };
+    launcher().launch(&spec).await.unwrap().ended().await;
+    other.kill().unwrap();
+    other.wait().unwrap();
+    let seen: Value = serde_json::from_slice(&fs::read(save.join("seen")).unwrap()).unwrap();
+    // What its mounts and uid would let it do, from the version on that knows of it.
+    let refused = |since: u32, name: &str, by: &str, otherwise: &str| {
+        let expected = if landlock < since { otherwise } else { by };
+        assert_eq!(seen[name], expected, "{name}: {seen}");
+    };
+    for allowed in ["file", "directory", "unlink", "socket", "null"] {
+        assert_eq!(seen[allowed], "done", "{allowed}: {seen}");
+    }
+    refused(1, "symlink", "EACCES", "");
+    refused(1, "fifo", "EACCES", "");
+    refused(4, "tcp", "EACCES", "ECONNREFUSED");
+    refused(6, "signal", "EPERM", "done");
+    fs::remove_file(runtime.join("pid")).unwrap();
+    lab.boxes.release(&guest.id).await.unwrap();
     lab.close().await;
 }
 

@@ -1,10 +1,12 @@
 //! What works on this host: each thing that sandboxes need, how it was found out, and what to do if it does not.
 
+use std::io;
 use std::sync::Arc;
 
 use icebox_api::types::{Check, CheckResult};
 use icebox_engine::host::{Boxes, ErrorKind, Host, HostError, Space, Vmm};
 use icebox_engine::unit::Bytes;
+use icebox_host::launcher::LANDLOCK_NEWEST;
 
 /// Something that works.
 pub(super) fn works(name: &str, detail: impl Into<String>) -> Check {
@@ -132,6 +134,23 @@ pub(super) fn limits(boxes: &dyn Boxes) -> Check {
             CheckResult::Works
         },
         ..works("limits", format!("{}: {}", limits.mechanism, limits.detail))
+    }
+}
+
+/// Whether boxes are also enforced by Landlock, and how much of them.
+pub(super) fn landlock(version: io::Result<u32>) -> Check {
+    match version {
+        Ok(version) if version < LANDLOCK_NEWEST => works(
+            "landlock",
+            format!("version {version}; boxes would use what {LANDLOCK_NEWEST} adds"),
+        ),
+        Ok(version) => works("landlock", format!("version {version}")),
+        Err(error) => {
+            let error = HostError::io("ask the kernel for Landlock", error).hint(
+                "boxes do without; if the kernel has it, put landlock first in its parameter lsm=",
+            );
+            absent("landlock", &error)
+        }
     }
 }
 

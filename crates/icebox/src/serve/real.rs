@@ -23,7 +23,7 @@ use icebox_host::guest::AgentGuests;
 use icebox_host::guest_image::{self, KernelStore, Places};
 use icebox_host::instance::Instance;
 use icebox_host::journal::SqliteJournal;
-use icebox_host::launcher::Launcher;
+use icebox_host::launcher::{Launcher, landlock_version};
 use icebox_host::network::{NetworkConfig, NetworkSlots};
 use icebox_host::store::FileStore;
 use icebox_host::vmm::cloud_hypervisor::{self, CloudHypervisor, CloudHypervisorConfig};
@@ -128,6 +128,7 @@ pub(super) async fn survey(config: &Config) -> Report {
     let instance = instance(&layout);
     let boxes = boxes(&layout, &instance);
     checks.push(doctor::limits(boxes.as_ref()));
+    checks.push(doctor::landlock(landlock_version()));
     let tried = try_vmms(config, &layout, &boxes, &kernels).await;
     checks.extend(doctor::vmms(tried, &named_vmms(config)));
     if let Err(error) = require_known_vmm(config) {
