@@ -4,9 +4,8 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::chown;
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use icebox_engine::host::{BlockDevice, Boxes as _, Machine, Vmm};
@@ -303,7 +302,15 @@ async fn inv_25_a_box_makes_no_traps_for_root_and_reaches_nobody() {
     let save = runtime.join("save");
     fs::create_dir(&save).unwrap();
     chown(&save, Some(uid), Some(uid)).unwrap();
-    let mut other = Command::new("sleep").arg("600").uid(uid).spawn().unwrap();
+    // It says when it is of the box's uid.
+    let mut other = Command::new("setpriv")
+        .args(["--reuid", &uid.to_string()])
+        .args(["sh", "-c", "echo; exec sleep 600"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = BufReader::new(other.stdout.take().unwrap());
+    said.read_line(&mut String::new()).unwrap();
     let spec = BoxSpec {
         program: "/usr/bin/python3".into(),
         arguments: vec!["-c".into(), TRAPS.into(), other.id().to_string()],
