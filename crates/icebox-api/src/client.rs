@@ -25,7 +25,7 @@ use crate::types::{
     Event, Forked, GcReport, GcRequest, History, HostVmm, Kernel, KernelEvent, Key, MadeKey,
     MetricsRange, NewBuild, NewFork, NewKernel, NewKey, NewSandbox, NewSnapshot, NewTeam, Report,
     Resolution, ResumeRequest, RollbackRequest, SandboxDetail, SandboxMetric, Snapshot, Stats,
-    Team, Template, VerbResult, Version,
+    Team, Template, VerbResult, Version, Warm,
 };
 use crate::{ErrorBody, ErrorCode, TEAM_HEADER};
 
@@ -280,6 +280,13 @@ impl Client {
         let path = format!("/templates/{}", segment(template));
         let change = ChangeTemplate { public };
         self.call(Method::PATCH, &path, to_json(&change)).await
+    }
+
+    /// Has so many sandboxes made from a template wait for somebody to create one.
+    pub async fn warm_template(&self, template: &str, count: u16) -> Result<Template, ClientError> {
+        let path = format!("/templates/{}/warm", segment(template));
+        self.call(Method::PUT, &path, to_json(&Warm { count }))
+            .await
     }
 
     /// All teams.

@@ -93,6 +93,8 @@ pub trait Daemon: Send + Sync + 'static {
     async fn template_alias(&self, name: &str) -> Result<TemplateAlias, ApiError>;
     /// Lets every team create sandboxes from a template, or its own alone.
     async fn publish_template(&self, template: &str, public: bool) -> Result<Template, ApiError>;
+    /// Has so many sandboxes made from a template wait for somebody to create one.
+    async fn warm_template(&self, template: &str, count: u16) -> Result<Template, ApiError>;
     /// Builds a template. The stream's last item says how it ended.
     async fn build(&self, new: NewBuild) -> Result<BoxStream<BuildEvent>, ApiError>;
 

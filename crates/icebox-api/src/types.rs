@@ -46,7 +46,7 @@ pub use sandbox::{
     ResumeRequest, SandboxDetail, Snapshot, State, Unusable, VerbResult, Vmm,
 };
 pub use space::{Kind, Owner, Part, Place, Stats};
-pub use template::{Template, TemplateKind};
+pub use template::{Template, TemplateKind, Warm};
 pub use vmm::{HostVmm, VmmAbilities};
 
 use schemars::JsonSchema;

@@ -20,7 +20,7 @@ use crate::id::{
 };
 use crate::layout::Object;
 use crate::manifest::v1::{
-    Base, Capture, Generation, Hold, Intent, Layer, Memory, Rest, Sandbox, Template,
+    Base, Capture, Generation, Hold, Intent, Layer, Memory, Rest, Sandbox, Spec, Template,
     TemplateContent, Under,
 };
 use crate::sandbox::Mailbox;
@@ -45,7 +45,7 @@ struct Inner {
     memories: BTreeMap<MemoryId, Memory>,
     templates: BTreeMap<TemplateId, StoredTemplate>,
     sandboxes: BTreeMap<SandboxId, Entry>,
-    template_names_in_making: BTreeSet<(Team, Name)>,
+    names_in_making: BTreeSet<(&'static str, Team, Name)>,
     pins: BTreeMap<u64, BTreeSet<Object>>,
     quotas: BTreeMap<Team, Quota>,
     /// Sandboxes that do not run yet and count as if they did, and how often.
@@ -71,6 +71,8 @@ pub(crate) struct Entry {
     lost: Option<(u32, String)>,
     /// Whether its guest stands still for want of room.
     pub(crate) stalled: bool,
+    /// Whether somebody is to get it, of those that it waits for.
+    claimed: bool,
     pub(crate) gate: Gate,
     pub(crate) mailbox: Mailbox,
 }
@@ -85,6 +87,33 @@ pub(crate) struct Seen {
 }
 
 impl Entry {
+    /// Whether nobody is to see it. What is broken is for somebody to remove.
+    fn is_hidden(&self) -> bool {
+        self.record.waits && self.record.broken.is_none()
+    }
+
+    /// Whether it waits for somebody who wants this. What its guest does not depend on may be anything.
+    fn waits_for(&self, wanted: &Spec) -> bool {
+        let (it, can_be_had) = (&self.record, !self.claimed && self.busy.is_none());
+        if !it.waits || !can_be_had || self.is_spoilt() || self.stalled {
+            return false;
+        }
+        let as_asked = Spec {
+            env: wanted.env.clone(),
+            doors: wanted.doors,
+            metadata: wanted.metadata.clone(),
+            history: wanted.history.clone(),
+            ..it.spec.clone()
+        };
+        as_asked == *wanted
+    }
+
+    /// Whether nobody can get it any more, though it waits.
+    pub(crate) fn is_spoilt(&self) -> bool {
+        let runs = self.record.rests == Rest::Running && self.record.broken.is_none();
+        self.busy.is_none() && (self.claimed || !runs)
+    }
+
     /// Why the sandbox's newest disk is lost, if it is.
     pub(crate) fn disk_lost(&self) -> Option<&str> {
         let (lost, why) = self.lost.as_ref()?;
@@ -170,10 +199,10 @@ pub(crate) struct PowerTurn {
     sandbox: SandboxId,
 }
 
-/// A template name that is taken by a template in the making.
+/// A name that is taken by a template in the making, or by a sandbox that is to get it.
 pub(crate) struct NameReservation {
     inner: Arc<Mutex<Inner>>,
-    taken: (Team, Name),
+    taken: (&'static str, Team, Name),
 }
 
 fn lock(inner: &Mutex<Inner>) -> MutexGuard<'_, Inner> {
@@ -202,9 +231,7 @@ impl Drop for PowerTurn {
 
 impl Drop for NameReservation {
     fn drop(&mut self) {
-        lock(&self.inner)
-            .template_names_in_making
-            .remove(&self.taken);
+        lock(&self.inner).names_in_making.remove(&self.taken);
     }
 }
 
@@ -344,12 +371,12 @@ impl Catalog {
         name: &Name,
     ) -> Result<NameReservation, Error> {
         let mut inner = lock(&self.inner);
-        let reserved = (team.clone(), name.clone());
+        let reserved = ("template", team.clone(), name.clone());
         let taken = inner
             .templates
             .values()
             .any(|template| (&template.team, &template.name) == (team, name));
-        if taken || !inner.template_names_in_making.insert(reserved.clone()) {
+        if taken || !inner.names_in_making.insert(reserved.clone()) {
             return Err(Error::NameTaken {
                 kind: "template",
                 name: name.clone(),
@@ -461,7 +488,7 @@ impl Catalog {
         let mut users: Vec<String> = inner
             .sandboxes
             .values()
-            .filter(|entry| entry.record.spec.template == *id)
+            .filter(|entry| entry.record.spec.template == *id && !entry.record.waits)
             .map(|entry| match scope.owns(&entry.record.spec.team) {
                 true => format!("sandbox {}", display_name(&entry.record)),
                 false => OTHERS.to_owned(),
@@ -529,18 +556,7 @@ impl Catalog {
     ) -> Result<(Sandbox, PowerTurn), Error> {
         let mut inner = lock(&self.inner);
         inner.check_quota(&record.spec.team, &Holdings::of(&record.spec, true))?;
-        if let Some(name) = &record.name
-            && inner
-                .sandboxes
-                .values()
-                .map(|entry| &entry.record)
-                .any(|it| it.spec.team == record.spec.team && it.name.as_ref() == Some(name))
-        {
-            return Err(Error::NameTaken {
-                kind: "sandbox",
-                name: name.clone(),
-            });
-        }
+        inner.check_name(&record.spec.team, record.name.as_ref())?;
         let taken: BTreeSet<u16> = inner
             .sandboxes
             .values()
@@ -557,6 +573,42 @@ impl Catalog {
         inner.insert(record.clone(), BTreeMap::new(), gate, mailbox);
         let turn = self.power_turn(&mut inner, &record.id);
         Ok((record, turn))
+    }
+
+    /// The sandboxes that wait for somebody to ask for one, the oldest first.
+    pub(crate) fn waiting(&self) -> Vec<Entry> {
+        let inner = lock(&self.inner);
+        let waiting = inner.sandboxes.values().filter(|it| it.record.waits);
+        let mut waiting: Vec<_> = waiting.cloned().collect();
+        waiting.sort_by_key(|entry| entry.record.created_at);
+        waiting
+    }
+
+    /// Takes the sandbox that has waited longest for just this from all others who want one, and the name from all others
+    /// who want that.
+    pub(crate) fn claim(
+        &self,
+        wanted: &Spec,
+        name: Option<&Name>,
+    ) -> Result<Option<(Entry, Option<NameReservation>)>, Error> {
+        let mut inner = lock(&self.inner);
+        inner.check_name(&wanted.team, name)?;
+        let entries = inner.sandboxes.values_mut();
+        let fit = entries.filter(|entry| entry.waits_for(wanted));
+        let Some(entry) = fit.min_by_key(|entry| entry.record.created_at) else {
+            return Ok(None);
+        };
+        entry.claimed = true;
+        let entry = entry.clone();
+        let reserved = name.map(|name| {
+            let taken = ("sandbox", wanted.team.clone(), name.clone());
+            inner.names_in_making.insert(taken.clone());
+            NameReservation {
+                inner: Arc::clone(&self.inner),
+                taken,
+            }
+        });
+        Ok(Some((entry, reserved)))
     }
 
     /// Slots that the next sandboxes will get.
@@ -674,7 +726,7 @@ impl Catalog {
     pub(crate) fn look(&self, scope: &Scope) -> Vec<Seen> {
         let inner = lock(&self.inner);
         let entries = inner.sandboxes.values();
-        let own = entries.filter(|entry| scope.owns(&entry.record.spec.team));
+        let own = entries.filter(|it| scope.owns(&it.record.spec.team) && !it.is_hidden());
         own.map(|entry| inner.seen(entry)).collect()
     }
 
@@ -834,10 +886,25 @@ impl Catalog {
 }
 
 impl Inner {
+    /// Refuses a name that another sandbox of the team has, or is to get.
+    fn check_name(&self, team: &Team, name: Option<&Name>) -> Result<(), Error> {
+        let Some(name) = name else { return Ok(()) };
+        let mut records = self.of_team(team);
+        let is_taken = records.any(|it| it.name.as_ref() == Some(name));
+        let to_be = ("sandbox", team.clone(), name.clone());
+        if is_taken || self.names_in_making.contains(&to_be) {
+            return Err(Error::NameTaken {
+                kind: "sandbox",
+                name: name.clone(),
+            });
+        }
+        Ok(())
+    }
+
     fn find(&self, scope: &Scope, wanted: &str) -> Result<&Entry, Error> {
         let entries = self.sandboxes.values();
         let named = entries
-            .filter(|entry| scope.owns(&entry.record.spec.team))
+            .filter(|it| scope.owns(&it.record.spec.team) && !it.is_hidden())
             .map(|entry| Named {
                 id: entry.record.id.as_str(),
                 name: entry.record.name.as_ref(),
@@ -985,6 +1052,7 @@ impl Inner {
                 last_verb: None,
                 lost: None,
                 stalled: false,
+                claimed: false,
                 gate,
                 mailbox,
             },
@@ -1238,6 +1306,10 @@ fn record_roots(record: &Sandbox) -> Vec<Object> {
 
 /// What a person calls a sandbox.
 pub(crate) fn display_name(record: &Sandbox) -> String {
+    if record.waits {
+        let Spec { template_name, .. } = &record.spec;
+        return format!("{} (warm, of {template_name})", record.id);
+    }
     record
         .name
         .as_ref()

@@ -33,6 +33,8 @@ pub(crate) const WELCOME: Duration = Duration::from_secs(120);
 /// From running vCPUs to the answer of a guest that has answered before: it has nothing to boot, and if its agent was wedged
 /// when it was paused, it never will.
 pub(crate) const ANSWER: Duration = Duration::from_secs(30);
+/// The answer of a guest that waits, to who it is from now on. Who wants it could have made another.
+pub(crate) const TAKE: Duration = Duration::from_secs(5);
 /// Releasing one hold.
 pub(crate) const RELEASE: Duration = Duration::from_secs(60);
 /// Forks that are still to copy a device state out of a sandbox that goes.

@@ -8,6 +8,7 @@ mod open;
 mod spec;
 mod templates;
 mod usage;
+mod warm;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -69,6 +70,8 @@ pub struct Config {
     pub keep_free: Option<Bytes>,
     /// Whether to measure, once a second, what running sandboxes use.
     pub measures: bool,
+    /// What sandboxes may reach that are made before anybody asks for them: what those may that are asked for as a rule.
+    pub warm_egress: Egress,
 }
 
 impl Default for Config {
@@ -80,6 +83,7 @@ impl Default for Config {
             max_layers: merge::MAX_LAYERS,
             keep_free: None,
             measures: true,
+            warm_egress: Egress::default(),
         }
     }
 }
@@ -219,11 +223,26 @@ impl Engine {
     pub async fn create(&self, request: CreateRequest) -> Result<SandboxView, Error> {
         self.shared.require_open()?;
         request.lifetime.check()?;
+        let (spec, beginning) = self.plan(&request).await?;
+        let lifetime = request
+            .lifetime
+            .applied(&Lifetime::default(), self.shared.now());
+        let name = request.name;
+        if !request.cold
+            && let Some(taken) = self.take_warm(&spec, &lifetime, name.as_ref()).await?
+        {
+            return Ok(taken);
+        }
+        self.begin(spec, lifetime, name, beginning).await
+    }
+
+    /// What is asked for, put together, and what it begins with.
+    async fn plan(&self, request: &CreateRequest) -> Result<(Spec, Beginning), Error> {
         let (template, pin) = self
             .shared
             .catalog
             .template(&self.scope, &request.template)?;
-        let spec = self.spec(&template, &request)?;
+        let spec = self.spec(&template, request)?;
         self.shared.require_room(Some(&spec.volume_driver)).await?;
         let beginning = match template.content {
             TemplateContent::Image { base } => Beginning::Disk {
@@ -244,10 +263,7 @@ impl Engine {
                 Beginning::Instant(Arc::new(origin))
             }
         };
-        let lifetime = request
-            .lifetime
-            .applied(&Lifetime::default(), self.shared.now());
-        self.begin(spec, lifetime, request.name, beginning).await
+        Ok((spec, beginning))
     }
 
     /// Creates `count` sandboxes from this instant of one. Each is created or fails by itself.
@@ -310,13 +326,26 @@ impl Engine {
         name: Option<Name>,
         beginning: Beginning,
     ) -> Result<SandboxView, Error> {
+        let made = self.make(spec, lifetime, name, false, beginning);
+        self.inspect(made.await?.as_str())
+    }
+
+    /// Makes a sandbox, or one that waits.
+    async fn make(
+        &self,
+        spec: Spec,
+        lifetime: Lifetime,
+        name: Option<Name>,
+        waits: bool,
+        beginning: Beginning,
+    ) -> Result<SandboxId, Error> {
         self.shared.require_open()?;
         let (gate, (mailbox, requests)) = (Gate::default(), mpsc::channel(QUEUE));
-        let (record, turn) = self.shared.catalog.admit(
-            new_record(spec, lifetime, name, self.shared.now()),
-            gate.clone(),
-            mailbox,
-        )?;
+        let record = v1::Sandbox {
+            waits,
+            ..new_record(spec, lifetime, name, self.shared.now())
+        };
+        let (record, turn) = self.shared.catalog.admit(record, gate.clone(), mailbox)?;
         let id = record.id.clone();
         let ledger = Ledger::new(Arc::clone(&self.shared.host.store), record);
         let mut sandbox = Sandbox::new(Arc::clone(&self.shared), ledger, gate);
@@ -348,7 +377,7 @@ impl Engine {
             }
         });
         created.await.map_err(|_| Error::Stopping)??;
-        self.inspect(id.as_str())
+        Ok(id)
     }
 
     /// Boots a stopped sandbox's newest disk.
@@ -682,6 +711,7 @@ fn new_record(spec: Spec, lifetime: Lifetime, name: Option<Name>, now: Timestamp
         branches: Vec::new(),
         lifetime,
         unwelcomed: false,
+        waits: false,
         last_exit: None,
         broken: None,
     }

@@ -20,5 +20,7 @@ mod rollback;
 mod snapshot;
 mod start;
 mod stop;
+mod take;
 
 pub(crate) use create::Beginning;
+pub(crate) use take::Taking;

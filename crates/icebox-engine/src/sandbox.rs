@@ -10,9 +10,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::catalog::{Catalog, Pin, PinnedChain};
+use crate::catalog::{Catalog, NameReservation, Pin, PinnedChain};
 use crate::chores::Chores;
 use crate::deadline::{self, within};
 use crate::engine::Config;
@@ -26,6 +26,7 @@ use crate::host::{
 use crate::id::{GenerationNo, HeadId, Name, SandboxId};
 use crate::layout::Object;
 use crate::ledger::Ledger;
+use crate::lifecycle::Taking;
 use crate::lifetime::{LifetimeChange, Timer};
 use crate::manifest::v1::{self, Capture, Exit, Hold, Point, Rest, Under};
 use crate::metrics::Metrics;
@@ -55,6 +56,10 @@ pub(crate) struct Shared {
     pub(crate) collecting: tokio::sync::Mutex<()>,
     /// Serialises what changes a template's manifest with what removes the template.
     pub(crate) publishing: tokio::sync::Mutex<()>,
+    /// Held by who makes sandboxes that wait, and who wants none of a template to wait.
+    pub(crate) warming: tokio::sync::Mutex<()>,
+    /// Something may have to be made, or removed, that waits.
+    pub(crate) warmth: watch::Sender<()>,
 }
 
 impl Shared {
@@ -92,6 +97,10 @@ pub(crate) enum Request {
     Fork(oneshot::Sender<Result<Origin, Error>>),
     Freeze(oneshot::Sender<Result<Frozen, Error>>),
     Destroy(oneshot::Sender<Result<(), Error>>),
+    /// Become what somebody has asked for. Whether it did.
+    Take(Box<Taking>, oneshot::Sender<Result<bool, Error>>),
+    /// Destroy, if nobody has asked for it. Whether it was there for that.
+    Discard(oneshot::Sender<Result<bool, Error>>),
     Lifetime(LifetimeChange, oneshot::Sender<Result<(), Error>>),
     /// Resume, for somebody who wants to talk to the guest.
     Wake(oneshot::Sender<Result<(), Error>>),
@@ -141,6 +150,8 @@ pub(crate) struct Sandbox {
     stall: Option<Stall>,
     pub(crate) timer: Timer,
     pub(crate) undone: Undone,
+    /// A name that its manifest may say it has, while nobody knows.
+    pub(crate) reserved: Option<NameReservation>,
 }
 
 /// Whether the sandbox still exists after a request.
@@ -164,6 +175,7 @@ impl Sandbox {
             stall: None,
             timer: Timer::default(),
             undone: Undone::default(),
+            reserved: None,
         }
     }
 
@@ -324,6 +336,8 @@ impl Sandbox {
                 self.answer(Verb::Flatten, reply, async |it| it.freeze_disk().await)
                     .await
             }
+            Request::Take(taking, reply) => self.give(*taking, reply).await,
+            Request::Discard(reply) => self.discard_if_it_waits(reply).await,
             Request::Wake(reply) => {
                 self.answer(Verb::Resume, reply, async |it| it.wake().await)
                     .await
@@ -532,7 +546,11 @@ impl Sandbox {
         }
     }
 
+    /// Of a sandbox that nobody has asked for, only what somebody has to do something about.
     pub(crate) fn emit(&self, kind: &str, detail: impl Into<String>, steps: &Steps) {
+        if self.record().waits && !matches!(kind, "sandbox.broken" | "sandbox.recovery-failed") {
+            return;
+        }
         self.shared.events.emit(
             Some(&self.record().spec.team),
             Some(self.id()),
@@ -801,6 +819,14 @@ impl Sandbox {
 
     /// The guest answers, and is the sandbox's from here on.
     pub(crate) fn enter_guest(&mut self, machine: Arc<dyn Machine>) {
+        self.life = Life::Running(Arc::clone(&machine));
+        if !self.record().waits {
+            self.open_guest(&*machine);
+        }
+    }
+
+    /// From here on others see it, and may talk to it.
+    pub(crate) fn open_guest(&mut self, machine: &dyn Machine) {
         self.timer = Timer::begun();
         match machine.meter() {
             Ok(meter) => self.shared.metrics.begin(self.id(), meter),
@@ -808,7 +834,6 @@ impl Sandbox {
                 tracing::warn!(sandbox = %self.id(), %error, "what it uses is not measured");
             }
         }
-        self.life = Life::Running(machine);
         self.gate.open();
     }
 
@@ -841,6 +866,8 @@ impl Sandbox {
             tracing::warn!(sandbox = %self.id(), error = %Chained(&error), "an unfinished freeze stays pending");
         }
         let result = self.unwind().await;
+        // If it waited, another has to.
+        self.shared.warmth.send_replace(());
         let kind = if reason.by_guest {
             "sandbox.stopped"
         } else {

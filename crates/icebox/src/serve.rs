@@ -202,7 +202,7 @@ async fn attend(
     let engine = Engine::open(ground.host, config.engine())
         .await
         .map_err(|error| opening_failed(&error))?;
-    let recipes = Recipes::open(&config.data_dir, config.internet);
+    let recipes = Recipes::open(&config.data_dir, config.egress());
     let recipes =
         recipes.map_err(|error| Failure::because("cannot read the names of templates", &error))?;
     let data = (!is_simulation).then(|| config.data_dir.clone());

@@ -15,7 +15,7 @@ use crate::types::{
     NetworkConfig, NewBuild, NewFork, NewKernel, NewKey, NewRecipe, NewSandbox, NewSnapshot,
     NewTeam, PauseRequest, RefreshRequest, RemoveTags, Report, RequestedBuild, ResumeRequest,
     RollbackRequest, SandboxDetail, SandboxMetric, Snapshot, SnapshotInfo, StartBuild, Stats, Team,
-    Template, TemplateAlias, TemplateTag, VerbResult, Version,
+    Template, TemplateAlias, TemplateTag, VerbResult, Version, Warm,
 };
 
 /// What needs no key. [`super::front`] lets everybody in there, and nowhere else but where archives are put.
@@ -317,6 +317,15 @@ fn of_templates(routes: Routes) -> Routes {
             .body::<ChangeTemplate>()
             .answers::<Template>(200),
             templates::change,
+        )
+        .add(
+            put(
+                "/templates/{templateID}/warm",
+                "Has so many sandboxes made from it wait for who creates one",
+            )
+            .body::<Warm>()
+            .answers::<Template>(200),
+            templates::warm,
         )
         .add(
             get("/templates/aliases/{alias}", "What a name leads to").answers::<TemplateAlias>(200),

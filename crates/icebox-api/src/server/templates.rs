@@ -5,7 +5,7 @@ use http::StatusCode;
 
 use super::Context;
 use super::extract::{self, Json, Path};
-use crate::types::{BuildSource, ChangeTemplate, NewBuild, Template, TemplateAlias};
+use crate::types::{BuildSource, ChangeTemplate, NewBuild, Template, TemplateAlias, Warm};
 use crate::{ApiError, ErrorCode};
 
 pub(super) async fn list(context: Context) -> Result<axum::Json<Vec<Template>>, ApiError> {
@@ -51,6 +51,17 @@ pub(super) async fn change(
     context.only_for_admin("publishing a template")?;
     context
         .run_verb(|daemon| async move { daemon.publish_template(&id, change.public).await })
+        .await
+        .map(axum::Json)
+}
+
+pub(super) async fn warm(
+    context: Context,
+    Path(id): Path<String>,
+    Json(warm): Json<Warm>,
+) -> Result<axum::Json<Template>, ApiError> {
+    context
+        .run_verb(|daemon| async move { daemon.warm_template(&id, warm.count).await })
         .await
         .map(axum::Json)
 }

@@ -69,10 +69,23 @@ pub struct Template {
     /// What these are made of: a base, or a memory and layers down to one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub parts: Vec<super::Part>,
+    /// How many sandboxes made from it are to wait for somebody to create one.
+    #[serde(default)]
+    pub warm: u16,
+    /// How many do.
+    #[serde(default)]
+    pub waiting: usize,
     /// Why nothing can be created from it, if so: what is missing or cannot be read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unusable: Option<String>,
     /// In words, where it came from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub origin: Option<String>,
+}
+
+/// How many sandboxes made from a template are to wait for somebody to create one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Warm {
+    /// That; none with 0.
+    pub count: u16,
 }

@@ -338,6 +338,9 @@ impl Daemon for Script {
     async fn publish_template(&self, _: &str, _: bool) -> Result<Template, ApiError> {
         never()
     }
+    async fn warm_template(&self, _: &str, _: u16) -> Result<Template, ApiError> {
+        never()
+    }
     async fn remove_template(&self, _: &str) -> Result<String, ApiError> {
         never()
     }

@@ -66,7 +66,10 @@ impl Engine {
             }
             asked.extend(running.iter().map(|entry| entry.record.id.clone()));
             let pauses = running.into_iter().map(|entry| async move {
-                let paused = pause(&entry).await;
+                let paused = match entry.record.waits {
+                    true => self.discard_or_pause(&entry).await,
+                    false => pause(&entry).await,
+                };
                 (entry, paused)
             });
             let mut pauses = futures_util::stream::iter(pauses).buffer_unordered(AT_ONCE);
@@ -95,6 +98,14 @@ impl Engine {
         );
         events.emit(None, None, "daemon.drained", detail, &none);
         drained
+    }
+
+    /// What waits is nobody's, and is made anew after a start. It may have been taken meanwhile.
+    async fn discard_or_pause(&self, entry: &Entry) -> Result<Outcome, Error> {
+        match self.discard_waiting(entry).await? {
+            true => Ok(Outcome::AlreadyThere),
+            false => pause(entry).await,
+        }
     }
 }
 

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
-use super::{AT_ONCE, Config, Engine};
+use super::{AT_ONCE, Config, Engine, warm};
 use crate::catalog::Catalog;
 use crate::collect;
 use crate::deadline::{self, within};
@@ -26,7 +26,6 @@ use crate::sandbox::{Chained, Fate, QUEUE, Sandbox, Shared};
 use crate::steps::Steps;
 use crate::team::Scope;
 use crate::wake::Wakes;
-use crate::watch;
 
 impl Engine {
     /// Opens the store, brings every sandbox to where its manifest says it rests, and removes what nothing holds.
@@ -57,6 +56,8 @@ impl Engine {
             config,
             collecting: tokio::sync::Mutex::new(()),
             publishing: tokio::sync::Mutex::new(()),
+            warming: tokio::sync::Mutex::new(()),
+            warmth: watch::Sender::new(()),
         });
         tokio::spawn(event::keep_written(Arc::downgrade(&shared)));
         if shared.config.measures {
@@ -101,7 +102,7 @@ impl Engine {
             }
         }
         engine.recover(records, generations, strays).await?;
-        watch::begin(&engine.shared);
+        crate::watch::begin(&engine.shared);
         Ok(engine)
     }
 
@@ -152,6 +153,7 @@ impl Engine {
         self.make_slots_ready();
         self.collect(false).await?;
         tokio::spawn(merge::keep_chains_short(Arc::downgrade(shared)));
+        tokio::spawn(warm::keep(Arc::downgrade(shared)));
         Ok(())
     }
 

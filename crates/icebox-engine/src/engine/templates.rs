@@ -14,7 +14,7 @@ use crate::layout::{BASE_IMAGE, Object};
 use crate::manifest;
 use crate::manifest::v1::{self, Base, Template, TemplateContent};
 use crate::panics::caught;
-use crate::sandbox::{Frozen, Request, Shared, find_volume_driver};
+use crate::sandbox::{Chained, Frozen, Request, Shared, find_volume_driver};
 use crate::steps::Steps;
 use crate::unit::{Bytes, Geometry};
 
@@ -102,6 +102,7 @@ impl Engine {
             login: request.login,
             source: request.source,
             created_at: self.shared.now(),
+            warm: 0,
         };
         let object = Object::Template(template.id.clone());
         let published = within(deadline::STORE, "publishing the template", async {
@@ -279,7 +280,6 @@ impl Engine {
     async fn write_publicity(&self, template: Template, public: bool) -> Result<Template, Error> {
         let Shared {
             catalog,
-            host,
             events,
             publishing,
             ..
@@ -288,21 +288,12 @@ impl Engine {
         if public {
             catalog.check_publishable(&template)?;
         }
-        let (revision, before) = catalog.stored_template(&template.id)?;
+        let (_, before) = catalog.stored_template(&template.id)?;
         if before.public == public {
             return Ok(before);
         }
-        let after = Template { public, ..before };
-        let (object, revision) = (Object::Template(after.id.clone()), revision + 1);
-        let manifest = manifest::encode(revision, &after);
-        let committed = host.store.commit(&object, &manifest);
-        within(
-            deadline::STORE,
-            "writing the template's manifest",
-            committed,
-        )
-        .await?;
-        catalog.add_template(revision, after.clone());
+        let change = |template: &mut Template| template.public = public;
+        let after = self.commit_template(&template.id, change).await?;
         let kind = match public {
             true => "template.published",
             false => "template.unpublished",
@@ -310,6 +301,38 @@ impl Engine {
         let name = after.name.to_string();
         events.emit(Some(&after.team), None, kind, name, &Steps::default());
         Ok(after)
+    }
+
+    /// Changes what a template's manifest says, apart from other such changes.
+    pub(super) async fn rewrite_template(
+        &self,
+        id: &TemplateId,
+        change: impl FnOnce(&mut Template),
+    ) -> Result<Template, Error> {
+        let _alone = self.shared.publishing.lock().await;
+        self.commit_template(id, change).await
+    }
+
+    /// As that, with [`Shared::publishing`] held.
+    async fn commit_template(
+        &self,
+        id: &TemplateId,
+        change: impl FnOnce(&mut Template),
+    ) -> Result<Template, Error> {
+        let Shared { catalog, host, .. } = &*self.shared;
+        let (revision, mut template) = catalog.stored_template(id)?;
+        change(&mut template);
+        let (object, revision) = (Object::Template(id.clone()), revision + 1);
+        let manifest = manifest::encode(revision, &template);
+        let committed = host.store.commit(&object, &manifest);
+        within(
+            deadline::STORE,
+            "writing the template's manifest",
+            committed,
+        )
+        .await?;
+        catalog.add_template(revision, template.clone());
+        Ok(template)
     }
 
     /// Removes a template. What only it needed goes with it.
@@ -320,7 +343,20 @@ impl Engine {
         let catalog = &self.shared.catalog;
         let (template, pin) = catalog.own_template(&self.scope, wanted)?;
         self.detached("removing a template", |engine| async move {
+            // Otherwise nobody makes one that waits.
+            let is_warm = template.warm > 0 || engine.waiting(&template.id) > 0;
+            let alone = match is_warm {
+                true => Some(engine.shared.warming.lock().await),
+                false => None,
+            };
             let removed = engine.trash_template(template).await;
+            if let Ok(template) = &removed
+                && let Err(error) = engine.cool(&template.id, 0).await
+            {
+                tracing::error!(template = %template.id, error = %Chained(&error), "what waited is left to be removed");
+                engine.shared.warmth.send_replace(());
+            }
+            drop(alone);
             drop(pin);
             engine.collect_soon();
             removed

@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::host::{GuestOrigin, LaunchPlan, Limits, Machine, Secret, Start, Welcome};
 use crate::id::{Digest, LayerId};
 use crate::layout::{BASE_IMAGE, Object};
-use crate::manifest::v1::{Hold, Rest};
+use crate::manifest::v1::{Hold, Rest, Sandbox as Record};
 use crate::sandbox::Sandbox;
 use crate::steps::Steps;
 
@@ -169,7 +169,15 @@ impl Sandbox {
 
     /// What the guest is told first.
     pub(crate) fn welcome(&self, current_token: Secret, origin: GuestOrigin) -> Welcome {
-        let record = self.record();
+        Self::welcome_of(self.record(), current_token, origin)
+    }
+
+    /// What a guest is told that is to be the sandbox of this record.
+    pub(super) fn welcome_of(
+        record: &Record,
+        current_token: Secret,
+        origin: GuestOrigin,
+    ) -> Welcome {
         Welcome {
             current_token,
             token: record.token.clone(),

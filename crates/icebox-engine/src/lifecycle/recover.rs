@@ -4,6 +4,7 @@
 //! | the manifest says | what happens |
 //! |---|---|
 //! | rests nowhere | removed: it was being made or destroyed |
+//! | it waits for somebody to ask for it | removed: who asked an earlier daemon has got another, or nothing |
 //! | a freeze or a setting aside is intended | finished, or taken back if it had not begun |
 //! | `Stopped`, `Paused` | unwound to there: a start, resume or stop that had not ended, a pause that had committed |
 //! | `Paused`, and the guest runs on in the VMM that it was paused in | adopted: that pause's commit was in doubt |
@@ -25,6 +26,9 @@ impl Sandbox {
     pub(crate) async fn recover(&mut self) -> Fate {
         if let Err(error) = self.tend().await {
             self.note("has a manifest in doubt", &error);
+        }
+        if self.record().waits {
+            self.happened(|record| record.rests = Rest::Nowhere).await;
         }
         if self.record().rests != Rest::Running {
             self.leave_guest();

@@ -126,6 +126,7 @@ impl Sandbox {
             login: login.clone(),
             source: source.clone(),
             created_at: now,
+            warm: 0,
         }
     }
 

@@ -184,6 +184,14 @@ pub struct Template {
     pub source: String,
     /// When it was made.
     pub created_at: Timestamp,
+    /// How many sandboxes made from it wait for somebody to create one.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub warm: u16,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks like that")]
+fn is_zero(number: &u16) -> bool {
+    *number == 0
 }
 
 /// Who runs commands that name nobody, and where. What it does not say is the guest's to say.
@@ -488,6 +496,9 @@ pub struct Sandbox {
     /// The guest was resumed, and has not answered since: what it has to be told it has not been told.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub unwelcomed: bool,
+    /// Nobody has asked for it yet: who creates just such a sandbox gets it, and until then nobody sees it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub waits: bool,
     /// How its VMM last ended by itself.
     pub last_exit: Option<Exit>,
     /// Why only inspect and destroy work.

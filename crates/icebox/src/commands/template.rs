@@ -5,6 +5,7 @@ mod inspect;
 mod list;
 mod publish;
 mod remove;
+mod warm;
 
 use super::{Context, Ended};
 
@@ -19,6 +20,7 @@ pub(crate) enum Command {
     Publish(publish::Args),
     /// Let only its own team create sandboxes from a template.
     Unpublish(publish::Args),
+    Warm(warm::Args),
     Rm(remove::Args),
 }
 
@@ -29,6 +31,7 @@ pub(crate) async fn run(context: &Context, command: Command) -> Ended {
         Command::Inspect(args) => inspect::run(context, &args).await,
         Command::Publish(args) => publish::run(context, &args, true).await,
         Command::Unpublish(args) => publish::run(context, &args, false).await,
+        Command::Warm(args) => warm::run(context, &args).await,
         Command::Rm(args) => remove::run(context, &args).await,
     }
 }

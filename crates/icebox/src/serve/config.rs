@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use icebox_engine::host::Egress;
 use icebox_engine::unit::Bytes;
 use icebox_host::vmm::qemu::AcceleratorChoice;
 
@@ -299,6 +300,14 @@ impl Config {
         Ok(config)
     }
 
+    /// What sandboxes may reach whose creation does not say.
+    pub(crate) fn egress(&self) -> Egress {
+        match self.internet {
+            true => Egress::Internet,
+            false => Egress::Deny,
+        }
+    }
+
     /// What the engine is to know of them, on this machine.
     pub(crate) fn engine(&self) -> icebox_engine::Config {
         let total = rustix::system::sysinfo();
@@ -309,6 +318,7 @@ impl Config {
             keep: self.keep,
             keep_for: self.keep_for,
             measures: self.metrics,
+            warm_egress: self.egress(),
             ..icebox_engine::Config::default()
         }
     }

@@ -157,18 +157,30 @@ impl Icebox {
         })
     }
 
-    /// With the names that it has beside its own, which nobody gave it then and comes last.
-    fn named(&self, mut template: Template) -> Template {
+    /// A template with what else is known of it: the names that it has beside its own, which nobody gave it then and comes
+    /// last, and how many sandboxes wait.
+    fn seen(
+        &self,
+        template: &v1::Template,
+        unusable: Option<String>,
+        usage: Option<&Usage>,
+    ) -> Template {
+        let waiting = self.engine.waiting(&template.id);
+        let mut template = translate::template(template, unusable, usage);
         let mut names = self.recipes.names_of(&template.template_id);
         names.append(&mut template.names);
-        Template { names, ..template }
+        Template {
+            names,
+            waiting,
+            ..template
+        }
     }
 
     /// A template with what it occupies. A size that cannot be had is left out.
     async fn measured(&self, template: &v1::Template, unusable: Option<String>) -> Template {
         let object = Object::Template(template.id.clone());
         let usage = self.engine.usage(&object).await.ok();
-        self.named(translate::template(template, unusable, usage.as_ref()))
+        self.seen(template, unusable, usage.as_ref())
     }
 }
 
@@ -458,7 +470,7 @@ impl Daemon for Icebox {
         let usage = |template: &v1::Template| usages.get(&Object::Template(template.id.clone()));
         Ok(templates
             .into_iter()
-            .map(|(it, unusable)| self.named(translate::template(&it, unusable, usage(&it))))
+            .map(|(it, unusable)| self.seen(&it, unusable, usage(&it)))
             .collect())
     }
 
@@ -505,6 +517,16 @@ impl Daemon for Icebox {
     async fn publish_template(&self, template: &str, public: bool) -> Result<Template, ApiError> {
         let published = self.engine.publish_template(template, public).await;
         let template = published.map_err(|error| translate::error(&error))?;
+        Ok(self.measured(&template, None).await)
+    }
+
+    async fn warm_template(&self, template: &str, count: u16) -> Result<Template, ApiError> {
+        let built = self.recipes.resolve(&self.engine, template);
+        let template = built
+            .as_deref()
+            .unwrap_or_else(|| translate::template_reference(template));
+        let warm = self.engine.set_warm(template, count).await;
+        let template = warm.map_err(|error| translate::error(&error))?;
         Ok(self.measured(&template, None).await)
     }
 

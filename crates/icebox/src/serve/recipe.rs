@@ -79,12 +79,7 @@ impl Recipes {
     ///
     /// # Errors
     /// What is known of names is damaged.
-    pub(super) fn open(data: &Path, internet: bool) -> std::io::Result<Self> {
-        let egress = if internet {
-            Egress::Internet
-        } else {
-            Egress::Deny
-        };
+    pub(super) fn open(data: &Path, egress: Egress) -> std::io::Result<Self> {
         Ok(Self {
             egress,
             families: Families::open(data)?,

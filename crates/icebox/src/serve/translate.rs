@@ -541,6 +541,8 @@ pub(super) fn template(
         allocated_bytes,
         shared_bytes,
         parts: parts(usage),
+        warm: template.warm,
+        waiting: 0,
         unusable,
         origin: Some(template.source.clone()),
     }

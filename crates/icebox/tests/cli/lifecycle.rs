@@ -171,3 +171,37 @@ fn what_the_host_has() {
         .run("kernel import");
     insta::assert_snapshot!(transcript.text());
 }
+
+/// A template, as the daemon shows it once `waiting` sandboxes of it wait.
+fn waiting(daemon: &Daemon, template: &str, waiting: u64) -> serde_json::Value {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    loop {
+        let shown = daemon.get(&["--json", "template", "inspect", template]);
+        let shown: serde_json::Value = serde_json::from_str(&shown).unwrap();
+        if shown["waiting"] == waiting {
+            return shown;
+        }
+        assert!(std::time::Instant::now() < deadline, "{shown}");
+    }
+}
+
+#[test]
+fn what_is_created_from_a_warm_template_was_there_before() {
+    let daemon = Daemon::start().with_template();
+    daemon.get(&["template", "warm", "base", "2"]);
+    assert_eq!(waiting(&daemon, "base", 2)["warm"], 2);
+    let shown = daemon.get(&["template", "inspect", "base"]);
+    assert!(shown.contains("2, of which 2 wait"), "{shown}");
+    assert_eq!(daemon.get(&["ls", "--quiet"]), "");
+    daemon.get(&["create", "base", "--name", "web", "--env", "KEY=value"]);
+    let said = daemon.get(&["--json", "events", "--since", "0", "--no-follow"]);
+    assert!(said.contains("from base, warm"), "{said}");
+    waiting(&daemon, "base", 2);
+    daemon.get(&["rm", "web"]);
+    let said = daemon.run(&["template", "warm", "base", "1000"]);
+    let said = String::from_utf8(said.stderr).unwrap();
+    assert!(said.contains("hint: ask for at most 64"), "{said}");
+    daemon.get(&["template", "warm", "base", "0"]);
+    assert_eq!(waiting(&daemon, "base", 0)["warm"], 0);
+    daemon.get(&["template", "rm", "base"]);
+}

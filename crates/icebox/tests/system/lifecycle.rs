@@ -28,6 +28,7 @@ tests! {
         inv_19_equal_verbs_are_one_and_others_take_turns,
         inv_29_pages_that_were_zeroed_are_zero,
         inv_36_commands_run_the_instant_that_create_returns,
+        inv_30_inv_37_who_creates_gets_what_waits_as_a_sandbox_of_its_own,
         inv_39_every_exit_code_and_every_byte_is_right;
 }
 
@@ -230,6 +231,39 @@ fn inv_37_inv_38_forks_differ_and_share_nothing(site: &mut Site) {
         all[1]
     );
     site.get(&["rm", all[1]]);
+}
+
+fn inv_30_inv_37_who_creates_gets_what_waits_as_a_sandbox_of_its_own(site: &mut Site) {
+    let since = site.newest_event();
+    let mut events = site.events();
+    site.get(&["template", "warm", WARM, "1"]);
+    for name in ["first", "second"] {
+        events.wait_for("template.warmed");
+        assert_eq!(site.get(&["template", "inspect", WARM])["waiting"], 1);
+        site.create(WARM, name);
+        assert_eq!(site.exec(name, "hostname"), name);
+    }
+    let taken = site.happened(since);
+    let taken = taken.iter().filter(|it| *it == "sandbox.created").count();
+    assert_eq!(taken, 2, "of what waits nobody hears");
+    for what in ["cat /proc/sys/kernel/random/uuid", "cat /etc/machine-id"] {
+        let said = ["first", "second"].map(|sandbox| site.exec(sandbox, what));
+        assert_ne!(said[0], said[1], "{what}");
+    }
+    let count = site.count("first");
+    events.wait_for("template.warmed");
+    // What was taken runs on; what waits is made anew.
+    drop(events);
+    let since = site.newest_event();
+    site.end_daemon(Signal::KILL);
+    site.start_daemon();
+    site.count("first").assert_goes_on_from(&count);
+    site.events_after(since).wait_for("template.warmed");
+    site.get(&["pause", "first"]);
+    site.get(&["resume", "first"]);
+    site.count("first").assert_goes_on_from(&count);
+    site.get(&["template", "warm", WARM, "0"]);
+    site.get(&["rm", "first", "second"]);
 }
 
 fn inv_39_every_exit_code_and_every_byte_is_right(site: &mut Site) {

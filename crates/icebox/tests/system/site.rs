@@ -458,7 +458,12 @@ impl Site {
 
     /// What happens from now on.
     pub(crate) fn events(&self) -> Events {
-        let since = self.newest_event().to_string();
+        self.events_after(self.newest_event())
+    }
+
+    /// What has happened after event `since`, and what happens from now on.
+    pub(crate) fn events_after(&self, since: u64) -> Events {
+        let since = since.to_string();
         let mut process = self
             .command(&["events", "--since", &since, "--json"])
             .stdout(Stdio::piped())

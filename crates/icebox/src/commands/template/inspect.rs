@@ -45,6 +45,10 @@ fn page(template: &Template) -> Table {
     row("cpus", template.cpu_count.to_string());
     row("memory", mib(template.memory_mb.into()));
     row("disk", mib(template.disk_size_mb));
+    if template.warm > 0 {
+        let (warm, waiting) = (template.warm, template.waiting);
+        row("warm", format!("{warm}, of which {waiting} wait"));
+    }
     if let Some(unusable) = &template.unusable {
         row("unusable", unusable.clone());
     }

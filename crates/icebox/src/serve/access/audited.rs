@@ -342,6 +342,12 @@ impl Daemon for Audited {
         self.change(verb, self.template_id(template), work).await
     }
 
+    async fn warm_template(&self, template: &str, count: u16) -> Result<Template, ApiError> {
+        let work = self.daemon.warm_template(template, count);
+        self.change("template.warm", self.template_id(template), work)
+            .await
+    }
+
     /// Its entry ends with the build, and has no end if the build is given up.
     async fn build(&self, new: NewBuild) -> Result<BoxStream<BuildEvent>, ApiError> {
         let (verb, actor, team) = ("template.build", &self.actor, self.team.as_deref());
