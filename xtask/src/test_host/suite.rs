@@ -31,9 +31,12 @@ const CONFORMANCE: &str = "volume_conformance";
 /// With real guests, each driver by itself.
 const SYSTEM: &str = "system";
 
+/// With QEMU and no engine.
+const QEMU: &str = "qemu";
+
 /// What runs where nobody says what: what each machine does, so that they take about as long as each other. Of the black-box
 /// suite, what every volume driver has to carry and how sandboxes live, with those drivers that the machine that this is built
-/// on may not have; the rest of it is run there.
+/// on may not have, and what its kernel's Landlock refuses; the rest of it is run there.
 const USUAL: &[&[Call]] = &[
     &[
         (CONFORMANCE, &[]),
@@ -43,11 +46,16 @@ const USUAL: &[&[Call]] = &[
     &[
         (SYSTEM, &["drivers::dm-snapshot"]),
         (SYSTEM, &["drivers::zfs"]),
+        (QEMU, &["inv_25_a_box"]),
     ],
 ];
 /// Everything.
 const FULL: &[&[Call]] = &[
-    &[(CONFORMANCE, &[]), (SYSTEM, &["::qcow2::"])],
+    &[
+        (CONFORMANCE, &[]),
+        (QEMU, &["inv_25_a_box"]),
+        (SYSTEM, &["::qcow2::"]),
+    ],
     &[
         (SYSTEM, &["::dm-snapshot::"]),
         (SYSTEM, &["::zfs::"]),
@@ -196,7 +204,7 @@ pub(super) fn require_old_enough_libc() -> Result<(), Failure> {
 impl Suite {
     /// Builds the tests, and what the guests in them are made of.
     pub(super) fn build(options: &Options) -> Result<Self, Failure> {
-        let known = [CONFORMANCE, SYSTEM];
+        let known = [CONFORMANCE, SYSTEM, QEMU];
         let mut names = options.tests.iter();
         if let Some(unknown) = names.find(|name| !known.contains(&name.as_str())) {
             return Err(Failure(format!(
