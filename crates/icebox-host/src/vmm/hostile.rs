@@ -22,10 +22,10 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
 
 use super::api::{Api, ApiError, Dialect};
-use super::cloud_hypervisor::machine::ChMachine;
-use super::firecracker::machine::{FirecrackerMachine, exit_reason};
+use super::asked::{AskedMachine, Ways};
+use super::cloud_hypervisor::machine::ChWays;
+use super::firecracker::machine::FirecrackerWays;
 use super::own_save::SaveArea;
-use super::watched::Watched;
 use super::{cloud_hypervisor, firecracker};
 use crate::launcher::Process;
 use crate::vmm::console::Outputs;
@@ -67,7 +67,7 @@ const KINDS: [Kind; 2] = [
         save: "vm.snapshot",
         parts: ["state.json", "memory-ranges"],
         refusal: |why| json!(["it failed", why]).to_string(),
-        machine: |parts| cloud_hypervisor(parts, true),
+        machine: |parts| parts.watched_by(ChWays::new(true)),
     },
     Kind {
         dialect: &firecracker::DIALECT,
@@ -77,22 +77,18 @@ const KINDS: [Kind; 2] = [
         save: "/snapshot/create",
         parts: ["state", "memory"],
         refusal: |why| json!({ "fault_message": format!("it failed: {why}") }).to_string(),
-        machine: |it| {
-            let reason = |ended, words: String| async move { exit_reason(ended, &words) };
-            let name = firecracker::DIALECT.name;
-            let vmm = Watched::begin(name, &it.sandbox, it.process, it.outputs, it.log, reason);
-            Box::new(FirecrackerMachine::new(vmm, it.api, it.area))
-        },
+        machine: |parts| parts.watched_by(FirecrackerWays),
     },
 ];
 
-fn cloud_hypervisor(it: Parts, is_loaded: bool) -> Box<dyn Machine> {
-    let Parts {
-        sandbox, api, area, ..
-    } = it;
-    Box::new(ChMachine::watch(
-        &sandbox, it.process, it.outputs, it.log, api, area, is_loaded,
-    ))
+impl Parts {
+    fn watched_by(self, ways: impl Ways) -> Box<dyn Machine> {
+        let (sandbox, log) = (self.sandbox, self.log);
+        let (process, outputs) = (self.process, self.outputs);
+        let machine =
+            AskedMachine::watch(&sandbox, process, outputs, log, self.api, self.area, ways);
+        Box::new(machine)
+    }
 }
 
 /// What the stand-in does when it is asked for something.
@@ -443,7 +439,7 @@ async fn inv_08_nothing_is_saved_before_all_memory_is_loaded() {
         other => panic!("{other:?}"),
     });
     let lazy = Kind {
-        machine: |parts| cloud_hypervisor(parts, false),
+        machine: |parts| parts.watched_by(ChWays::new(false)),
         ..KINDS[0]
     };
     let it = stand(&lazy, &fake);

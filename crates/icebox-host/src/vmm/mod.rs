@@ -5,6 +5,7 @@
 //! `memory`.
 
 mod api;
+mod asked;
 pub mod cloud_hypervisor;
 mod console;
 mod cpu;

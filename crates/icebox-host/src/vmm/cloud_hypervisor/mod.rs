@@ -34,7 +34,7 @@ use icebox_engine::layout::Layout;
 use tokio::process::Command;
 
 use self::config::{BOOT, CONFIG, Common, SOCKET, STATE, USERFAULTFD};
-use self::machine::ChMachine;
+use self::machine::{ChMachine, ChWays};
 use crate::blocking::blocking;
 use crate::boxes::HostBoxes;
 use crate::launcher::{Launcher, Process};
@@ -176,15 +176,11 @@ impl CloudHypervisor {
         outputs: Outputs,
         is_loaded: bool,
     ) -> ChMachine {
-        ChMachine::watch(
-            sandbox,
-            process,
-            outputs,
-            self.layout.console_log(sandbox),
-            Api::new(&DIALECT, self.layout.vm(sandbox).join(SOCKET)),
-            SaveArea::new(self.layout.save_area(sandbox)),
-            is_loaded,
-        )
+        let log = self.layout.console_log(sandbox);
+        let api = Api::new(&DIALECT, self.layout.vm(sandbox).join(SOCKET));
+        let save_area = SaveArea::new(self.layout.save_area(sandbox));
+        let ways = ChWays::new(is_loaded);
+        ChMachine::watch(sandbox, process, outputs, log, api, save_area, ways)
     }
 
     /// Brings a machine that has just started to where a launch ends.

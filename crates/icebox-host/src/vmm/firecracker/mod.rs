@@ -42,7 +42,7 @@ use serde_json::Value;
 use tokio::process::Command;
 
 use self::config::{API, SOCKET, STATE};
-use self::machine::FirecrackerMachine;
+use self::machine::{FirecrackerMachine, FirecrackerWays};
 use crate::blocking::blocking;
 use crate::boxes::HostBoxes;
 use crate::guest_image::vmlinux;
@@ -52,7 +52,6 @@ use crate::vmm::console::{CONSOLE, Outputs, STDERR};
 use crate::vmm::own_disk::OwnDisk;
 use crate::vmm::own_save::{SaveArea, create_for, expose};
 use crate::vmm::processes::{self, Processes};
-use crate::vmm::watched::Watched;
 use crate::vmm::{check_memory, check_undivided, cpu, program, trial};
 
 /// What manifests and users call it, and what its program is called.
@@ -197,11 +196,18 @@ impl Firecracker {
 
     fn watch(&self, sandbox: &SandboxId, process: Process, outputs: Outputs) -> FirecrackerMachine {
         let log = self.layout.console_log(sandbox);
-        let reason = |ended, words: String| async move { machine::exit_reason(ended, &words) };
-        let vmm = Watched::begin(DIALECT.name, sandbox, process, outputs, log, reason);
         let socket = self.layout.vm(sandbox).join(API).join(SOCKET);
-        let save_area = SaveArea::new(self.layout.save_area(sandbox));
-        FirecrackerMachine::new(vmm, Api::new(&DIALECT, socket), save_area)
+        let (api, save_area) = (Api::new(&DIALECT, socket), self.layout.save_area(sandbox));
+        let save_area = SaveArea::new(save_area);
+        FirecrackerMachine::watch(
+            sandbox,
+            process,
+            outputs,
+            log,
+            api,
+            save_area,
+            FirecrackerWays,
+        )
     }
 
     /// Brings a machine that has just started to where a launch ends.
