@@ -1,8 +1,9 @@
 //! The engine's way to guests: the agent's host-only calls, over the slot's address.
 //!
-//! Readiness is a round trip, and the wait for it is the last part of every create and resume. So nothing here sleeps
-//! for longer than 2 ms, and no wait depends on TCP's own timers: a guest that boots loses the first SYNs, and the
-//! kernel would send the next one only a second later.
+//! Readiness is a round trip, and the wait for it is the last part of every create and resume. So nothing here waits for
+//! long, and no wait depends on TCP's own timers: a guest that boots loses the first SYNs, and the kernel would send the next
+//! one only a second later. But where many guests share a processor, an answer takes its time, and must not come too late for
+//! an attempt that has been given up. So attempts overlap, and the longer a guest has been waited for, the longer they last.
 
 use std::fmt;
 use std::io;
@@ -11,6 +12,8 @@ use std::pin::Pin;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
 use icebox_agent_api::client::{AgentClient, AgentError, Connector, IoStream};
 use icebox_agent_api::control::{Clock, Identity, Init, Origin, Prepare};
 use icebox_agent_api::{AGENT_PORT, START_TAG, Token};
@@ -22,9 +25,14 @@ use sha2::{Digest as _, Sha256};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout};
 
-/// How long one connection attempt waits for the guest's answer. An answer over a tap takes well under a millisecond;
-/// an emulated guest that is busy starting takes longer.
+/// From one attempt to connect to the next, at first. An answer over a tap takes well under a millisecond; an emulated guest
+/// that is busy starting takes longer.
 const CONNECT: Duration = Duration::from_millis(20);
+/// Later it is this part of all the time that the guest has been waited for: so much later than it could be a guest that
+/// begins to listen is found, and one that is slow is not kept busy by being asked.
+const LATER: u32 = 20;
+/// How many attempts wait at once. So an answer may take two fifths of the time that the guest has been waited for.
+const AT_ONCE: u32 = 8;
 /// Between attempts that were refused at once.
 const BETWEEN: Duration = Duration::from_millis(2);
 /// How long one welcome may take once the agent has been reached: identity, clock, entropy, closing connections.
@@ -63,18 +71,38 @@ impl fmt::Debug for Patient {
 impl Connector for Patient {
     fn connect(&self) -> Pin<Box<dyn Future<Output = io::Result<Box<dyn IoStream>>> + Send + '_>> {
         Box::pin(async {
+            let stream = first(|| TcpStream::connect(self.0)).await;
+            stream.set_nodelay(true)?;
+            Ok(Box::new(stream) as Box<dyn IoStream>)
+        })
+    }
+}
+
+/// The first of many attempts that succeeds. More are made until then.
+async fn first<S, A>(attempt: impl Fn() -> A) -> S
+where
+    A: Future<Output = io::Result<S>>,
+{
+    let begun = Instant::now();
+    let mut attempts = FuturesUnordered::new();
+    loop {
+        let wait = CONNECT.max(begun.elapsed() / LATER);
+        attempts.push(timeout(wait * AT_ONCE, attempt()));
+        let ended = async {
             loop {
-                match timeout(CONNECT, TcpStream::connect(self.0)).await {
-                    Ok(Ok(stream)) => {
-                        stream.set_nodelay(true)?;
-                        return Ok(Box::new(stream) as Box<dyn IoStream>);
-                    }
-                    // Nobody listens yet, or there is no way to the guest yet.
-                    Ok(Err(_)) => sleep(BETWEEN).await,
-                    Err(_) => {}
+                match attempts.next().await {
+                    Some(Ok(ended)) => return ended,
+                    Some(Err(_)) => {}
+                    None => std::future::pending().await,
                 }
             }
-        })
+        };
+        match timeout(wait, ended).await {
+            Ok(Ok(stream)) => return stream,
+            // Nobody listens yet, or there is no way to the guest yet.
+            Ok(Err(_)) => sleep(BETWEEN).await,
+            Err(_) => {}
+        }
     }
 }
 
@@ -327,6 +355,25 @@ mod tests {
         stream.read_exact(&mut said).await.unwrap();
         assert_eq!(&said, b"hello");
         connecting.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_guest_that_is_slow_to_answer_is_reached() {
+        // Each attempt is answered long after the next ones have begun, and those before were given up at first.
+        const SLOW: Duration = Duration::from_millis(400);
+        let asked = std::cell::Cell::new(0);
+        let begun = Instant::now();
+        let reached = first(|| {
+            asked.set(asked.get() + 1);
+            async {
+                sleep(SLOW).await;
+                Ok(())
+            }
+        });
+        timeout(SLOW * 10, reached).await.unwrap();
+        assert!(begun.elapsed() >= SLOW);
+        // It is asked seldom.
+        assert!(asked.get() < 100, "{}", asked.get());
     }
 
     /// Answers one call, as an agent does, after `delay`; returns what was asked.
