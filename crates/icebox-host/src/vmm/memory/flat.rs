@@ -24,7 +24,7 @@ use icebox_engine::layout::MEMORY_BASE;
 use icebox_engine::unit::PAGE_SIZE;
 
 use super::process::MappedPart;
-use super::save::{BaseWriter, SaveError, SaveOutcome, allocated, create, failed};
+use super::save::{BATCH_PAGES, BaseWriter, SaveError, SaveOutcome, allocated, create, failed};
 use super::{PAGE, ProcessMemory, ZERO_PAGE};
 use crate::fs::{for_each_extent, sparse_copy};
 
@@ -50,24 +50,32 @@ pub(crate) fn save_flat(
         extents(written).map_err(|source| failed("read what was saved over", old_path, source))?;
     let mut writer = BaseWriter::new(&file, true);
     let mut changed = 0;
-    let (mut now, mut before) = ([0; PAGE_SIZE], [0; PAGE_SIZE]);
+    let [mut now, mut newer, mut before] = [(); 3].map(|()| vec![0; BATCH_PAGES * PAGE_SIZE]);
     for part in parts {
-        for number in candidates(process, part, &extents)? {
-            let at = part.offset + number * PAGE;
-            let next = extents.partition_point(|extent| extent.end <= at);
-            let is_written = extents.get(next).is_some_and(|extent| extent.contains(&at));
-            if is_written {
-                written.read_exact_at(&mut now, at).map_err(write)?;
-            }
-            // A file system may say that there are data where nothing was written. What is zero in the guest is so there.
-            if !is_written || now == ZERO_PAGE {
-                process.read(part.ram, number * PAGE, &mut now)?;
-            }
-            old.read_exact_at(&mut before, at)
-                .map_err(|source| failed("read", old_path, source))?;
-            if now != before {
-                changed += 1;
-                writer.push(at / PAGE, &now).map_err(write)?;
+        let numbers = candidates(process, part, &extents)?;
+        for run in numbers.chunk_by(|a, b| b - a == 1) {
+            // The guest stands still: neighbours are read together.
+            for batch in run.chunks(BATCH_PAGES) {
+                let length = batch.len() * PAGE_SIZE;
+                let at = part.offset + batch[0] * PAGE;
+                process.read(part.ram, batch[0] * PAGE, &mut now[..length])?;
+                written
+                    .read_exact_at(&mut newer[..length], at)
+                    .map_err(write)?;
+                old.read_exact_at(&mut before[..length], at)
+                    .map_err(|source| failed("read", old_path, source))?;
+                let pages = [&now, &newer, &before].map(|it| it[..length].chunks_exact(PAGE_SIZE));
+                let [now, newer, before] = pages;
+                for (number, ((now, newer), before)) in
+                    (at / PAGE..).zip(now.zip(newer).zip(before))
+                {
+                    // What the VMM has not written reads as zero. What is zero in the guest is so there.
+                    let page = if newer == ZERO_PAGE { now } else { newer };
+                    if page != before {
+                        changed += 1;
+                        writer.push(number, page).map_err(write)?;
+                    }
+                }
             }
         }
     }

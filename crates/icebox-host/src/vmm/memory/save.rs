@@ -15,7 +15,7 @@ use super::{GuestRam, PAGE, ProcessMemory, ZERO_PAGE};
 use crate::fs::{clamp_usize, punch, sparse_copy};
 
 /// Pages per read of the process's memory: 1 MiB.
-const BATCH_PAGES: usize = 256;
+pub(super) const BATCH_PAGES: usize = 256;
 
 /// A diff is cumulative, and every guest on it has its pages as anonymous memory: past this part of the memory, a new
 /// base is cheaper.
