@@ -30,9 +30,9 @@ use tokio::time::{Instant, sleep, timeout};
 const CONNECT: Duration = Duration::from_millis(20);
 /// Later it is this part of all the time that the guest has been waited for: so much later than it could be a guest that
 /// begins to listen is found, and one that is slow is not kept busy by being asked.
-const LATER: u32 = 20;
+const LATER: u32 = 50;
 /// How many attempts wait at once. So an answer may take two fifths of the time that the guest has been waited for.
-const AT_ONCE: u32 = 8;
+const AT_ONCE: u32 = 20;
 /// Between attempts that were refused at once.
 const BETWEEN: Duration = Duration::from_millis(2);
 /// How long one welcome may take once the agent has been reached: identity, clock, entropy, closing connections.
