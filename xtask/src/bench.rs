@@ -18,6 +18,7 @@ mod host;
 mod recovery;
 mod report;
 mod soak;
+mod vmms;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -31,6 +32,7 @@ use self::floor::Floor;
 use self::guests::{create, destroy, inspect, last_downtime, pause, post, verb};
 use self::report::{Budget, Report, Row, Series};
 pub(crate) use self::soak::soak;
+pub(crate) use self::vmms::vmms;
 use crate::run::{Failure, build_agent, cargo, root, run, target};
 
 /// What the guest does nothing for, before each pause.
@@ -134,7 +136,7 @@ pub(crate) fn volumes(options: &[String]) -> Result<(), Failure> {
 }
 
 /// The programs that are installed: release, and the static agent beside it.
-fn build() -> Result<PathBuf, Failure> {
+pub(crate) fn build() -> Result<PathBuf, Failure> {
     let mut icebox = cargo(["build", "--release", "--package", "icebox"]);
     run("the daemon, release", &mut icebox)?;
     build_agent()?;
@@ -151,7 +153,12 @@ fn start(programs: &Path) -> Result<(Daemon, PathBuf), Failure> {
     fs::create_dir_all(&place)
         .map_err(|error| Failure(format!("make {}: {error}", place.display())))?;
     let run = PathBuf::from("/run/icebox-bench");
-    let daemon = Daemon::start(&programs.join("icebox"), place.join("data"), run)?;
+    let daemon = Daemon::start(
+        &programs.join("icebox"),
+        place.join("data"),
+        run,
+        String::new(),
+    )?;
     Ok((daemon, place))
 }
 

@@ -20,6 +20,7 @@ usage: cargo xtask <chore>
   test-host the tests that need a kernel with device-mapper, ZFS and KVM, in a virtual Debian; --keep, --shell and more
   bench     measure, beside what QEMU alone takes; --quick, --json FILE and more
             bench volumes: each volume driver, beside the raw disk; --quick, --driver NAME, --directory DIR
+            bench vmms: Cloud Hypervisor and Firecracker, beside what each takes alone; --vmm NAME, --rounds N and more
   soak      boots:  boot guests, several at a time, and check each one's devices; -n BOOTS -j AT_ONCE
             model:  random verbs under random faults, of seeds nobody has chosen; -n RUNS --steps STEPS --seed FIRST
             pairs:  kill -9 at every step on real sandboxes, with every volume driver
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         (Some("agent"), []) => run::build_agent(),
         (Some("test-host"), options) => test_host::test_host(options),
         (Some("bench"), [first, options @ ..]) if first == "volumes" => bench::volumes(options),
+        (Some("bench"), [first, options @ ..]) if first == "vmms" => bench::vmms(options),
         (Some("bench"), options) => bench::bench(options),
         (Some("soak"), options) => soak::soak(options),
         _ => {

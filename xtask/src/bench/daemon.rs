@@ -18,7 +18,8 @@ use crate::run::Failure;
 const REQUEST: Duration = Duration::from_secs(900);
 /// Not the default, so that another daemon may run meanwhile.
 const PREFIX: &str = "10.238.0.0/16";
-const READY: Duration = Duration::from_secs(60);
+/// Its first start tries each VMM on a kernel, which takes nested ones some time.
+const READY: Duration = Duration::from_secs(180);
 /// How often it is asked whether it serves.
 const POLL: Duration = Duration::from_millis(2);
 /// The agent's port in every guest.
@@ -30,17 +31,25 @@ pub(super) struct Daemon {
     socket: PathBuf,
     pub(super) data: PathBuf,
     pub(super) run: PathBuf,
+    /// The settings that come before all sections.
+    first: String,
 }
 
 impl Daemon {
-    /// Starts `icebox serve` and waits until it answers.
-    pub(super) fn start(icebox: &Path, data: PathBuf, run: PathBuf) -> Result<Self, Failure> {
+    /// Starts `icebox serve`, with these settings before all sections, and waits until it answers.
+    pub(super) fn start(
+        icebox: &Path,
+        data: PathBuf,
+        run: PathBuf,
+        first: String,
+    ) -> Result<Self, Failure> {
         let mut this = Self {
             icebox: icebox.to_owned(),
-            process: spawn(icebox, &data, &run, "")?,
+            process: spawn(icebox, &data, &run, &first, "")?,
             socket: run.join("icebox.sock"),
             data,
             run,
+            first,
         };
         this.wait()?;
         Ok(this)
@@ -54,7 +63,7 @@ impl Daemon {
 
     /// Starts it again after [`end`](Self::end).
     pub(super) fn start_again(&mut self, settings: &str) -> Result<(), Failure> {
-        self.process = spawn(&self.icebox, &self.data, &self.run, settings)?;
+        self.process = spawn(&self.icebox, &self.data, &self.run, &self.first, settings)?;
         self.wait()
     }
 
@@ -188,11 +197,17 @@ fn log(data: &Path) -> PathBuf {
     data.with_extension("log")
 }
 
-fn spawn(icebox: &Path, data: &Path, run: &Path, settings: &str) -> Result<Child, Failure> {
+fn spawn(
+    icebox: &Path,
+    data: &Path,
+    run: &Path,
+    first: &str,
+    settings: &str,
+) -> Result<Child, Failure> {
     let io = |error| Failure(format!("start {}: {error}", icebox.display()));
     std::fs::create_dir_all(data).map_err(io)?;
     let config = data.with_extension("toml");
-    let settings = format!("[network]\nprefix = \"{PREFIX}\"\n{settings}");
+    let settings = format!("{first}[network]\nprefix = \"{PREFIX}\"\n{settings}");
     std::fs::write(&config, settings).map_err(io)?;
     let log = File::options().create(true).append(true).open(log(data));
     Command::new(icebox)

@@ -51,6 +51,21 @@ pub(super) fn destroy(daemon: &Daemon, sandbox: &str) -> Result<(), Failure> {
         .map(drop)
 }
 
+/// What the steps of a sandbox's newest event took, in ms: where its time went.
+pub(super) fn last_steps(daemon: &Daemon, sandbox: &str) -> Result<String, Failure> {
+    let events = daemon.request("GET", "/events?follow=false&since=0", &Value::Null)?;
+    let mut newest = array(&events).iter().rev();
+    let newest = newest.find(|event| event["sandboxID"] == sandbox && event["steps"].is_array());
+    let steps = newest
+        .map_or(&[][..], |event| array(&event["steps"]))
+        .iter();
+    let steps = steps.map(|step| {
+        let took = float(&step["micros"]) / 1000.0;
+        format!("{} {took:.0}", text(&step["step"]))
+    });
+    Ok(steps.collect::<Vec<_>>().join(", "))
+}
+
 /// For how long the vCPUs stood still in a sandbox's newest snapshot, from the times of its steps.
 pub(super) fn last_downtime(daemon: &Daemon, sandbox: &str) -> Result<f64, Failure> {
     let events = daemon.request("GET", "/events?follow=false&since=0", &Value::Null)?;
@@ -66,10 +81,10 @@ pub(super) fn last_downtime(daemon: &Daemon, sandbox: &str) -> Result<f64, Failu
         .filter(|event| event["sandboxID"] == sandbox)
         .find_map(|event| {
             let still = ["pause-vcpus", "save", "freeze", "resume-vcpus"];
-            still
-                .iter()
-                .map(|name| step(event, name))
-                .sum::<Option<f64>>()
+            let still = still.iter().map(|name| step(event, name));
+            // Where the host freezes the disk, what it has of it is written out before.
+            let flushed = step(event, "flush").unwrap_or_default();
+            still.sum::<Option<f64>>().map(|still| still + flushed)
         })
         .map(|micros| micros / 1000.0)
         .ok_or_else(|| Failure("no event tells how long the snapshot took".into()))

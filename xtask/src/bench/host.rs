@@ -12,6 +12,9 @@ use crate::run::Failure;
 /// Where a box shows its VMM the memory that the guest was restored from.
 const GUEST_MEMORY: &str = "/run/icebox/box/memory";
 
+/// What processes of VMMs are called: their first 15 characters, at most.
+const VMMS: [&str; 3] = ["qemu-system", "cloud-hypervis", "firecracker"];
+
 /// Memory of a VMM, in KiB, from proc_pid_smaps(5).
 #[derive(Default)]
 pub(super) struct Usage {
@@ -112,7 +115,7 @@ pub(super) fn holdings(daemon: &Daemon) -> BTreeSet<String> {
         let name = process.file_name().to_string_lossy().into_owned();
         let mapped = name.bytes().all(|byte| byte.is_ascii_digit())
             && fs::read_to_string(process.path().join("comm"))
-                .is_ok_and(|comm| comm.starts_with("qemu-system"))
+                .is_ok_and(|comm| VMMS.iter().any(|vmm| comm.starts_with(vmm)))
             && fs::read_dir(process.path().join("fd"))
                 .into_iter()
                 .flatten()

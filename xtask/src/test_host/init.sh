@@ -72,7 +72,7 @@ check_kernel() {
 run() {
     printf '\n── %s\n' "${1##*/}"
     local start=$SECONDS
-    "$1" --color=never "${@:2}" </dev/null || failed=1
+    "$@" </dev/null || failed=1
     printf '── %s: %s s\n' "${1##*/}" "$((SECONDS - start))"
 }
 

@@ -22,6 +22,7 @@ use serde_json::Value;
 use super::image::{Image, remove_tree, scripts};
 use super::machine::Mode;
 use super::{Options, at};
+use crate::bench;
 use crate::run::{Failure, built_by, cargo, run, target};
 
 /// A run of a test executable: its name, and the tests in it.
@@ -69,6 +70,8 @@ const VMMS: [(&str, &str); 2] = [
 ];
 /// The one with the tests of power cuts.
 const POWER_CUT: &str = SYSTEM;
+/// What a test executable is told before everything else: its lines go to a console.
+const NO_COLOR: &str = "--color=never";
 /// Makes what guests are made of.
 const FIXTURES: &str = "fixtures";
 
@@ -153,6 +156,17 @@ fn shares(options: &Options) -> Vec<Vec<(String, Vec<String>)>> {
     }
 }
 
+/// Builds these tests, and what makes what guests are made of. The whole workspace's, as `cargo xtask check` builds them: others
+/// would need everything built twice.
+fn fixtures_and_tests(tests: &[&str]) -> Command {
+    let mut command = cargo(["test", "--workspace", "--no-run"]);
+    for test in tests {
+        command.args(["--test", test]);
+    }
+    command.args(["--example", FIXTURES]);
+    command
+}
+
 /// What guests are made of.
 #[derive(Default)]
 struct Fixtures {
@@ -221,6 +235,15 @@ impl Suite {
             skipped: Mutex::default(),
             seen: Mutex::default(),
         };
+        if options.bench
+            && options
+                .arguments
+                .first()
+                .is_some_and(|first| first == "vmms")
+        {
+            suite.bench_vmms(&options.arguments)?;
+            return Ok(suite);
+        }
         if options.bench {
             let mut command = cargo(["bench", "--no-run", "--package", "icebox-host"]);
             let built = built_by(command.args(["--bench", "volumes"]))?;
@@ -230,12 +253,7 @@ impl Suite {
             suite.shares.push(vec![call]);
             return Ok(suite);
         }
-        // The whole workspace's, as `cargo xtask check` builds them: others would need everything built twice.
-        let mut command = cargo(["test", "--workspace", "--no-run"]);
-        for test in known {
-            command.args(["--test", test]);
-        }
-        command.args(["--example", FIXTURES]);
+        let mut command = fixtures_and_tests(&known);
         let mut tests = BTreeMap::new();
         for built in built_by(&mut command)? {
             match built.kind.as_str() {
@@ -248,7 +266,8 @@ impl Suite {
         for share in shares(options) {
             let calls = share.into_iter().map(|(name, arguments)| {
                 let missing = || Failure(format!("cargo built no {name}"));
-                Ok((tests.get(&name).ok_or_else(missing)?.clone(), arguments))
+                let executable = tests.get(&name).ok_or_else(missing)?.clone();
+                Ok((executable, [vec![NO_COLOR.to_owned()], arguments].concat()))
             });
             suite.shares.push(calls.collect::<Result<_, Failure>>()?);
         }
@@ -256,6 +275,37 @@ impl Suite {
             Some(_) => Ok(suite),
             None => Err(Failure(format!("cargo built no {FIXTURES}"))),
         }
+    }
+
+    /// The benchmark of VMMs is this very program, with a daemon as it is installed.
+    fn bench_vmms(&mut self, arguments: &[String]) -> Result<(), Failure> {
+        let programs = bench::build()?;
+        self.programs = ["icebox", "icebox-agent"]
+            .map(|it| programs.join(it))
+            .into();
+        for built in built_by(&mut fixtures_and_tests(&[]))? {
+            if built.kind == "example" {
+                self.fixtures = Some(Fixtures::make(&built.executable)?);
+            }
+        }
+        let missing = || Failure(format!("cargo built no {FIXTURES}"));
+        let image = self.fixtures.as_ref().and_then(Fixtures::image);
+        let image = image.ok_or_else(missing)?;
+        let this =
+            std::env::current_exe().map_err(|error| Failure(format!("find xtask: {error}")))?;
+        let programs = programs.canonicalize().map_err(at("find", &programs))?;
+        let mut words = vec!["bench".to_owned()];
+        words.extend(arguments.iter().cloned());
+        for (option, path) in [
+            ("--programs", programs),
+            ("--image", image),
+            ("--kernels", "/mnt/cache/kernels".into()),
+            ("--directory", "/tmp/bench".into()),
+        ] {
+            words.extend([option.to_owned(), path.to_string_lossy().into_owned()]);
+        }
+        self.shares.push(vec![(this, words)]);
+        Ok(())
     }
 
     /// How many machines share it.
@@ -352,7 +402,7 @@ impl Suite {
             Task::Half(_) => self
                 .power_cut
                 .iter()
-                .map(|executable| line(executable, &[]))
+                .map(|executable| line(executable, &[NO_COLOR.to_owned()]))
                 .collect(),
             Task::Share(number) => {
                 let lines = self.shares[number].iter();
@@ -426,6 +476,13 @@ impl Fixtures {
         })();
         made.filter(|_| output.status.success())
             .ok_or_else(|| Failure(format!("making what guests are made of: {}", output.status)))
+    }
+
+    /// Where the machine has the image.
+    fn image(&self) -> Option<PathBuf> {
+        let mut cached = self.cached.iter();
+        let image = cached.find(|path| path.extension().is_some_and(|it| it == "ext4"))?;
+        Some(Path::new("/mnt/cache").join(image.strip_prefix(&self.cache).ok()?))
     }
 
     fn pack(&self, staging: &Path) -> Result<(), Failure> {

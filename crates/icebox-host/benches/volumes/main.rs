@@ -53,8 +53,8 @@ impl Options {
         while let Some(argument) = arguments.next() {
             let mut value = || arguments.next().ok_or(format!("{argument} needs a value"));
             match argument.as_str() {
-                // What cargo says to every benchmark, and the test host to everything that it runs.
-                "--bench" | "--color=never" => {}
+                // What cargo says to every benchmark.
+                "--bench" => {}
                 "--quick" => {
                     options.repetitions = 5;
                     options.heads = 20;
