@@ -79,6 +79,15 @@ impl State {
     }
 }
 
+/// How a VMM ends that is killed.
+pub(crate) fn killed() -> ExitReason {
+    ExitReason {
+        by_guest: false,
+        reset: false,
+        detail: "killed by signal 9".into(),
+    }
+}
+
 fn gone() -> HostError {
     HostError::new(ErrorKind::Gone, "the VMM has ended")
 }
@@ -169,7 +178,16 @@ impl Vmm for SimVmm {
             stalled: watch::Sender::new(false),
         };
         let machine = self.machine(&plan.sandbox, &vm);
-        state.vms.insert(plan.sandbox, vm);
+        state.vms.insert(plan.sandbox.clone(), vm);
+        if matches!(plan.start, Start::Boot { .. }) && state.resets > 0 {
+            state.resets -= 1;
+            let reason = ExitReason {
+                by_guest: true,
+                reset: true,
+                detail: "the guest asked for a reset".into(),
+            };
+            state.end_vm(&plan.sandbox, reason);
+        }
         Ok(machine)
     }
 
@@ -193,7 +211,7 @@ impl Vmm for SimVmm {
     ) -> Result<Removed, HostError> {
         let mut state = self.world.lock();
         state.tick();
-        let was_there = state.end_vm(sandbox, false, "killed");
+        let was_there = state.end_vm(sandbox, killed());
         Ok(if was_there {
             Removed::Removed
         } else {
@@ -353,6 +371,7 @@ impl Machine for SimMachine {
                 .unwrap_or_else(|| unreachable!("it was waited for")),
             Err(_) => ExitReason {
                 by_guest: false,
+                reset: false,
                 detail: "the VMM has ended".into(),
             },
         }

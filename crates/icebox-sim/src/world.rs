@@ -21,7 +21,7 @@ use crate::guest::{SimGuest, SimKernels};
 use crate::journal::SimJournal;
 use crate::net::{SimBoxes, SimNetwork};
 use crate::store::SimStore;
-use crate::vmm::SimVmm;
+use crate::vmm::{SimVmm, killed};
 use crate::volume::{FreezeBy, SimVolumes};
 
 /// The content of a file, as far as the lifecycle can tell contents apart.
@@ -119,6 +119,8 @@ pub(crate) struct State {
     pub(crate) save_fails: bool,
     pub(crate) agent_wedged: bool,
     pub(crate) works: bool,
+    /// So many guests that boot next ask for a reset.
+    pub(crate) resets: u32,
     pub(crate) events: Vec<Event>,
     pub(crate) samples: BTreeMap<SandboxId, Vec<Sample>>,
     pub(crate) merges_corrupt: bool,
@@ -277,14 +279,11 @@ impl State {
             .map_or_else(|| self.resolve_object(&found.under), Ok)
     }
 
-    pub(crate) fn end_vm(&mut self, sandbox: &SandboxId, by_guest: bool, detail: &str) -> bool {
+    pub(crate) fn end_vm(&mut self, sandbox: &SandboxId, reason: ExitReason) -> bool {
         let Some(vm) = self.vms.remove(sandbox) else {
             return false;
         };
-        vm.exit.send_replace(Some(ExitReason {
-            by_guest,
-            detail: detail.to_owned(),
-        }));
+        vm.exit.send_replace(Some(reason));
         true
     }
 }
@@ -428,12 +427,22 @@ impl World {
 
     /// Ends a VMM, as `kill -9` would.
     pub fn crash_vmm(&self, sandbox: &SandboxId) {
-        self.lock().end_vm(sandbox, false, "killed by signal 9");
+        self.lock().end_vm(sandbox, killed());
     }
 
     /// Lets a guest power off.
     pub fn power_off(&self, sandbox: &SandboxId) {
-        self.lock().end_vm(sandbox, true, "the guest powered off");
+        let reason = ExitReason {
+            by_guest: true,
+            reset: false,
+            detail: "the guest powered off".into(),
+        };
+        self.lock().end_vm(sandbox, reason);
+    }
+
+    /// Makes the next guests that boot ask for a reset instead of answering.
+    pub fn reset_boots(&self, count: u32) {
+        self.lock().resets = count;
     }
 
     /// What a guest's vCPUs do, if it has a VMM.

@@ -561,6 +561,26 @@ fn a_guest_that_powers_off_is_stopped_and_not_crashed() {
 }
 
 #[test]
+fn inv_36_a_guest_that_resets_its_machine_before_it_answers_is_booted_again() {
+    story(async |world, engine| {
+        world.reset_boots(2);
+        let id = create(engine, "a").await;
+        world.guest_value(&id).unwrap();
+        assert_eq!(world.welcomes(&id).len(), 1);
+        engine.stop("a").await.unwrap();
+        let rests = world.in_use();
+
+        // Not for ever, and then nothing is left.
+        world.reset_boots(3);
+        let error = engine.start("a").await.unwrap_err();
+        assert!(error.to_string().contains("asked for a reset"), "{error}");
+        assert_eq!(world.in_use(), rests);
+        engine.start("a").await.unwrap();
+        world.guest_value(&id).unwrap();
+    });
+}
+
+#[test]
 fn inv_33_a_start_removes_strays_and_nothing_else() {
     for freeze in [FreezeBy::Vmm, FreezeBy::Host] {
         let world = World::new();

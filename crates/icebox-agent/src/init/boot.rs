@@ -18,12 +18,22 @@ use std::{
 };
 
 use icebox_agent_api::cmdline;
-use rustix::{fs::inotify, io::Errno, mount::MountFlags};
+use rustix::{
+    fs::inotify,
+    io::Errno,
+    mount::MountFlags,
+    time::{
+        Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
+        timerfd_settime,
+    },
+};
 
-use super::{KernelParameters, SUPERVISE_ROLE};
+use super::{KernelParameters, SUPERVISE_ROLE, power};
 
 /// Absolute paths of the modules inside the initramfs, one to a line, in the order to load them.
 const MODULE_ORDER: &str = "/etc/modules.load-order";
+/// A timer that should have gone off after a millisecond, and has not after this long, does not.
+const TIMER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Where the real root is put together.
 const NEW_ROOT: &str = "/newroot";
 /// Where this program lives in the real root: on a tmpfs, so nothing of the image is changed by it.
@@ -49,6 +59,11 @@ fn failed<E: Into<io::Error>>(operation: impl Into<String>) -> impl FnOnce(E) ->
 pub(super) fn run() -> Result<Infallible, Box<dyn Error>> {
     for (kind, target) in [("devtmpfs", "/dev"), ("proc", "/proc"), ("sysfs", "/sys")] {
         mount(kind, Path::new(target), MountFlags::empty(), "")?;
+    }
+    if !has_timer()? {
+        // Whoever started the machine sees what was asked for, and starts another.
+        eprintln!("icebox: the kernel has found no timer, so the machine is reset");
+        power::reset_now();
     }
     let parameters = KernelParameters::read(Path::new("/proc/cmdline"))?;
     load_modules()?;
@@ -79,6 +94,36 @@ fn mount(kind: &str, target: &Path, flags: MountFlags, options: &str) -> Result<
     let options = std::ffi::CString::new(options)
         .map_err(|error| failed(operation())(io::Error::other(error)))?;
     rustix::mount::mount(kind, target, kind, flags, options.as_c_str()).map_err(failed(operation()))
+}
+
+/// Whether the kernel has a timer. Without one it boots and answers, but whatever sleeps never wakes up.
+///
+/// An emulated machine has only the processor's own, which the kernel measures for a tenth of a second. It counts ticks of
+/// the time-stamp counter, late ones at once: where the host lets the emulator wait for as long as that just then, nothing is
+/// left to be measured, and the kernel takes the timer for one that stands still ("APIC frequency too slow").
+fn has_timer() -> Result<bool, BootError> {
+    let operation = || "set a timer";
+    let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK)
+        .map_err(failed(operation()))?;
+    let once = Itimerspec {
+        it_interval: Timespec::default(),
+        it_value: Timespec {
+            tv_sec: 0,
+            tv_nsec: 1_000_000,
+        },
+    };
+    timerfd_settime(&timer, TimerfdTimerFlags::empty(), &once).map_err(failed(operation()))?;
+    let begun = Instant::now();
+    // Nothing that would wait can be used to wait.
+    loop {
+        let is_over = begun.elapsed() > TIMER_TIMEOUT;
+        match rustix::io::read(&timer, &mut [0; 8]) {
+            Ok(_) => return Ok(true),
+            Err(Errno::AGAIN) if is_over => return Ok(false),
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(errno) => return Err(failed(operation())(errno)),
+        }
+    }
 }
 
 fn load_modules() -> Result<(), BootError> {
@@ -129,7 +174,7 @@ fn wait_for(device: &Path) -> io::Result<()> {
         if left.is_zero() {
             return Err(io::ErrorKind::TimedOut.into());
         }
-        let timeout = rustix::time::Timespec::try_from(left).map_err(io::Error::other)?;
+        let timeout = Timespec::try_from(left).map_err(io::Error::other)?;
         let mut ready = [rustix::event::PollFd::new(
             &watch,
             rustix::event::PollFlags::IN,

@@ -78,6 +78,11 @@ pub(super) fn off_now() {
     now(After::Off);
 }
 
+/// Resets the machine, without asking anyone.
+pub(super) fn reset_now() {
+    now(After::Reboot);
+}
+
 fn now(after: After) {
     rustix::fs::sync();
     // Written files are on the disk; this marks the filesystem clean. One that is busy replays its journal instead.

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 
-use crate::guest::{Guest, Options};
+use crate::guest::{Guest, NO_TIMER, Options, WITHOUT_TIMER};
 
 #[tokio::test]
 async fn a_disk_without_a_filesystem_is_named() {
@@ -20,6 +20,17 @@ async fn a_disk_without_a_filesystem_is_named() {
             .contains("icebox: boot failed: failed to mount the root filesystem /dev/vda (ext4)"),
         "{console}"
     );
+}
+
+#[tokio::test]
+async fn inv_36_a_machine_without_a_timer_is_reset() {
+    let mut guest = Guest::start(&Options {
+        parameters: WITHOUT_TIMER,
+        ..Options::default()
+    });
+    assert!(guest.is_off().await.success());
+    let console = guest.console();
+    assert!(console.contains(NO_TIMER), "{console}");
 }
 
 #[tokio::test]

@@ -178,6 +178,8 @@ pub enum VcpuState {
 pub struct ExitReason {
     /// The guest asked for it (poweroff, reboot), as far as the VMM tells.
     pub by_guest: bool,
+    /// What the guest asked for was to begin anew (reboot), as far as the VMM tells that from an end.
+    pub reset: bool,
     /// Exit status, signal and the last words on stderr, for people.
     pub detail: String,
 }

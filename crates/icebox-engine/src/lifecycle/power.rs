@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::catalog::PinnedChain;
 use crate::deadline::{self, within};
 use crate::error::Error;
-use crate::host::{GuestOrigin, LaunchPlan, Limits, Machine, Secret, Start, Welcome};
+use crate::host::{GuestOrigin, LaunchPlan, Limits, Machine, Secret, Start, Vmm, Welcome};
 use crate::id::{Digest, LayerId};
 use crate::layout::{BASE_IMAGE, Object};
 use crate::manifest::v1::{Hold, Rest, Sandbox as Record};
@@ -14,6 +14,8 @@ use crate::steps::Steps;
 
 /// Processes and threads in a box: vCPU threads, the VMM's I/O threads and some room.
 const PIDS_MAX: u32 = 256;
+/// How often a guest is booted that asks for a reset before it answers.
+const BOOTS: u32 = 3;
 
 /// The holds between a head and a running guest, in the order they are taken.
 pub(super) fn power_holds() -> [Hold; 4] {
@@ -43,6 +45,8 @@ impl Sandbox {
 
     /// Acquires the head and what [`power_holds`] names, all of which is written down already, and brings the guest
     /// to where it answers. On failure the caller gives back.
+    ///
+    /// A guest that asks for a reset while it boots gets one, as on any machine: VMMs end at a reset, so it is a new one.
     ///
     /// A guest that goes on from its own pause need not answer: what else runs in it is worth as much as it was, and this
     /// is the only way back to it.
@@ -95,7 +99,6 @@ impl Sandbox {
         let (disk, network) = (disk?, network?);
         fence?;
 
-        let restored = matches!(start, Start::Restore { .. });
         let plan = LaunchPlan {
             sandbox: self.id().clone(),
             slot,
@@ -104,6 +107,34 @@ impl Sandbox {
             network,
             start,
         };
+        let mut boots = 0;
+        loop {
+            boots += 1;
+            let (machine, answers) = self.bring_up(&*vmm, plan.clone(), &welcome, steps).await?;
+            let error = match answers {
+                Ok(answers) => return Ok(Powered { machine, answers }),
+                Err(error) => error,
+            };
+            let has_ended = matches!(error, Error::VmmEnded { .. });
+            if boots == BOOTS || !has_ended || !machine.exited().await.reset {
+                return Err(error);
+            }
+            tracing::warn!(sandbox = %self.id(), boots, "the guest asked for a reset before it answered, and is booted again");
+            let process = machine.process();
+            let cleared = vmm.kill(self.id(), Some(&process));
+            within(deadline::RELEASE, "clearing away the VMM", cleared).await?;
+        }
+    }
+
+    /// Starts a VMM, lets its vCPUs run, and waits for the guest: whether it answers, or why not.
+    async fn bring_up(
+        &self,
+        vmm: &dyn Vmm,
+        plan: LaunchPlan,
+        welcome: &Welcome,
+        steps: &Steps,
+    ) -> Result<(Arc<dyn Machine>, Result<bool, Error>), Error> {
+        let restored = matches!(plan.start, Start::Restore { .. });
         let launched = within(deadline::LAUNCH, "starting the VMM", vmm.launch(plan));
         let machine = steps.time("launch", launched).await?;
         if restored {
@@ -120,14 +151,14 @@ impl Sandbox {
         } else {
             deadline::WELCOME
         };
-        let answer = host.guest.welcome(self.address(), &welcome);
+        let answer = self.shared.host.guest.welcome(self.address(), welcome);
         let answer = Self::while_alive(&machine, limit, "waiting for the guest", answer);
         let answers = match steps.time("welcome", answer).await {
-            Ok(()) => true,
-            Err(Error::Deadline { .. }) if goes_on => false,
-            Err(error) => return Err(error),
+            Ok(()) => Ok(true),
+            Err(Error::Deadline { .. }) if goes_on => Ok(false),
+            Err(error) => Err(error),
         };
-        Ok(Powered { machine, answers })
+        Ok((machine, answers))
     }
 
     /// Refuses a base that is not as long as it was when it was imported. It was cut short from outside, and what a guest

@@ -113,6 +113,7 @@ impl Sandbox {
             let detail = "its VMM ended while no daemon was running".to_owned();
             self.vmm_ended(&ExitReason {
                 by_guest: false,
+                reset: false,
                 detail,
             })
             .await;

@@ -82,6 +82,7 @@ impl Watched {
             .and_then(|reason| reason.clone())
             .unwrap_or_else(|| ExitReason {
                 by_guest: false,
+                reset: false,
                 detail: format!("nobody watched {} any more", self.name),
             })
     }

@@ -218,6 +218,7 @@ impl Vmm for Guests {
         };
         vm.exit.send_replace(Some(ExitReason {
             by_guest: false,
+            reset: false,
             detail: "killed".into(),
         }));
         Ok(Removed::Removed)

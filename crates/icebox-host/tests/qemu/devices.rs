@@ -53,12 +53,7 @@ async fn inv_03_a_guest_on_a_block_device_comes_back_with_what_it_wrote() {
     copy_of(&fixture::debian_image().unwrap(), &image);
     let device = Device::over(&image);
 
-    let machine = lab
-        .qemu
-        .launch(device.under(guest.boot_plan().await))
-        .await
-        .unwrap();
-    guest.ready(&*machine).await;
+    let machine = guest.boot_as(device.under(guest.boot_plan().await)).await;
     guest
         .sh("echo one > /root/one && sync /root/one && echo two > /root/two")
         .await;
@@ -84,7 +79,7 @@ async fn inv_03_a_guest_on_a_block_device_comes_back_with_what_it_wrote() {
         .await
         .unwrap();
     machine.resume_vcpus().await.unwrap();
-    guest.ready(&*machine).await;
+    guest.ready(&*machine).await.unwrap();
     assert_eq!(guest.sh("sync; cat /root/one /root/two").await, "one\ntwo");
     lab.qemu
         .kill(&guest.id, Some(&machine.process()))

@@ -123,6 +123,7 @@ async fn a_guest_that_powers_off_says_so() {
             .await
             .unwrap();
         assert!(reason.by_guest, "{what}: {reason:?}");
+        assert_eq!(reason.reset, what == "restart", "{reason:?}");
         assert_eq!(reason.detail, "QEMU exited", "{what}");
     }
     lab.close().await;

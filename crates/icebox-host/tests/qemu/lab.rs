@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use icebox_agent_api::client::{AgentClient, Command};
 use icebox_agent_api::{AGENT_PORT, Token};
 use icebox_engine::host::{
-    BlockDevice, Boxes, Chain, Egress, LaunchPlan, Limits, Machine, MemorySource, Network,
-    SavePlan, SavedMemory, SavedPages, Secret, SlotNetwork, Start, Vmm, VolumeDriver,
+    BlockDevice, Boxes, Chain, Egress, ExitReason, LaunchPlan, Limits, Machine, MemorySource,
+    Network, SavePlan, SavedMemory, SavedPages, Secret, SlotNetwork, Start, Vmm, VolumeDriver,
 };
 use icebox_engine::id::{Digest, HeadId, LayerId, SandboxId, Slot};
 use icebox_engine::layout::{DEVICE_STATE, Layout, MEMORY_BASE, MEMORY_DIFF, Object};
@@ -355,9 +355,22 @@ impl Guest<'_> {
 
     /// Starts the guest and waits until its agent answers.
     pub(crate) async fn boot(&self) -> Arc<dyn Machine> {
-        let machine = self.lab.qemu.launch(self.boot_plan().await).await.unwrap();
-        self.ready(&*machine).await;
-        machine
+        self.boot_as(self.boot_plan().await).await
+    }
+
+    /// As [`boot`](Self::boot), by a plan. A guest that asks for a reset gets one, as from an engine: its kernel may find no
+    /// timer on a busy machine.
+    pub(crate) async fn boot_as(&self, plan: LaunchPlan) -> Arc<dyn Machine> {
+        loop {
+            let machine = self.lab.qemu.launch(plan.clone()).await.unwrap();
+            match self.ready(&*machine).await {
+                Ok(()) => return machine,
+                Err(reason) => assert!(reason.reset, "{reason:?}; console: {}", self.console()),
+            }
+            let process = machine.process();
+            let killed = self.lab.qemu.kill(&self.id, Some(&process));
+            killed.await.unwrap();
+        }
     }
 
     /// Brings back what was saved last, and lets it run.
@@ -369,26 +382,29 @@ impl Guest<'_> {
             .await
             .unwrap();
         machine.resume_vcpus().await.unwrap();
-        self.ready(&*machine).await;
+        self.ready(&*machine).await.unwrap();
         machine
     }
 
-    pub(crate) async fn ready(&self, machine: &dyn Machine) {
+    pub(crate) async fn ready(&self, machine: &dyn Machine) -> Result<(), ExitReason> {
         let deadline = Instant::now() + READY_DEADLINE;
         let mut pause = tokio::time::interval(Duration::from_millis(10));
         while let Err(error) = self.agent().health(Duration::from_secs(5)).await {
-            let log =
-                || fs::read_to_string(self.lab.layout.console_log(&self.id)).unwrap_or_default();
             assert!(
                 Instant::now() < deadline,
                 "not ready: {error}; console: {}",
-                log()
+                self.console()
             );
             tokio::select! {
                 _ = pause.tick() => {}
-                reason = machine.exited() => panic!("{}; console: {}", reason.detail, log()),
+                reason = machine.exited() => return Err(reason),
             }
         }
+        Ok(())
+    }
+
+    fn console(&self) -> String {
+        fs::read_to_string(self.lab.layout.console_log(&self.id)).unwrap_or_default()
     }
 
     pub(crate) fn agent(&self) -> AgentClient {

@@ -111,6 +111,7 @@ impl Ways for ChWays {
         let reset = matches!(ended, Ended::Exited(1)) && last_words.contains("rebooting VM");
         ExitReason {
             by_guest: reset || ended == Ended::Exited(0),
+            reset,
             detail: if reset {
                 "the guest reset its machine".to_owned()
             } else {

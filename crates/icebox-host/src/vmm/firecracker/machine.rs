@@ -80,6 +80,8 @@ impl Ways for FirecrackerWays {
         let by_guest = ended == Ended::Exited(0);
         ExitReason {
             by_guest,
+            // It may as well have been turned off: this VMM knows nothing else.
+            reset: false,
             detail: if by_guest {
                 "the guest reset its machine".to_owned()
             } else {

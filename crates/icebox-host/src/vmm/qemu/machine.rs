@@ -16,7 +16,7 @@ use icebox_engine::host::{
 use icebox_engine::id::SandboxId;
 use icebox_engine::layout::Layout;
 use icebox_engine::unit::PAGE_SIZE;
-use qapi::qmp::{self, MigrationCapability, MigrationStatus, RunState};
+use qapi::qmp::{self, MigrationCapability, MigrationStatus, RunState, ShutdownCause};
 use rustix::fs::{MemfdFlags, memfd_create};
 use tokio::sync::watch;
 
@@ -66,8 +66,10 @@ impl QemuMachine {
         let announced = qmp.announced();
         let log = layout.console_log(sandbox);
         let reason = |ended, last_words: String| async move {
+            let asked = announced.guest_ended().await;
             ExitReason {
-                by_guest: announced.guest_ended().await,
+                by_guest: asked.is_some(),
+                reset: asked == Some(ShutdownCause::guest_reset),
                 detail: describe(ended, &last_words),
             }
         };

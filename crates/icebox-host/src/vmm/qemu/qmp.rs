@@ -11,15 +11,14 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use futures_util::{Sink, StreamExt};
 use icebox_engine::host::{ErrorKind, HostError};
 use qapi::futures::{QapiEvents, QapiService, QmpStreamTokio};
-use qapi::qmp::{self, MigrationStatus, QmpCommand};
+use qapi::qmp::{self, MigrationStatus, QmpCommand, ShutdownCause};
 use qapi::{Command, Execute, ExecuteError};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
@@ -97,8 +96,8 @@ impl QmpCommand for BlockdevAdd {}
 /// What QEMU has said unasked.
 #[derive(Debug)]
 pub(super) struct Announced {
-    /// The guest asked for the end: poweroff, reboot or panic.
-    guest_ended: AtomicBool,
+    /// What the guest asked for, which was the end: poweroff, reboot or panic.
+    guest_ended: OnceLock<ShutdownCause>,
     /// How far the loading of device state is.
     incoming: watch::Sender<Option<MigrationStatus>>,
     /// Whether the vCPUs stand still, by us or by QEMU, as far as was heard.
@@ -134,13 +133,13 @@ impl Drop for Connection {
 }
 
 impl Announced {
-    /// Whether QEMU said that the guest asked for its end. Reads what it said last: call it when the process has ended.
-    pub(super) async fn guest_ended(&self) -> bool {
+    /// What for, if QEMU said that the guest asked for its end. Reads what it said last: call it when the process has ended.
+    pub(super) async fn guest_ended(&self) -> Option<ShutdownCause> {
         // The socket of a dead process ends, so this takes no longer than reading what is left in it.
         let mut connections = self.connections.subscribe();
         let _drained_or_timeout =
             tokio::time::timeout(QUICK, connections.wait_for(|open| *open == 0)).await;
-        self.guest_ended.load(Ordering::Acquire)
+        self.guest_ended.get().copied()
     }
 }
 
@@ -174,7 +173,7 @@ impl Qmp {
             path,
             connection: tokio::sync::Mutex::new(None),
             announced: Arc::new(Announced {
-                guest_ended: AtomicBool::new(false),
+                guest_ended: OnceLock::new(),
                 incoming: watch::Sender::new(None),
                 stands: watch::Sender::new(false),
                 connections: watch::Sender::new(0),
@@ -303,7 +302,8 @@ async fn listen(mut events: QapiEvents<QmpStreamTokio<Half>>, open: Open) {
     while let Some(Ok(event)) = events.next().await {
         match event {
             qmp::Event::SHUTDOWN { data, .. } if data.guest => {
-                open.0.guest_ended.store(true, Ordering::Release);
+                // It asks once.
+                open.0.guest_ended.get_or_init(|| data.reason);
             }
             qmp::Event::STOP { .. } => drop(open.0.stands.send_replace(true)),
             qmp::Event::RESUME { .. } => drop(open.0.stands.send_replace(false)),
