@@ -13,6 +13,7 @@ pub mod journal;
 pub mod launcher;
 pub mod network;
 mod pace;
+mod pager;
 pub mod pool;
 #[cfg(any(test, feature = "fixture"))]
 pub mod skip;

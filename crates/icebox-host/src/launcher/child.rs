@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -21,6 +22,7 @@ use rustix::thread::{
 use super::{BoxSpec, OpenFile, Report, SPEC_BYTES_MAX, Source, landlock, process, sys, world};
 use crate::fs::open_device;
 use crate::network;
+use crate::pager;
 
 /// Descriptors are few; a VMM that wants more is misbehaving.
 const MAX_OPEN_FILES: u64 = 1024;
@@ -149,11 +151,34 @@ fn run(control: &mut UnixStream) -> Result<std::convert::Infallible, Failure> {
         .read_exact(&mut [0])
         .step(|| "wait for the daemon".into())?;
 
+    if spec.pager {
+        // As exec would: what the daemon waits for.
+        control
+            .shutdown(Shutdown::Both)
+            .step(|| "let go of the daemon".into())?;
+        be_pager(files);
+    }
     let error = Command::new(&spec.program)
         .args(arguments(&spec.arguments, &files))
         .env_clear()
         .exec();
     Err(error).step(|| format!("execute {}", spec.program.display()))
+}
+
+/// Is the pager of a VMM, to its end.
+fn be_pager(files: Vec<(String, OwnedFd)>) -> ! {
+    let status = match pager::run(files) {
+        Ok(()) => 0,
+        Err(error) => {
+            pager::say(&error.to_string());
+            1
+        }
+    };
+    #[allow(
+        clippy::exit,
+        reason = "a pager is a whole process, and never returns to its caller's main"
+    )]
+    std::process::exit(status)
 }
 
 /// A FIFO to print into: never waits, and has a reader, so that printing does not fail while no daemon reads.

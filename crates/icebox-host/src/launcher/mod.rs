@@ -20,6 +20,9 @@
 //! and its cgroup, both made before *ready* (INV-46). Everything a box consists of beyond that (namespaces, mounts)
 //! belongs to the process and goes with it.
 //!
+//! What fills a VMM's memory (`pager`) is in a box, too, and started in the same way: but instead of executing a program, the
+//! launcher goes on as it.
+//!
 //! What it deliberately does not do: know any VMM. The driver says which files, devices and arguments.
 
 mod child;
@@ -53,6 +56,9 @@ pub const BOX_DIRECTORY: &str = "/run/icebox/box";
 pub struct BoxSpec {
     /// The VMM, as a host path. Its directory must be visible in the box: under `/usr`, or in [`binds`](Self::binds).
     pub program: PathBuf,
+    /// Whether the launcher executes nothing, and goes on as the pager of the VMM whose box it is: what a pager needs is
+    /// [passed](Self::files) to it, and its box is empty.
+    pub pager: bool,
     /// The VMM's arguments, without its name.
     pub arguments: Vec<String>,
     /// Files into which the launcher writes its pid to join its cgroups.

@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -51,6 +52,7 @@ pub(super) trait Ways: fmt::Debug + Send + Sync + 'static {
     /// Copies what it saved to where it is kept: a file that the VMM has had open cannot become immutable. `message` says
     /// what is done. Blocking.
     fn take(
+        &self,
         area: &SaveArea,
         process: &ProcessIdentity,
         plan: &SavePlan,
@@ -58,7 +60,7 @@ pub(super) trait Ways: fmt::Debug + Send + Sync + 'static {
     ) -> Result<SavedMemory, HostError>;
 
     /// What its end means, by its status and the last that it said.
-    fn exit_reason(ended: Ended, last_words: &str) -> ExitReason;
+    fn exit_reason(&self, ended: Ended, last_words: &str) -> ExitReason;
 }
 
 /// A VMM and the way to it.
@@ -68,7 +70,7 @@ pub(super) struct AskedMachine<W> {
     api: Api,
     /// Where it writes its saves.
     save_area: SaveArea,
-    ways: W,
+    ways: Arc<W>,
 }
 
 impl<W: Ways> AskedMachine<W> {
@@ -83,7 +85,9 @@ impl<W: Ways> AskedMachine<W> {
         save_area: SaveArea,
         ways: W,
     ) -> Self {
-        let reason = |ended, words: String| async move { W::exit_reason(ended, &words) };
+        let ways = Arc::new(ways);
+        let asked = Arc::clone(&ways);
+        let reason = |ended, words: String| async move { asked.exit_reason(ended, &words) };
         let vmm = Watched::begin(api.vmm(), sandbox, process, outputs, console_log, reason);
         Self {
             vmm,
@@ -168,9 +172,9 @@ impl<W: Ways> Machine for AskedMachine<W> {
         let request = W::save_request(&plan);
         let written = self.api.put(W::SAVE, Some(&request), SAVE_DEADLINE);
         let written = self.vmm.or_its_end("save", written).await;
-        let process = self.process();
+        let (process, ways) = (self.process(), Arc::clone(&self.ways));
         blocking(move || {
-            let taken = written.and_then(|()| W::take(&area, &process, &plan, &message));
+            let taken = written.and_then(|()| ways.take(&area, &process, &plan, &message));
             // Also what a save that failed has left.
             let emptied = area.empty().map_err(|error| HostError::io(message, error));
             let saved = taken?;

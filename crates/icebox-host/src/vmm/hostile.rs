@@ -77,7 +77,7 @@ const KINDS: [Kind; 2] = [
         save: "/snapshot/create",
         parts: ["state", "memory"],
         refusal: |why| json!({ "fault_message": format!("it failed: {why}") }).to_string(),
-        machine: |parts| parts.watched_by(FirecrackerWays),
+        machine: |parts| parts.watched_by(FirecrackerWays::default()),
     },
 ];
 

@@ -12,7 +12,7 @@ mod cpu;
 pub mod firecracker;
 #[cfg(test)]
 mod hostile;
-mod memory;
+pub(crate) mod memory;
 mod meter;
 mod own_disk;
 mod own_save;
@@ -20,6 +20,7 @@ mod processes;
 mod program;
 pub mod qemu;
 mod trial;
+mod userfault;
 mod watched;
 
 use std::io;
@@ -28,6 +29,7 @@ use std::path::Path;
 use icebox_engine::host::{ErrorKind, HostError, LaunchPlan, ProcessIdentity, Start};
 
 use crate::launcher::Bind;
+use crate::pager::PAGER_PID_FILE;
 
 /// The file of a VMM's runtime directory that says which process it is: its [identity], as JSON, written before it starts.
 ///
@@ -36,7 +38,16 @@ pub const PID_FILE: &str = "pid";
 
 /// Which process the VMM with this runtime directory is or was; `None` if it was never started, or has been cleaned up.
 pub(crate) fn read_pid_file(directory: &Path) -> io::Result<Option<ProcessIdentity>> {
-    match std::fs::read(directory.join(PID_FILE)) {
+    read_identity(&directory.join(PID_FILE))
+}
+
+/// Which process the pager of the VMM with this runtime directory is or was.
+pub(crate) fn read_pager_pid_file(directory: &Path) -> io::Result<Option<ProcessIdentity>> {
+    read_identity(&directory.join(PAGER_PID_FILE))
+}
+
+fn read_identity(path: &Path) -> io::Result<Option<ProcessIdentity>> {
+    match std::fs::read(path) {
         Ok(json) => Ok(Some(serde_json::from_slice(&json)?)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),

@@ -11,7 +11,8 @@ use icebox_engine::layout::Layout;
 
 use crate::boxes::HostBoxes;
 use crate::launcher::{Process, is_of_the_kernel};
-use crate::vmm::{PID_FILE, read_pid_file};
+use crate::pager::{PAGER_PID_FILE, PAGER_STATE};
+use crate::vmm::{PID_FILE, read_pager_pid_file, read_pid_file};
 
 /// A killed process may still write out what it has in flight.
 const KILL_DEADLINE: Duration = Duration::from_secs(15);
@@ -28,7 +29,7 @@ impl Processes {
         Self { layout, boxes }
     }
 
-    /// Everything that may be the VMM of this sandbox: recorded, or found by its pid file or its cgroup.
+    /// Everything that may be the VMM of this sandbox, or its pager: recorded, or found by its pid file or its cgroup.
     fn candidates(
         &self,
         sandbox: &SandboxId,
@@ -36,7 +37,9 @@ impl Processes {
     ) -> Result<Vec<Process>, HostError> {
         let failed = |error| HostError::io(format!("find the VMM of sandbox {sandbox}"), error);
         let mut identities: Vec<ProcessIdentity> = recorded.into_iter().cloned().collect();
-        identities.extend(read_pid_file(&self.layout.vm(sandbox)).map_err(failed)?);
+        let runtime = self.layout.vm(sandbox);
+        identities.extend(read_pid_file(&runtime).map_err(failed)?);
+        identities.extend(read_pager_pid_file(&runtime).map_err(failed)?);
         let mut found = self.members(sandbox)?;
         for identity in identities {
             if found.iter().all(|process| *process.identity() != identity) {
@@ -78,7 +81,8 @@ impl Processes {
         recorded: Option<&ProcessIdentity>,
     ) -> Result<Option<Process>, HostError> {
         let mut found = self.candidates(sandbox, recorded)?;
-        found.retain(|process| !process.has_ended());
+        let pager = self.pager_identity(sandbox)?;
+        found.retain(|process| !process.has_ended() && Some(process.identity()) != pager.as_ref());
         let process = found.pop();
         if found.is_empty() {
             return Ok(process);
@@ -89,7 +93,23 @@ impl Processes {
         ))
     }
 
-    /// Ensures that no VMM of this sandbox runs, and that its runtime directory has none of `files` and no pid file.
+    fn pager_identity(&self, sandbox: &SandboxId) -> Result<Option<ProcessIdentity>, HostError> {
+        read_pager_pid_file(&self.layout.vm(sandbox))
+            .map_err(|error| HostError::io(format!("find the pager of sandbox {sandbox}"), error))
+    }
+
+    /// The pager of this sandbox's VMM, if it runs.
+    pub(crate) fn pager(&self, sandbox: &SandboxId) -> Result<Option<Process>, HostError> {
+        let Some(identity) = self.pager_identity(sandbox)? else {
+            return Ok(None);
+        };
+        let found = Process::find(&identity).map_err(|error| {
+            HostError::io(format!("find the pager of sandbox {sandbox}"), error)
+        })?;
+        Ok(found.filter(|process| !process.has_ended()))
+    }
+
+    /// Ensures that no VMM of this sandbox runs, nor its pager, and that its runtime directory has none of `files` and no pid file.
     ///
     /// # Errors
     /// One would not end, or a file not go.
@@ -105,7 +125,10 @@ impl Processes {
             end(process).await?;
         }
         let runtime = self.layout.vm(sandbox);
-        for file in files.iter().chain([&PID_FILE]) {
+        for file in files
+            .iter()
+            .chain([&PID_FILE, &PAGER_PID_FILE, &PAGER_STATE])
+        {
             match std::fs::remove_file(runtime.join(file)) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}

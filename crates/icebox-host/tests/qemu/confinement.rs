@@ -315,6 +315,7 @@ async fn inv_25_a_box_makes_no_traps_for_root_and_reaches_nobody() {
     said.read_line(&mut String::new()).unwrap();
     let spec = BoxSpec {
         program: "/usr/bin/python3".into(),
+        pager: false,
         arguments: vec!["-c".into(), TRAPS.into(), other.id().to_string()],
         cgroup_procs: lab.boxes.cgroups().join_files(&guest.id),
         pid_file: runtime.join("pid"),

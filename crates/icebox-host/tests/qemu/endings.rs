@@ -1,7 +1,7 @@
 //! How VMMs end: by themselves, by force, and not at all when their daemon does.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use icebox_engine::host::{Boxes, ErrorKind, Removed, VcpuState, Vmm};
 use icebox_host::boxes::HostBoxes;
 use icebox_host::cgroup::Cgroups;
 use icebox_host::instance::Instance;
-use icebox_host::launcher::{BoxSpec, Process};
+use icebox_host::launcher::{BoxSpec, Ended, OpenFile, Process, Source};
 
 use crate::lab::{Lab, output, qemu};
 
@@ -263,6 +263,7 @@ async fn inv_46_a_launcher_whose_daemon_dies_starts_no_vmm() {
     output("mkfifo", &[runtime.join("stderr").to_str().unwrap()]);
     let spec = |program: &str, arguments: &[&str]| BoxSpec {
         program: program.into(),
+        pager: false,
         arguments: arguments
             .iter()
             .map(|argument| (*argument).to_owned())
@@ -311,6 +312,75 @@ async fn inv_46_a_launcher_whose_daemon_dies_starts_no_vmm() {
     assert!(launch.report().contains("execute /usr/bin/there-is-none"));
 
     fs::remove_file(runtime.join("pid")).unwrap();
+    lab.boxes.release(&guest.id).await.unwrap();
+    lab.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn inv_44_a_pager_is_confined_and_serves_nobody_of_another_box() {
+    let lab = Lab::open().await;
+    let guest = lab.guest().await;
+    let runtime = lab.layout.vm(&guest.id);
+    let stderr = runtime.join("stderr");
+    output("mkfifo", &[stderr.to_str().unwrap()]);
+    let memory = lab.path().join("memory");
+    fs::write(&memory, [7; 4096]).unwrap();
+    let (socket, state) = (runtime.join("pager.sock"), runtime.join("pager-state"));
+    fs::write(&state, "").unwrap();
+    let file = |name: &str, source| OpenFile {
+        name: name.to_owned(),
+        source,
+    };
+    let spec = BoxSpec {
+        program: "".into(),
+        pager: true,
+        arguments: Vec::new(),
+        cgroup_procs: lab.boxes.cgroups().join_files(&guest.id),
+        pid_file: runtime.join("pager.pid"),
+        network_namespace: Some(guest.network.namespace.clone()),
+        uid: lab.boxes.uid(guest.slot),
+        file_bytes_max: 1 << 20,
+        files: vec![
+            file("memory", Source::Read(memory)),
+            file("socket", Source::Listen(socket.clone())),
+            file("state", Source::ReadWrite(state)),
+        ],
+        stdout: None,
+        stderr: stderr.clone(),
+        binds: Vec::new(),
+        devices: Vec::new(),
+    };
+    let mut said = fs::File::options()
+        .read(true)
+        .write(true)
+        .open(stderr)
+        .unwrap();
+    let mut launch = Launch::start(&spec);
+    assert_eq!(launch.report(), r#""ready""#);
+    launch.go();
+    // It lets go of the daemon, as a program that was executed would.
+    assert_eq!(launch.report(), "");
+    let pid = launch.process.identity().pid;
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let uid = spec.uid;
+    assert!(
+        status.contains(&format!("Uid:\t{uid}\t{uid}\t{uid}\t{uid}\n")),
+        "{status}"
+    );
+    assert!(status.contains("CapEff:\t0000000000000000\n"), "{status}");
+
+    // The test is root, and in no box.
+    drop(UnixStream::connect(&socket).unwrap());
+    let ended = tokio::time::timeout(Duration::from_secs(20), launch.process.ended());
+    assert_eq!(ended.await.unwrap(), Ended::Exited(1));
+    let mut words = [0; 256];
+    let count = said.read(&mut words).unwrap();
+    let words = String::from_utf8_lossy(&words[..count]);
+    assert_eq!(words, "pager: who asks for a memory is not of its box\n");
+
+    for left in ["pager.pid", "pager.sock", "pager-state"] {
+        fs::remove_file(runtime.join(left)).unwrap();
+    }
     lab.boxes.release(&guest.id).await.unwrap();
     lab.close().await;
 }

@@ -167,6 +167,8 @@ struct File {
     qemu: Option<PathBuf>,
     cloud_hypervisor: Option<PathBuf>,
     firecracker: Option<PathBuf>,
+    #[serde(default)]
+    firecracker_pager: bool,
     vmm: Option<String>,
     accelerator: Option<Accelerator>,
     volume_driver: Option<String>,
@@ -263,6 +265,8 @@ pub(crate) struct Config {
     pub(crate) qemu: Option<PathBuf>,
     pub(crate) cloud_hypervisor: Option<PathBuf>,
     pub(crate) firecracker: Option<PathBuf>,
+    /// Whether memory that Firecracker restores is filled by a process of its own.
+    pub(crate) firecracker_pager: bool,
     pub(crate) vmm: Option<String>,
     pub(crate) accelerator: Accelerator,
     pub(crate) volume_driver: Option<String>,
@@ -363,6 +367,7 @@ impl Config {
             qemu: file.qemu,
             cloud_hypervisor: file.cloud_hypervisor,
             firecracker: file.firecracker,
+            firecracker_pager: file.firecracker_pager,
             vmm: file.vmm,
             accelerator: file.accelerator.unwrap_or_default(),
             volume_driver: file.volume_driver,

@@ -294,6 +294,7 @@ async fn try_vmms(
         program: config.firecracker.clone(),
         probe_kernel,
         launcher: Launcher::this_program(),
+        pager: config.firecracker_pager,
     };
     let third = Firecracker::find(third, layout.clone(), Arc::clone(boxes)).await;
     let mut tried = vec![

@@ -215,14 +215,19 @@ impl Site {
         fs::write(self.scratch("icebox.toml"), settings).unwrap();
     }
 
+    /// Adds a line to the settings of daemons that start from now on.
+    pub(crate) fn set(&self, setting: &str) {
+        let file = self.scratch("icebox.toml");
+        let settings = fs::read_to_string(&file).unwrap();
+        fs::write(file, format!("{setting}\n{settings}")).unwrap();
+    }
+
     /// Starts the daemon again, to listen on a TCP address, too.
     pub(crate) fn listen(&mut self) {
         let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr();
         let address = address.unwrap().to_string();
         self.end_daemon(Signal::TERM);
-        let file = self.scratch("icebox.toml");
-        let settings = fs::read_to_string(&file).unwrap();
-        fs::write(file, format!("listen = {address:?}\n{settings}")).unwrap();
+        self.set(&format!("listen = {address:?}"));
         self.start_daemon();
         self.url = Some(format!("http://{address}"));
     }
@@ -412,6 +417,16 @@ impl Site {
         let pid = self.inspect(sandbox)["pid"].as_u64();
         pid.and_then(|pid| pid.try_into().ok())
             .expect("a VMM runs it")
+    }
+
+    /// The process that fills a sandbox's memory.
+    #[track_caller]
+    pub(crate) fn pager_pid(&self, sandbox: &str) -> u32 {
+        let shown = self.get(&["inspect", sandbox]);
+        let id = crate::lifecycle::path_of(&shown, &["sandboxID"]);
+        let file = self.traces.run.join("vm").join(id).join("pager.pid");
+        let identity: Value = serde_json::from_slice(&fs::read(file).unwrap()).unwrap();
+        identity["pid"].as_u64().unwrap().try_into().unwrap()
     }
 
     /// Where the host reaches a sandbox.

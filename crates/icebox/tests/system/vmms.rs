@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::drivers::sums_on_disk;
 use crate::lifecycle::{SUMS, path_of, write};
 use crate::record::Record;
-use crate::site::{COLD, COUNTER, Site, kill, patience, ticking};
+use crate::site::{COLD, COUNTER, SLOTS, Site, kill, patience, ticking};
 
 tests! {
     every:
@@ -24,7 +24,8 @@ tests! {
         inv_08_inv_10_inv_18_inv_29_inv_44_on_cloud_hypervisor_memory_and_disk_come_back,
         inv_06_inv_31_inv_46_on_cloud_hypervisor_guests_outlive_daemons_and_their_end_is_noticed,
         inv_08_inv_10_inv_18_inv_29_inv_44_on_firecracker_memory_and_disk_come_back,
-        inv_06_inv_31_inv_46_on_firecracker_guests_outlive_daemons_and_their_end_is_noticed;
+        inv_06_inv_31_inv_46_on_firecracker_guests_outlive_daemons_and_their_end_is_noticed,
+        inv_06_inv_08_inv_29_inv_31_on_firecracker_a_pager_fills_memory;
 }
 
 pub(crate) const NAME: &str = "vmms";
@@ -326,4 +327,76 @@ fn guests_outlive_daemons_and_their_end_is_noticed(site: &mut Site, vmm: &Kind) 
     record.saw(&["stop"]);
     site.get(&["rm", "hardy"]);
     site.get(&["template", "rm", COLD]);
+}
+
+fn inv_06_inv_08_inv_29_inv_31_on_firecracker_a_pager_fills_memory(site: &mut Site) {
+    boot(site, &FIRECRACKER, "first");
+    write(site, "first", "a");
+    let sums = site.exec("first", SUMS);
+    site.exec(
+        "first",
+        "head -c 24M /dev/urandom >/dev/shm/random; head -c 24M /dev/urandom >/dev/shm/zero; sha256sum /dev/shm/random >/dev/shm/sum",
+    );
+    let whole = "cd /dev/shm && sha256sum -c sum >&2 && tr -d '\\000' <zero | wc -c";
+    site.get(&["snapshot", "first", "--name", "memory"]);
+    let count = site.count("first");
+    site.get(&["rm", "first"]);
+    let restored = |site: &Site, name: &str| {
+        let begun = Instant::now();
+        site.create("memory", name);
+        let created = begun.elapsed();
+        assert_eq!(site.exec(name, "echo there"), "there");
+        println!(
+            "{name}: created after {created:.2?}, answers after {:.2?}",
+            begun.elapsed()
+        );
+    };
+    restored(site, "mapped-first");
+    restored(site, "mapped");
+    site.get(&["rm", "mapped-first"]);
+    site.end_daemon(Signal::TERM);
+    site.set("firecracker_pager = true");
+    site.start_daemon();
+    // It stays as it was started, and so is saved.
+    site.get(&["pause", "mapped"]);
+    site.get(&["rm", "mapped"]);
+
+    restored(site, "cold");
+    // The working set is known after ten seconds.
+    site.exec("cold", "sleep 12");
+    restored(site, "ahead");
+    for name in ["cold", "ahead"] {
+        site.count(name).assert_goes_on_from(&count);
+        assert_eq!(site.exec(name, SUMS), sums);
+    }
+    site.get(&["rm", "ahead"]);
+
+    // Saved before all of its memory can have been loaded, when some was freed, and by another daemon.
+    site.exec(
+        "cold",
+        "head -c 24M /dev/zero | dd of=/dev/shm/zero conv=notrunc bs=1M status=none; sync; echo 3 >/proc/sys/vm/drop_caches",
+    );
+    site.end_daemon(Signal::KILL);
+    site.start_daemon();
+    for _ in 0..2 {
+        site.get(&["pause", "cold"]);
+        site.get(&["resume", "cold"]);
+    }
+    assert_eq!(site.exec("cold", whole), "0");
+    assert_eq!(site.exec("cold", SUMS), sums);
+    site.count("cold").assert_goes_on_from(&count);
+
+    let mut events = site.events();
+    kill(site.pager_pid("cold"), Signal::KILL);
+    events.wait_for("sandbox.crashed");
+    let shown = site.get(&["inspect", "cold"]);
+    assert!(shown["lastExit"].to_string().contains("pager"), "{shown}");
+    site.get(&["start", "cold"]);
+    assert_eq!(site.exec("cold", SUMS), sums);
+    site.get(&["rm", "cold"]);
+    site.get(&["template", "rm", "memory", COLD]);
+    // As it was for the tests that follow.
+    site.end_daemon(Signal::TERM);
+    site.configure(SLOTS);
+    site.start_daemon();
 }

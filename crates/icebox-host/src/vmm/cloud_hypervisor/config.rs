@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use crate::launcher::{BOX_DIRECTORY, Bind, BoxSpec, Node, OpenFile, Source};
 use crate::vmm::console::{CONSOLE, STDERR};
 use crate::vmm::own_disk::OwnDisk;
+use crate::vmm::userfault::USERFAULTFD;
 use crate::vmm::{PID_FILE, program_binds};
 
 /// Which arrangement of devices this program makes.
@@ -35,8 +36,6 @@ pub(super) const SAVED_MEMORY: &str = "memory-ranges";
 
 /// The network card: a restore names it to give it its tap.
 const NETWORK_CARD: &str = "net0";
-/// Lets a userfaultfd be had without privileges, since Linux 6.1.
-pub(super) const USERFAULTFD: &str = "/dev/userfaultfd";
 
 /// What a launch takes from its driver.
 #[derive(Clone, Debug)]
@@ -93,6 +92,7 @@ pub(super) fn box_spec(
     }
     let mut spec = BoxSpec {
         program: common.program.clone(),
+        pager: false,
         arguments: vec!["--api-socket".to_owned(), "fd={api}".to_owned()],
         cgroup_procs,
         pid_file: runtime.join(PID_FILE),

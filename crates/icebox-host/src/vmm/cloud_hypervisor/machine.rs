@@ -93,6 +93,7 @@ impl Ways for ChWays {
 
     /// Of the memory, what is not zero.
     fn take(
+        &self,
         area: &SaveArea,
         _: &ProcessIdentity,
         plan: &SavePlan,
@@ -107,7 +108,7 @@ impl Ways for ChWays {
 
     /// How it ended. By itself it ends well only when the guest powers off; a guest that resets makes it look for the kernel
     /// again, which is not there any more.
-    fn exit_reason(ended: Ended, last_words: &str) -> ExitReason {
+    fn exit_reason(&self, ended: Ended, last_words: &str) -> ExitReason {
         let reset = matches!(ended, Ended::Exited(1)) && last_words.contains("rebooting VM");
         ExitReason {
             by_guest: reset || ended == Ended::Exited(0),

@@ -33,7 +33,7 @@ use icebox_engine::id::SandboxId;
 use icebox_engine::layout::Layout;
 use tokio::process::Command;
 
-use self::config::{BOOT, CONFIG, Common, SOCKET, STATE, USERFAULTFD};
+use self::config::{BOOT, CONFIG, Common, SOCKET, STATE};
 use self::machine::{ChMachine, ChWays};
 use crate::blocking::blocking;
 use crate::boxes::HostBoxes;
@@ -44,7 +44,7 @@ use crate::vmm::console::{CONSOLE, Outputs, STDERR};
 use crate::vmm::own_disk::OwnDisk;
 use crate::vmm::own_save::{SaveArea, expose};
 use crate::vmm::processes::{self, Processes};
-use crate::vmm::{check_memory, check_undivided, cpu, program, trial};
+use crate::vmm::{check_memory, check_undivided, cpu, program, trial, userfault};
 
 /// What manifests and users call it, and what its program is called.
 pub const NAME: &str = "cloud-hypervisor";
@@ -113,7 +113,7 @@ impl CloudHypervisor {
         let version = version(&program).await?;
         let kernel = config.probe_kernel.as_deref();
         let accelerator_reason = prove(&program, &version, kernel, layout.run()).await?;
-        let lazy = may_load_lazily();
+        let lazy = userfault::is_there();
         let identity = VmmIdentity {
             name: NAME.into(),
             version,
@@ -333,14 +333,6 @@ async fn prove(
         .map_err(failed)?;
     proof.remember(run, PROVEN);
     Ok(reason)
-}
-
-/// Whether a VMM without privileges may have pages loaded when KVM touches them: by a device that the box gets, or since
-/// everybody may.
-fn may_load_lazily() -> bool {
-    const EVERYBODY: &str = "/proc/sys/vm/unprivileged_userfaultfd";
-    Path::new(USERFAULTFD).exists()
-        || fs::read_to_string(EVERYBODY).is_ok_and(|allowed| allowed.trim() == "1")
 }
 
 /// Makes what a box is made of, as its uid can use it.

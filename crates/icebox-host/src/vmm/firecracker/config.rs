@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use crate::launcher::{BOX_DIRECTORY, Bind, BoxSpec, Node};
 use crate::vmm::console::{CONSOLE, STDERR};
 use crate::vmm::own_disk::OwnDisk;
+use crate::vmm::userfault::USERFAULTFD;
 use crate::vmm::{PID_FILE, program_binds};
 
 /// Which arrangement of devices this program makes.
@@ -23,6 +24,8 @@ pub(super) const MACHINE_REVISION: u32 = 1;
 pub(super) const API: &str = "api";
 /// The socket in it.
 pub(super) const SOCKET: &str = "api.sock";
+/// The socket of the pager, if there is one, beside it.
+pub(super) const PAGER_SOCKET: &str = "pager.sock";
 /// A restore's device state, in the runtime directory: where it is kept only root may read it.
 pub(super) const STATE: &str = "state";
 /// The device state in a save of Firecracker's.
@@ -59,6 +62,8 @@ pub(super) struct Own<'a> {
     pub(super) save: &'a Path,
     /// Whose the box is.
     pub(super) uid: u32,
+    /// Whether a pager fills the memory of what is restored.
+    pub(super) paged: bool,
 }
 
 /// The launcher's orders for a plan.
@@ -70,7 +75,9 @@ pub(super) fn box_spec(plan: &LaunchPlan, own: Own<'_>, cgroup_procs: Vec<PathBu
         runtime,
         save,
         uid,
+        paged,
     } = own;
+    let mut devices = vec![Node::same("/dev/kvm"), Node::same(TUN)];
     let mut binds = program_binds(program);
     binds.push(Bind::writable(save, inside("save")));
     binds.push(Bind::writable(runtime.join(API), inside(API)));
@@ -81,11 +88,16 @@ pub(super) fn box_spec(plan: &LaunchPlan, own: Own<'_>, cgroup_procs: Vec<PathBu
         }
         Start::Restore { memory, .. } => {
             binds.push(Bind::read_only(runtime.join(STATE), inside(STATE)));
-            binds.push(Bind::read_only(&memory.base, inside("memory")));
+            if !paged {
+                binds.push(Bind::read_only(&memory.base, inside("memory")));
+            } else if Path::new(USERFAULTFD).exists() {
+                devices.push(Node::same(USERFAULTFD));
+            }
         }
     }
     let mut spec = BoxSpec {
         program: program.to_owned(),
+        pager: false,
         // At a level below, what requests say would be in the log, which is the console: the command line, with the agent's
         // first token.
         arguments: [
@@ -106,7 +118,7 @@ pub(super) fn box_spec(plan: &LaunchPlan, own: Own<'_>, cgroup_procs: Vec<PathBu
         stdout: Some(runtime.join(CONSOLE)),
         stderr: runtime.join(STDERR),
         binds,
-        devices: vec![Node::same("/dev/kvm"), Node::same(TUN)],
+        devices,
     };
     disk.expose(&mut spec);
     spec
@@ -173,10 +185,15 @@ pub(super) fn for_boot(
 }
 
 /// What `/snapshot/load` is told. Changes are tracked from then on: a later save would be of all that is in the page cache.
-pub(super) fn for_restore(plan: &LaunchPlan) -> Value {
+pub(super) fn for_restore(plan: &LaunchPlan, paged: bool) -> Value {
+    let (path, kind) = if paged {
+        (inside(API).join(PAGER_SOCKET), "Uffd")
+    } else {
+        (inside("memory"), "File")
+    };
     json!({
         "snapshot_path": text(&inside(STATE)),
-        "mem_backend": { "backend_path": text(&inside("memory")), "backend_type": "File" },
+        "mem_backend": { "backend_path": text(&path), "backend_type": kind },
         "track_dirty_pages": true,
         "resume_vm": false,
         "network_overrides": [{
@@ -298,6 +315,7 @@ mod tests {
                 runtime: Path::new("/run/vm/1"),
                 save: Path::new("/srv/1/save"),
                 uid: 10_001,
+                paged: false,
             };
             box_spec(plan, own, Vec::new())
         };
@@ -307,7 +325,7 @@ mod tests {
             paths(&told, &mut named);
         }
         let of_restore = spec(&restore, None);
-        paths(&for_restore(&restore), &mut named);
+        paths(&for_restore(&restore, false), &mut named);
         let there: BTreeSet<_> = [&of_boot, &of_restore]
             .into_iter()
             .flat_map(|spec| spec.binds.iter().map(|bind| text(&bind.target)))

@@ -2,7 +2,9 @@
 
 use std::fs::File;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use async_trait::async_trait;
 use icebox_engine::host::{
@@ -12,9 +14,10 @@ use serde_json::{Value, json};
 
 use super::config::{self, Extent, SAVED_MEMORY, SAVED_STATE};
 use crate::launcher::Ended;
+use crate::pager::{self, state::FilledPart};
 use crate::vmm::api::{Api, ApiError};
 use crate::vmm::asked::{AskedMachine, FLIP_DEADLINE, Ways};
-use crate::vmm::memory::{self, ProcessMemory, SaveError};
+use crate::vmm::memory::{self, GuestRam, MappedPart, ProcessMemory, SaveError};
 use crate::vmm::own_save::SaveArea;
 use crate::vmm::watched::how_it_ended;
 
@@ -26,8 +29,16 @@ pub(crate) type FirecrackerMachine = AskedMachine<FirecrackerWays>;
 const BELOW_DEVICES: u64 = 3 << 30;
 
 /// How it is asked.
-#[derive(Debug)]
-pub(crate) struct FirecrackerWays;
+#[derive(Debug, Default)]
+pub(crate) struct FirecrackerWays {
+    /// What its pager says, if it has one.
+    pub(super) pager_state: PathBuf,
+    /// Whether it was ended since its pager had.
+    pub(super) lost: Lost,
+}
+
+/// Whether a VMM was ended since its pager had.
+pub(super) type Lost = Arc<AtomicBool>;
 
 #[async_trait]
 impl Ways for FirecrackerWays {
@@ -44,7 +55,7 @@ impl Ways for FirecrackerWays {
         api.patch("/vm", &resumed, FLIP_DEADLINE).await
     }
 
-    /// It always has: what was not touched yet is in the file that its memory is mapped from.
+    /// It always has: what was not touched yet is in the file that its memory is mapped or filled from.
     async fn loaded(&self, _: &Api) -> Result<(), ApiError> {
         Ok(())
     }
@@ -60,6 +71,7 @@ impl Ways for FirecrackerWays {
     /// What has changed since the restore is not taken from its save alone, but from the guest's own pages: saves that
     /// failed, or that an earlier daemon made, are of no account.
     fn take(
+        &self,
         area: &SaveArea,
         process: &ProcessIdentity,
         plan: &SavePlan,
@@ -69,14 +81,19 @@ impl Ways for FirecrackerWays {
         let (written, length) = area.open_memory(SAVED_MEMORY, message)?;
         let saved = match &plan.restored_from {
             None => memory::save_file(&written, length, &plan.memory),
-            Some(MemorySource { base, .. }) => save_changes(process, base, &written, length, plan),
+            Some(MemorySource { base, .. }) => {
+                save_changes((process, &self.pager_state), base, &written, length, plan)
+            }
         };
         let saved = saved.map_err(|error| error.into_host(message.to_owned()))?;
         Ok(saved.with_state(bytes))
     }
 
     /// How it ended. It ends well only when the guest resets its machine, which is also how one is turned off.
-    fn exit_reason(ended: Ended, last_words: &str) -> ExitReason {
+    fn exit_reason(&self, ended: Ended, last_words: &str) -> ExitReason {
+        if self.lost.load(Ordering::Acquire) {
+            return without_pager(last_words);
+        }
         let by_guest = ended == Ended::Exited(0);
         ExitReason {
             by_guest,
@@ -91,8 +108,22 @@ impl Ways for FirecrackerWays {
     }
 }
 
+/// How it ended, if its pager did before. Its guest would wait for memory for ever.
+fn without_pager(last_words: &str) -> ExitReason {
+    let words: Vec<&str> = last_words.lines().collect();
+    ExitReason {
+        by_guest: false,
+        reset: false,
+        detail: format!(
+            "Firecracker was ended, since what fills its guest's memory (the pager) had ended{}{}",
+            if words.is_empty() { "" } else { ": " },
+            words.join("; ")
+        ),
+    }
+}
+
 fn save_changes(
-    process: &ProcessIdentity,
+    (process, pager_state): (&ProcessIdentity, &Path),
     base: &Path,
     written: &File,
     length: u64,
@@ -110,8 +141,38 @@ fn save_changes(
         return Err(failed("compare", std::io::Error::other(what)));
     }
     let process = ProcessMemory::open(process)?;
-    let parts = process.find_parts(base, &parts(length))?;
+    let filled = pager::state::read(pager_state, length).map_err(|source| SaveError::File {
+        operation: "read",
+        path: pager_state.to_owned(),
+        source,
+    })?;
+    let parts = match filled {
+        None => process.find_parts(base, &parts(length))?,
+        Some(filled) => filled_parts(&process, filled)?,
+    };
     memory::save_flat(&process, &parts, (&old, base), written, &plan.memory)
+}
+
+/// The pieces of a memory that a pager fills, which are to be where it has said.
+fn filled_parts(
+    process: &ProcessMemory,
+    filled: Vec<FilledPart>,
+) -> Result<Vec<MappedPart>, SaveError> {
+    let mut parts = Vec::new();
+    for part in filled {
+        let ram = GuestRam {
+            address: part.address,
+            bytes: part.bytes,
+        };
+        process.check_anonymous(ram)?;
+        parts.push(MappedPart {
+            ram,
+            offset: part.offset,
+            replaced: part.removed,
+            is_filled: true,
+        });
+    }
+    Ok(parts)
 }
 
 /// The pieces that a guest's memory is mapped in.

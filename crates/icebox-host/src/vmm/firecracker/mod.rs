@@ -14,8 +14,8 @@
 //! - It can switch no disks, so its sandboxes need a volume driver whose heads the host freezes.
 //! - A guest's write that finds no room is an error that the guest sees: nothing stands still for it.
 //!
-//! What it deliberately does not do: serve page faults by a process of its own (userfaultfd). Memory is mapped from its
-//! file, which loads it as lazily, and shares what is only read between all guests on it.
+//! - Its memory is mapped from its file, which loads it lazily, and shares what is only read between all guests on it. If it
+//!   is asked for, a pager fills it instead, a process beside it: [`crate::pager`].
 //!
 //! [`memory::save_flat`]: super::memory::save_flat
 
@@ -24,9 +24,10 @@ pub(super) mod machine;
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{PermissionsExt as _, chown};
+use std::os::unix::fs::{PermissionsExt as _, chown, lchown};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -41,18 +42,19 @@ use object::{Endianness, elf};
 use serde_json::Value;
 use tokio::process::Command;
 
-use self::config::{API, SOCKET, STATE};
-use self::machine::{FirecrackerMachine, FirecrackerWays};
+use self::config::{API, PAGER_SOCKET, SOCKET, STATE};
+use self::machine::{FirecrackerMachine, FirecrackerWays, Lost};
 use crate::blocking::blocking;
 use crate::boxes::HostBoxes;
 use crate::guest_image::vmlinux;
 use crate::launcher::{Launcher, Process};
+use crate::pager::{self, PAGER_STATE, PagerPlan};
 use crate::vmm::api::{Api, ApiError, Dialect, QUICK};
 use crate::vmm::console::{CONSOLE, Outputs, STDERR};
 use crate::vmm::own_disk::OwnDisk;
 use crate::vmm::own_save::{SaveArea, create_for, expose};
 use crate::vmm::processes::{self, Processes};
-use crate::vmm::{check_memory, check_undivided, cpu, program, trial};
+use crate::vmm::{check_memory, check_undivided, cpu, program, trial, userfault};
 
 /// What manifests and users call it, and what its program is called.
 pub const NAME: &str = "firecracker";
@@ -93,6 +95,8 @@ pub struct FirecrackerConfig {
     pub probe_kernel: Option<PathBuf>,
     /// How VMMs are put into their boxes.
     pub launcher: Launcher,
+    /// Whether memory of what is restored is filled by a process of its own, not mapped from its file.
+    pub pager: bool,
 }
 
 /// The driver.
@@ -101,6 +105,8 @@ pub struct Firecracker {
     program: PathBuf,
     /// Whether a save costs what has changed.
     shares_blocks: bool,
+    /// Whether memory is filled, not mapped.
+    pager: bool,
     identity: VmmIdentity,
     launcher: Launcher,
     layout: Layout,
@@ -121,6 +127,13 @@ impl Firecracker {
     ) -> Result<Self, HostError> {
         let program =
             program::find(config.program.as_deref(), NAME).map_err(|error| error.hint(HINT))?;
+        if config.pager && !userfault::is_there() {
+            return Err(HostError::new(
+                ErrorKind::Unsupported,
+                "Firecracker cannot be used with a pager: this kernel gives it no userfaultfd",
+            )
+            .hint("leave `firecracker_pager` out of the settings, or take Linux 6.1 or newer, which has /dev/userfaultfd"));
+        }
         let version = version(&program).await?;
         let format = snapshot_format(&program).await?;
         let kernel = config.probe_kernel.as_deref();
@@ -141,6 +154,7 @@ impl Firecracker {
         Ok(Self {
             program,
             shares_blocks,
+            pager: config.pager,
             identity,
             launcher: config.launcher,
             processes: Processes::new(layout.clone(), Arc::clone(&boxes)),
@@ -187,27 +201,79 @@ impl Firecracker {
             runtime: &runtime,
             save: &save_area,
             uid,
+            paged: self.is_paged(plan),
         };
         let join = self.boxes.cgroups().join_files(&plan.sandbox);
         let spec = config::box_spec(plan, own, join);
-        let process = self.launcher.launch(&spec).await?;
-        Ok(self.watch(&plan.sandbox, process, outputs))
+        let pager = self.start_pager(plan, uid).await?;
+        let process = match self.launcher.launch(&spec).await {
+            Ok(process) => process,
+            Err(error) => {
+                if let Some(pager) = &pager {
+                    processes::end(pager).await?;
+                }
+                return Err(error.into());
+            }
+        };
+        let lost = Lost::default();
+        if let Some(pager) = pager {
+            tokio::spawn(keep_together(process.clone(), pager, Arc::clone(&lost)));
+        }
+        Ok(self.watch(&plan.sandbox, process, outputs, lost))
     }
 
-    fn watch(&self, sandbox: &SandboxId, process: Process, outputs: Outputs) -> FirecrackerMachine {
+    /// Whether a pager fills the memory of this guest.
+    fn is_paged(&self, plan: &LaunchPlan) -> bool {
+        self.pager && matches!(plan.start, Start::Restore { .. })
+    }
+
+    /// Starts what fills the memory of this guest, if something is to. It listens on return.
+    async fn start_pager(&self, plan: &LaunchPlan, uid: u32) -> Result<Option<Process>, HostError> {
+        let (true, Start::Restore { memory, .. }) = (self.is_paged(plan), &plan.start) else {
+            return Ok(None);
+        };
+        let runtime = self.layout.vm(&plan.sandbox);
+        let socket = runtime.join(API).join(PAGER_SOCKET);
+        let failed = |error| {
+            let message = format!("start the pager of sandbox {}", plan.sandbox);
+            HostError::io(message, error)
+        };
+        let pager = PagerPlan {
+            base: &memory.base,
+            bytes: plan.geometry.memory().0,
+            runtime: &runtime,
+            socket: socket.clone(),
+            network_namespace: plan.network.namespace.clone(),
+            stderr: runtime.join(STDERR),
+            uid,
+            cgroup_procs: self.boxes.cgroups().join_files(&plan.sandbox),
+        };
+        let spec = pager.box_spec().map_err(failed)?;
+        let process = self.launcher.launch(&spec).await?;
+        // Nobody of this uid runs yet but the pager, which sees no directory.
+        if let Err(error) = lchown(&socket, Some(uid), Some(uid)) {
+            processes::end(&process).await?;
+            return Err(failed(error));
+        }
+        Ok(Some(process))
+    }
+
+    fn watch(
+        &self,
+        sandbox: &SandboxId,
+        process: Process,
+        outputs: Outputs,
+        lost: Lost,
+    ) -> FirecrackerMachine {
         let log = self.layout.console_log(sandbox);
-        let socket = self.layout.vm(sandbox).join(API).join(SOCKET);
-        let (api, save_area) = (Api::new(&DIALECT, socket), self.layout.save_area(sandbox));
-        let save_area = SaveArea::new(save_area);
-        FirecrackerMachine::watch(
-            sandbox,
-            process,
-            outputs,
-            log,
-            api,
-            save_area,
-            FirecrackerWays,
-        )
+        let runtime = self.layout.vm(sandbox);
+        let api = Api::new(&DIALECT, runtime.join(API).join(SOCKET));
+        let save_area = SaveArea::new(self.layout.save_area(sandbox));
+        let ways = FirecrackerWays {
+            pager_state: runtime.join(PAGER_STATE),
+            lost,
+        };
+        FirecrackerMachine::watch(sandbox, process, outputs, log, api, save_area, ways)
     }
 
     /// Brings a machine that has just started to where a launch ends.
@@ -242,7 +308,7 @@ impl Firecracker {
                 machine.vmm().or_its_end("boot", boot).await
             }
             Start::Restore { .. } => {
-                let asked = config::for_restore(plan);
+                let asked = config::for_restore(plan, self.is_paged(plan));
                 let restored = api.put("/snapshot/load", Some(&asked), BEGIN_DEADLINE);
                 machine.vmm().or_its_end("restore", restored).await?;
                 fs::remove_file(runtime.join(STATE)).map_err(|error| {
@@ -278,6 +344,9 @@ impl Vmm for Firecracker {
             Ok(()) => Ok(Arc::new(machine)),
             Err(error) => {
                 processes::end(machine.vmm().process()).await?;
+                if let Some(pager) = self.processes.pager(&plan.sandbox)? {
+                    processes::end(&pager).await?;
+                }
                 Err(error)
             }
         }
@@ -293,7 +362,16 @@ impl Vmm for Firecracker {
         };
         let outputs = Outputs::open(&self.layout.vm(sandbox))
             .map_err(|error| HostError::io(format!("find the VMM of sandbox {sandbox}"), error))?;
-        Ok(Some(Arc::new(self.watch(sandbox, process, outputs))))
+        let lost = Lost::default();
+        let has_pager = self.layout.vm(sandbox).join(PAGER_STATE).exists();
+        match self.processes.pager(sandbox)? {
+            Some(pager) if has_pager => {
+                tokio::spawn(keep_together(process.clone(), pager, Arc::clone(&lost)));
+            }
+            None if has_pager => end_without_pager(&process, &lost),
+            _ => {}
+        }
+        Ok(Some(Arc::new(self.watch(sandbox, process, outputs, lost))))
     }
 
     async fn kill(
@@ -304,6 +382,30 @@ impl Vmm for Firecracker {
         self.processes
             .kill(sandbox, recorded, &[CONSOLE, STDERR, STATE])
             .await
+    }
+}
+
+/// Waits until a VMM or its pager has ended, and ends the other one.
+async fn keep_together(vmm: Process, pager: Process, lost: Lost) {
+    tokio::select! {
+        biased;
+        _ = vmm.ended() => {}
+        _ = pager.ended() => end_without_pager(&vmm, &lost),
+    }
+    // It ends by itself, unless something is wrong with it.
+    if let Err(error) = pager.kill() {
+        tracing::warn!(pid = pager.identity().pid, %error, "a pager cannot be ended");
+    }
+}
+
+/// Ends a VMM whose guest would wait for its memory for ever.
+fn end_without_pager(vmm: &Process, lost: &Lost) {
+    if vmm.has_ended() {
+        return;
+    }
+    lost.store(true, Ordering::Release);
+    if let Err(error) = vmm.kill() {
+        tracing::error!(pid = vmm.identity().pid, %error, "a VMM without its pager cannot be ended");
     }
 }
 
@@ -440,6 +542,8 @@ fn prepare(
     let outputs = Outputs::create(runtime)?;
     SaveArea::new(save_area.to_owned()).create(uid)?;
     disk.hand_over(uid)?;
+    // Of an earlier VMM that had a pager.
+    pager::state::remove(&runtime.join(PAGER_STATE))?;
     let api = runtime.join(API);
     // What an earlier VMM has left: it would not listen where there is a socket.
     match fs::remove_dir_all(&api) {

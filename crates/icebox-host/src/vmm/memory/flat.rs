@@ -8,8 +8,11 @@
 //! ```text
 //!   page is in what the VMM has written ──► that: it is of the same instant as its device state
 //!   else the guest has a copy of its own ─► that copy
+//!   else a pager fills it, and it was removed ─► zeros
 //!   else ─────────────────────────────────► as in the old file
 //! ```
+//!
+//! Where a pager fills memory, all that is there is the guest's own, whether or not it differs: that it does is compared.
 //!
 //! A VMM whose guest stands still may yet go on with what the guest has asked of its devices. That touches nothing but the
 //! rings between the two, which the VMM writes at every save, and buffers that are not the guest's until the rings say so.
@@ -52,18 +55,34 @@ pub(crate) fn save_flat(
     let mut changed = 0;
     let [mut now, mut newer, mut before] = [(); 3].map(|()| vec![0; BATCH_PAGES * PAGE_SIZE]);
     for part in parts {
-        let numbers = candidates(process, part, &extents)?;
-        for run in numbers.chunk_by(|a, b| b - a == 1) {
+        let present = process.changed_pages(part.ram)?;
+        let holder = |number: u64| {
+            if !part.is_filled || present.binary_search(&number).is_ok() {
+                Holder::Guest
+            } else if part.has_replaced(number) {
+                Holder::Nobody
+            } else {
+                Holder::Old
+            }
+        };
+        let numbers = candidates(present.clone(), part, &extents);
+        for run in numbers.chunk_by(|a, b| b - a == 1 && holder(*a) == holder(*b)) {
             // The guest stands still: neighbours are read together.
             for batch in run.chunks(BATCH_PAGES) {
                 let length = batch.len() * PAGE_SIZE;
                 let at = part.offset + batch[0] * PAGE;
-                process.read(part.ram, batch[0] * PAGE, &mut now[..length])?;
                 written
                     .read_exact_at(&mut newer[..length], at)
                     .map_err(write)?;
                 old.read_exact_at(&mut before[..length], at)
                     .map_err(|source| failed("read", old_path, source))?;
+                match holder(batch[0]) {
+                    Holder::Guest => {
+                        process.read(part.ram, batch[0] * PAGE, &mut now[..length])?;
+                    }
+                    Holder::Nobody => now[..length].fill(0),
+                    Holder::Old => now[..length].copy_from_slice(&before[..length]),
+                }
                 let pages = [&now, &newer, &before].map(|it| it[..length].chunks_exact(PAGE_SIZE));
                 let [now, newer, before] = pages;
                 for (number, ((now, newer), before)) in
@@ -87,6 +106,17 @@ pub(crate) fn save_flat(
     })
 }
 
+/// Who knows what is in a page.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Holder {
+    /// The guest has it.
+    Guest,
+    /// It was removed: it is zero.
+    Nobody,
+    /// It is not there yet: as in the old file.
+    Old,
+}
+
 /// What a file has data for, in whole pages.
 fn extents(file: &File) -> std::io::Result<Vec<Range<u64>>> {
     let mut extents = Vec::new();
@@ -99,12 +129,8 @@ fn extents(file: &File) -> std::io::Result<Vec<Range<u64>>> {
 }
 
 /// Numbers of the pages of a part that may differ from the old file, ascending.
-fn candidates(
-    process: &ProcessMemory,
-    part: &MappedPart,
-    extents: &[Range<u64>],
-) -> Result<Vec<u64>, SaveError> {
-    let mut numbers = process.changed_pages(part.ram)?;
+fn candidates(present: Vec<u64>, part: &MappedPart, extents: &[Range<u64>]) -> Vec<u64> {
+    let mut numbers = present;
     numbers.extend(part.replaced.iter().cloned().flatten());
     let end = part.offset + part.ram.bytes;
     for extent in extents {
@@ -115,7 +141,7 @@ fn candidates(
     }
     numbers.sort_unstable();
     numbers.dedup();
-    Ok(numbers)
+    numbers
 }
 
 #[cfg(test)]
@@ -152,6 +178,7 @@ mod tests {
             },
             offset: from * PAGE,
             replaced: replaced.to_vec(),
+            is_filled: false,
         };
         let parts = [part(0, 6, &[]), part(6, 2, &[0..1, 1..2])];
         let directory = tempfile::tempdir().unwrap();

@@ -18,7 +18,7 @@ mod save;
 
 pub(crate) use diff::{Diff, DiffError};
 pub(crate) use flat::save_flat;
-pub(crate) use process::{GuestRam, ProcessMemory, ProcessMemoryError};
+pub(crate) use process::{GuestRam, MappedPart, ProcessMemory, ProcessMemoryError};
 pub(crate) use save::{SaveError, SaveOutcome, save, save_file};
 
 use icebox_engine::unit::PAGE_SIZE;

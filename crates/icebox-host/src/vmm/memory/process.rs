@@ -41,7 +41,21 @@ pub(crate) struct MappedPart {
     /// Where it begins in the file.
     pub(crate) offset: u64,
     /// Pages of it, numbered from its beginning, that the process has mapped something else over: all of them are its own.
+    /// Of a part that is [filled](Self::is_filled): that were removed, and are zero if they are not there.
     pub(crate) replaced: Vec<Range<u64>>,
+    /// Whether it is no mapping of the file, but anonymous memory that a pager fills from it. What is not there cannot be
+    /// read, and is as in the file, or was removed.
+    pub(crate) is_filled: bool,
+}
+
+impl MappedPart {
+    /// Whether a page is among the [replaced](Self::replaced), which are in order.
+    pub(crate) fn has_replaced(&self, number: u64) -> bool {
+        let next = self.replaced.partition_point(|it| it.end <= number);
+        self.replaced
+            .get(next)
+            .is_some_and(|it| it.contains(&number))
+    }
 }
 
 /// Why guest memory cannot be found or accessed.
@@ -250,6 +264,7 @@ fn find_part(mappings: &[Mapping], part: &Range<u64>) -> Option<MappedPart> {
         },
         offset: part.start,
         replaced,
+        is_filled: false,
     })
 }
 

@@ -99,6 +99,7 @@ pub(super) fn box_spec(
     binds.extend(program_binds(&common.program));
     BoxSpec {
         program: common.program.clone(),
+        pager: false,
         arguments: command.arguments,
         cgroup_procs,
         pid_file: runtime.join(PID_FILE),
