@@ -33,7 +33,8 @@ pub use network::{Egress, Network, SlotNetwork};
 pub use store::{Space, Store, StoredDocument};
 pub use vmm::{
     Capabilities, Counters, CpuFeatures, DiskSwitch, ExitReason, LaunchPlan, Machine, MemorySource,
-    Meter, ProcessIdentity, SavePlan, SavedMemory, SavedPages, Start, VcpuState, Vmm, VmmIdentity,
+    Meter, ProcessIdentity, Save, SavePlan, SavedMemory, SavedPages, Start, VcpuState, Vmm,
+    VmmIdentity,
 };
 pub use volume::{
     BlockDevice, Chain, FreezeByHost, LiveFreeze, MergeLayers, Trouble, VolumeDriver, Watch,

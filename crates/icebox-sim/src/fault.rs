@@ -18,9 +18,9 @@ use async_trait::async_trait;
 use icebox_engine::host::{
     BlockDevice, BootFiles, Boxes, Capabilities, Chain, DiskSwitch, Egress, Ensured, ExitReason,
     FreezeByHost, Guest, GuestAddress, Host, HostError, Kernels, LaunchPlan, Limits, LimitsInForce,
-    LiveFreeze, Machine, MergeLayers, Meter, Network, ProcessIdentity, Removed, SavePlan,
-    SavedMemory, Secret, SlotNetwork, Space, Store, StoredDocument, VcpuState, Vmm, VmmIdentity,
-    VolumeDriver, WatchHeads, Welcome,
+    LiveFreeze, Machine, MergeLayers, Meter, Network, ProcessIdentity, Removed, Save, SavePlan,
+    Secret, SlotNetwork, Space, Store, StoredDocument, VcpuState, Vmm, VmmIdentity, VolumeDriver,
+    WatchHeads, Welcome,
 };
 use icebox_engine::id::{Digest, HeadId, LayerId, SandboxId, Slot};
 use icebox_engine::layout::Object;
@@ -399,10 +399,17 @@ impl Machine for Faulty<dyn Machine> {
             .around("machine.resume_vcpus", self.inner.resume_vcpus())
             .await
     }
-    async fn save(&self, plan: SavePlan) -> Result<SavedMemory, HostError> {
-        self.injector
-            .around("machine.save", self.inner.save(plan))
-            .await
+    async fn save(&self, plan: SavePlan) -> Result<Save, HostError> {
+        let save = self.inner.save(plan);
+        Ok(match self.injector.around("machine.save", save).await? {
+            Save::Done(saved) => Save::Done(saved),
+            Save::Rest(rest) => {
+                let injector = self.injector.clone();
+                Save::Rest(Box::pin(async move {
+                    injector.around("machine.finish_save", rest).await
+                }))
+            }
+        })
     }
     fn disk_switch(&self) -> Option<&dyn DiskSwitch> {
         self.inner.disk_switch().map(|_| self as &dyn DiskSwitch)

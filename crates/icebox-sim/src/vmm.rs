@@ -6,8 +6,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use icebox_engine::host::{
     BlockDevice, Capabilities, Counters, DiskSwitch, ErrorKind, ExitReason, HostError, LaunchPlan,
-    Machine, MemorySource, Meter, ProcessIdentity, Removed, SavePlan, SavedMemory, SavedPages,
-    Start, VcpuState, Vmm, VmmIdentity,
+    Machine, MemorySource, Meter, ProcessIdentity, Removed, Save, SavePlan, SavedMemory,
+    SavedPages, Start, VcpuState, Vmm, VmmIdentity,
 };
 use icebox_engine::id::SandboxId;
 use icebox_engine::layout::{MEMORY_BASE, MEMORY_DIFF};
@@ -309,7 +309,8 @@ impl Machine for SimMachine {
         .await
     }
 
-    async fn save(&self, plan: SavePlan) -> Result<SavedMemory, HostError> {
+    /// The memory is written once the guest may run again: what it is then does not count.
+    async fn save(&self, plan: SavePlan) -> Result<Save, HostError> {
         let (value, page, token, geometry) = self
             .with(|vm| (vm.value, vm.page, vm.token.clone(), vm.geometry))
             .await?;
@@ -337,13 +338,17 @@ impl Machine for SimMachine {
                 geometry,
             },
         )?;
-        state.write(&plan.memory.join(file), memory)?;
-        Ok(SavedMemory {
-            pages,
-            changed_pages: 1,
-            zero_pages: 0,
-            allocated: Bytes(8192),
-        })
+        drop(state);
+        let world = self.world.clone();
+        Ok(Save::Rest(Box::pin(async move {
+            world.lock().write(&plan.memory.join(file), memory)?;
+            Ok(SavedMemory {
+                pages,
+                changed_pages: 1,
+                zero_pages: 0,
+                allocated: Bytes(8192),
+            })
+        })))
     }
 
     fn disk_switch(&self) -> Option<&dyn DiskSwitch> {

@@ -49,6 +49,7 @@ fn every_verb_says_how_long_its_steps_took() {
             "save",
             "flush",
             "freeze",
+            "copy",
             "publish",
             "commit",
             "release",

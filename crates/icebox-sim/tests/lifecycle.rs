@@ -120,6 +120,37 @@ fn inv_02_a_verb_that_panics_says_so_and_leaves_a_sandbox_that_works_or_is_broke
 }
 
 #[test]
+fn inv_04_a_guest_runs_while_what_its_vmm_has_saved_is_copied() {
+    story_of_faults(async |world, injector, engine| {
+        let id = create(engine, "a").await;
+        injector.arm(None);
+        engine.snapshot("a", "zero".parse().unwrap()).await.unwrap();
+        let trace = injector.trace();
+        let at = trace.iter().position(|it| *it == "machine.finish_save");
+        injector.arm(Some(Fault {
+            at: at.unwrap(),
+            when: When::Before,
+            kind: Kind::Hold,
+        }));
+        let before = world.mark(&id).unwrap();
+        let meanwhile = async {
+            injector.reached().await;
+            world.guest_value(&id).unwrap();
+            let after = world.mark(&id).unwrap();
+            injector.go_on();
+            after
+        };
+        let (snapshot, after) =
+            tokio::join!(engine.snapshot("a", "one".parse().unwrap()), meanwhile);
+        snapshot.unwrap();
+        let copy = engine.create(named("one", "b")).await.unwrap();
+        let copied = world.guest_value(&copy.record.id).unwrap();
+        let value = world.guest_value(&id).unwrap();
+        assert_eq!([copied, value].map(World::mark_in), [before, after]);
+    });
+}
+
+#[test]
 fn inv_05_a_wedged_agent_cannot_block_a_capture() {
     story(async |world, engine| {
         create(engine, "a").await;

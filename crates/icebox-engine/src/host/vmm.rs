@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 
 use super::{BlockDevice, HostError, Removed, Secret, SlotNetwork};
@@ -219,6 +220,37 @@ pub struct SavedMemory {
     pub allocated: Bytes,
 }
 
+/// How far a save has come when the guest may run again.
+pub enum Save {
+    /// All has been written.
+    Done(SavedMemory),
+    /// What was saved is written once this completes: a copy of what the VMM has written, which is of the one instant,
+    /// whatever guest and VMM do meanwhile. Dropped, it leaves nothing but what is in the plan's directories.
+    Rest(BoxFuture<'static, Result<SavedMemory, HostError>>),
+}
+
+impl fmt::Debug for Save {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Done(saved) => f.debug_tuple("Done").field(saved).finish(),
+            Self::Rest(_) => f.debug_tuple("Rest").finish_non_exhaustive(),
+        }
+    }
+}
+
+impl Save {
+    /// All of it.
+    ///
+    /// # Errors
+    /// As [`Machine::save`].
+    pub async fn finish(self) -> Result<SavedMemory, HostError> {
+        match self {
+            Self::Done(saved) => Ok(saved),
+            Self::Rest(rest) => rest.await,
+        }
+    }
+}
+
 /// What a VMM has used since it began, and what it uses now. All of it, the guest's and its own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
@@ -291,9 +323,9 @@ pub trait Machine: Send + Sync {
     async fn resume_vcpus(&self) -> Result<(), HostError>;
 
     /// Writes device state and changed pages, with paused vCPUs. The guest is not changed by it. The files need not
-    /// be durable on return: [`super::Store::publish`] makes them so, after the guest may run again.
-    /// A page not loaded yet is never saved as zero (INV-08).
-    async fn save(&self, plan: SavePlan) -> Result<SavedMemory, HostError>;
+    /// be durable, nor there, on return: what is left to do is returned, and [`super::Store::publish`] makes them durable,
+    /// both after the guest may run again. A page not loaded yet is never saved as zero (INV-08).
+    async fn save(&self, plan: SavePlan) -> Result<Save, HostError>;
 
     /// Completes when the guest [stalls](VcpuState::Stalled), at once if it has. Never, if it does not. Dropping it
     /// loses nothing.

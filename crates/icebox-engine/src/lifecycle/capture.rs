@@ -3,7 +3,7 @@
 //! ```text
 //!   probe VMM -> prepare guest, begin freeze -> stage
 //!   -> pause vCPUs -> device state and changed pages -> flush host -> freeze disk -> [resume vCPUs]
-//!   -> seal and publish layer, publish memory -> publish what refers to them
+//!   -> [copy what the VMM has saved by itself] -> seal and publish layer, publish memory -> publish what refers to them
 //! ```
 //!
 //! Only what must happen in one instant happens between pausing and resuming the vCPUs. Whatever fails, the guest
@@ -15,7 +15,7 @@ use futures_util::future::{OptionFuture, join};
 
 use crate::deadline::{self, within};
 use crate::error::Error;
-use crate::host::{Machine, SavePlan, SavedPages, VcpuState};
+use crate::host::{Machine, Save, SavePlan, SavedPages, VcpuState};
 use crate::id::MemoryId;
 use crate::layout::{DEVICE_STATE, Object};
 use crate::lifecycle::freeze::Freeze;
@@ -132,7 +132,7 @@ impl Sandbox {
             )
             .await?;
         let captured_at = self.shared.now();
-        let saved = steps
+        let save = steps
             .time(
                 "save",
                 within(deadline::SAVE, "saving the memory", machine.save(plan)),
@@ -149,6 +149,13 @@ impl Sandbox {
             attempt.vcpus_may_stand = false;
             attempt.still = None;
         }
+        let saved = match save {
+            Save::Done(saved) => saved,
+            Save::Rest(rest) => {
+                let rest = within(deadline::SAVE, "copying the saved memory", rest);
+                steps.time("copy", rest).await?
+            }
+        };
 
         let record = self.record();
         let capture = Capture {

@@ -4,13 +4,14 @@
 //! How such VMMs differ is their [`Ways`].
 
 use std::fmt;
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use icebox_engine::host::{
-    DiskSwitch, ErrorKind, ExitReason, HostError, Machine, Meter, ProcessIdentity, SavePlan,
+    DiskSwitch, ErrorKind, ExitReason, HostError, Machine, Meter, ProcessIdentity, Save, SavePlan,
     SavedMemory, VcpuState,
 };
 use icebox_engine::id::SandboxId;
@@ -20,6 +21,7 @@ use crate::blocking::blocking;
 use crate::launcher::{Ended, Process};
 use crate::vmm::api::{Api, ApiError, QUICK};
 use crate::vmm::console::Outputs;
+use crate::vmm::memory;
 use crate::vmm::meter::ProcessMeter;
 use crate::vmm::own_save::SaveArea;
 use crate::vmm::watched::Watched;
@@ -49,18 +51,31 @@ pub(super) trait Ways: fmt::Debug + Send + Sync + 'static {
     /// What goes with the request for a save.
     fn save_request(plan: &SavePlan) -> Value;
 
-    /// Copies what it saved to where it is kept: a file that the VMM has had open cannot become immutable. `message` says
-    /// what is done. Blocking.
+    /// Copies what it saved to where it is kept, but for a memory that can wait: a file that the VMM has had open cannot
+    /// become immutable. `message` says what is done. Blocking.
     fn take(
         &self,
         area: &SaveArea,
         process: &ProcessIdentity,
         plan: &SavePlan,
         message: &str,
-    ) -> Result<SavedMemory, HostError>;
+    ) -> Result<Taken, HostError>;
 
     /// What its end means, by its status and the last that it said.
     fn exit_reason(&self, ended: Ended, last_words: &str) -> ExitReason;
+}
+
+/// What was taken of a save.
+#[derive(Debug)]
+pub(super) enum Taken {
+    /// All of it.
+    Whole(SavedMemory),
+    /// All but the memory, whose file has all there is to know of it: the guest may run while it is copied.
+    AllBut {
+        memory: File,
+        length: u64,
+        state_bytes: u64,
+    },
 }
 
 /// A VMM and the way to it.
@@ -159,7 +174,7 @@ impl<W: Ways> Machine for AskedMachine<W> {
         self.vmm.or_its_end("resume vCPUs", resume).await
     }
 
-    async fn save(&self, plan: SavePlan) -> Result<SavedMemory, HostError> {
+    async fn save(&self, plan: SavePlan) -> Result<Save, HostError> {
         if self.probe().await? != VcpuState::Paused {
             return Err(self.vmm.error(ErrorKind::Invalid, "save while vCPUs run"));
         }
@@ -173,15 +188,29 @@ impl<W: Ways> Machine for AskedMachine<W> {
         let written = self.api.put(W::SAVE, Some(&request), SAVE_DEADLINE);
         let written = self.vmm.or_its_end("save", written).await;
         let (process, ways) = (self.process(), Arc::clone(&self.ways));
-        blocking(move || {
+        let copied_to = plan.memory.clone();
+        let failed = message.clone();
+        let taken = blocking(move || {
             let taken = written.and_then(|()| ways.take(&area, &process, &plan, &message));
-            // Also what a save that failed has left.
+            // Also what a save that failed has left. A memory that is still to be copied is open, and goes with that.
             let emptied = area.empty().map_err(|error| HostError::io(message, error));
-            let saved = taken?;
+            let taken = taken?;
             emptied?;
-            Ok(saved)
+            Ok(taken)
         })
-        .await
+        .await?;
+        Ok(match taken {
+            Taken::Whole(saved) => Save::Done(saved),
+            Taken::AllBut {
+                memory,
+                length,
+                state_bytes,
+            } => Save::Rest(Box::pin(blocking(move || {
+                let saved = memory::save_file(&memory, length, &copied_to);
+                let saved = saved.map_err(|error| error.into_host(failed))?;
+                Ok(saved.with_state(state_bytes))
+            }))),
+        })
     }
 
     /// Never: a write that finds no room is an error that the guest sees.

@@ -211,6 +211,8 @@ async fn reply(stream: &mut UnixStream, reply: Reply) {
     };
     // Who asked may have gone.
     sent.unwrap_or_default();
+    // A process that another test has forked, and that has not executed its program yet, would hold it open.
+    stream.shutdown().await.unwrap_or_default();
 }
 
 fn state_of(word: &str) -> Reply {
@@ -526,9 +528,10 @@ async fn inv_25_what_a_vmm_says_it_saved_is_looked_at_and_copied() {
         }
         *what.lock().unwrap() = (it.area.clone(), "whole");
         let directory = tempfile::tempdir().unwrap();
-        let saved = it.machine.save(plan(directory.path())).await.unwrap();
-        assert_eq!((saved.pages, saved.changed_pages), (SavedPages::Full, 2));
+        let save = it.machine.save(plan(directory.path())).await.unwrap();
         assert!(is_empty(&it.area));
+        let saved = save.finish().await.unwrap();
+        assert_eq!((saved.pages, saved.changed_pages), (SavedPages::Full, 2));
         let memory = fs::read(directory.path().join(MEMORY_BASE)).unwrap();
         assert!(memory == [[7; 4096], [0; 4096], [8; 4096]].concat());
         let state = fs::read(directory.path().join("device-state")).unwrap();

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use async_trait::async_trait;
 use icebox_engine::host::{
     BlockDevice, Capabilities, Counters, CpuFeatures, DiskSwitch, ErrorKind, ExitReason, Guest,
-    GuestAddress, HostError, LaunchPlan, Machine, Meter, ProcessIdentity, Removed, SavePlan,
+    GuestAddress, HostError, LaunchPlan, Machine, Meter, ProcessIdentity, Removed, Save, SavePlan,
     SavedMemory, SavedPages, Secret, Start, VcpuState, Vmm, VmmIdentity, Welcome,
 };
 use icebox_engine::id::SandboxId;
@@ -277,7 +277,7 @@ impl Machine for Number {
         self.guests.lock().tick(&self.sandbox)
     }
 
-    async fn save(&self, plan: SavePlan) -> Result<SavedMemory, HostError> {
+    async fn save(&self, plan: SavePlan) -> Result<Save, HostError> {
         let (value, token, geometry) = self.with(|vm| (vm.value, vm.token.clone(), vm.geometry))?;
         let (pages, file) = match plan.restored_from {
             None => (SavedPages::Full, MEMORY_BASE),
@@ -287,12 +287,12 @@ impl Machine for Number {
         fs::write(&plan.device_state, devices)
             .and_then(|()| fs::write(plan.memory.join(file), value.to_be_bytes()))
             .map_err(|error| HostError::io("save", error))?;
-        Ok(SavedMemory {
+        Ok(Save::Done(SavedMemory {
             pages,
             changed_pages: 1,
             zero_pages: 0,
             allocated: Bytes(8192),
-        })
+        }))
     }
 
     fn disk_switch(&self) -> Option<&dyn DiskSwitch> {

@@ -453,7 +453,7 @@ impl Guest<'_> {
             memory: stage.clone(),
             restored_from: self.memory.clone(),
         };
-        let saved = machine.save(plan).await.unwrap();
+        let saved = machine.save(plan).await.unwrap().finish().await.unwrap();
         self.memory = Some(match (saved.pages, self.memory.take()) {
             (SavedPages::Full, _) => MemorySource {
                 base: stage.join(MEMORY_BASE),

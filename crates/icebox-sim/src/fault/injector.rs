@@ -52,7 +52,8 @@ pub struct Fault {
 }
 
 /// Steps that need room on the file system.
-const WRITES: [&str; 12] = [
+const WRITES: [&str; 13] = [
+    "machine.finish_save",
     "machine.save",
     "machine.switch",
     "store.commit",

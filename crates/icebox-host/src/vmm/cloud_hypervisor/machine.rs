@@ -4,14 +4,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use icebox_engine::host::{ExitReason, HostError, ProcessIdentity, SavePlan, SavedMemory};
+use icebox_engine::host::{ExitReason, HostError, ProcessIdentity, SavePlan};
 use serde_json::Value;
 
 use super::config::{self, SAVED_MEMORY, SAVED_STATE};
 use crate::launcher::Ended;
 use crate::vmm::api::{Api, ApiError, QUICK};
-use crate::vmm::asked::{AskedMachine, FLIP_DEADLINE, Ways};
-use crate::vmm::memory;
+use crate::vmm::asked::{AskedMachine, FLIP_DEADLINE, Taken, Ways};
 use crate::vmm::own_save::SaveArea;
 use crate::vmm::watched::how_it_ended;
 
@@ -91,19 +90,20 @@ impl Ways for ChWays {
         config::save_request()
     }
 
-    /// Of the memory, what is not zero.
     fn take(
         &self,
         area: &SaveArea,
         _: &ProcessIdentity,
         plan: &SavePlan,
         message: &str,
-    ) -> Result<SavedMemory, HostError> {
-        let bytes = area.take_state(SAVED_STATE, &plan.device_state, message)?;
+    ) -> Result<Taken, HostError> {
+        let state_bytes = area.take_state(SAVED_STATE, &plan.device_state, message)?;
         let (memory, length) = area.open_memory(SAVED_MEMORY, message)?;
-        let saved = memory::save_file(&memory, length, &plan.memory)
-            .map_err(|error| error.into_host(message.to_owned()))?;
-        Ok(saved.with_state(bytes))
+        Ok(Taken::AllBut {
+            memory,
+            length,
+            state_bytes,
+        })
     }
 
     /// How it ended. By itself it ends well only when the guest powers off; a guest that resets makes it look for the kernel

@@ -7,16 +7,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use async_trait::async_trait;
-use icebox_engine::host::{
-    ExitReason, HostError, MemorySource, ProcessIdentity, SavePlan, SavedMemory,
-};
+use icebox_engine::host::{ExitReason, HostError, MemorySource, ProcessIdentity, SavePlan};
 use serde_json::{Value, json};
 
 use super::config::{self, Extent, SAVED_MEMORY, SAVED_STATE};
 use crate::launcher::Ended;
 use crate::pager::{self, state::FilledPart};
 use crate::vmm::api::{Api, ApiError};
-use crate::vmm::asked::{AskedMachine, FLIP_DEADLINE, Ways};
+use crate::vmm::asked::{AskedMachine, FLIP_DEADLINE, Taken, Ways};
 use crate::vmm::memory::{self, GuestRam, MappedPart, ProcessMemory, SaveError};
 use crate::vmm::own_save::SaveArea;
 use crate::vmm::watched::how_it_ended;
@@ -76,17 +74,19 @@ impl Ways for FirecrackerWays {
         process: &ProcessIdentity,
         plan: &SavePlan,
         message: &str,
-    ) -> Result<SavedMemory, HostError> {
-        let bytes = area.take_state(SAVED_STATE, &plan.device_state, message)?;
-        let (written, length) = area.open_memory(SAVED_MEMORY, message)?;
-        let saved = match &plan.restored_from {
-            None => memory::save_file(&written, length, &plan.memory),
-            Some(MemorySource { base, .. }) => {
-                save_changes((process, &self.pager_state), base, &written, length, plan)
-            }
+    ) -> Result<Taken, HostError> {
+        let state_bytes = area.take_state(SAVED_STATE, &plan.device_state, message)?;
+        let (memory, length) = area.open_memory(SAVED_MEMORY, message)?;
+        let Some(MemorySource { base, .. }) = &plan.restored_from else {
+            return Ok(Taken::AllBut {
+                memory,
+                length,
+                state_bytes,
+            });
         };
-        let saved = saved.map_err(|error| error.into_host(message.to_owned()))?;
-        Ok(saved.with_state(bytes))
+        let saved = save_changes((process, &self.pager_state), base, &memory, length, plan)
+            .map_err(|error| error.into_host(message.to_owned()))?;
+        Ok(Taken::Whole(saved.with_state(state_bytes)))
     }
 
     /// How it ended. It ends well only when the guest resets its machine, which is also how one is turned off.

@@ -9,8 +9,8 @@ use std::collections::BTreeMap;
 use async_trait::async_trait;
 use futures_util::FutureExt as _;
 use icebox_engine::host::{
-    Capabilities, DiskSwitch, ExitReason, LaunchPlan, Meter, ProcessIdentity, Removed, SavedMemory,
-    Vmm, VmmIdentity,
+    Capabilities, DiskSwitch, ExitReason, LaunchPlan, Meter, ProcessIdentity, Removed, Save, Vmm,
+    VmmIdentity,
 };
 use icebox_engine::id::GenerationNo;
 use icebox_engine::manifest::v1::{Login, Point};
@@ -44,7 +44,7 @@ struct Between {
 }
 
 /// What the engine wants saved, and what came of it.
-type Save = Arc<Mutex<(Option<SavePlan>, Option<SavedMemory>)>>;
+type Wanted = Arc<Mutex<(Option<SavePlan>, Option<Save>)>>;
 
 /// One guest, and the way to it.
 struct Seat {
@@ -53,7 +53,7 @@ struct Seat {
     /// Ours.
     machine: Box<dyn Machine>,
     process: Process,
-    save: Save,
+    save: Wanted,
     _fake: Fake,
     _directory: TempDir,
 }
@@ -82,7 +82,7 @@ fn now<T>(work: impl Future<Output = Result<T, HostError>>) -> T {
 }
 
 /// Does what an API is asked for.
-fn act(kind: &Kind, request: &str, guest: &dyn Machine, area: &Path, save: &Save) -> Reply {
+fn act(kind: &Kind, request: &str, guest: &dyn Machine, area: &Path, save: &Wanted) -> Reply {
     match request {
         "probe" => match now(guest.probe()) {
             VcpuState::Running => state_of("Running"),
@@ -130,7 +130,7 @@ impl Between {
         let directory = tempfile::tempdir().unwrap();
         let area = directory.path().join("save");
         fs::create_dir(&area).unwrap();
-        let (process, save) = (process(), Save::default());
+        let (process, save) = (process(), Wanted::default());
         let (victim, behind) = (process.clone(), Arc::clone(&guest));
         let (into, written) = (area.clone(), Arc::clone(&save));
         let fake = Fake::reading(kind.dialect, move |path, body, _| {
@@ -234,12 +234,17 @@ impl Machine for Seat {
     }
 
     /// What the driver takes of the API's save is looked at in its own tests; here counts what the simulation saved.
-    async fn save(&self, wanted: SavePlan) -> Result<SavedMemory, HostError> {
+    async fn save(&self, wanted: SavePlan) -> Result<Save, HostError> {
         *self.save.lock().unwrap() = (Some(wanted), None);
         let directory = tempfile::tempdir().unwrap();
-        self.machine.save(plan(directory.path())).await?;
+        let own = self.machine.save(plan(directory.path())).await?;
         let saved = self.save.lock().unwrap().1.take();
-        Ok(saved.expect("the driver says that it has saved what it has not"))
+        let saved = saved.expect("the driver says that it has saved what it has not");
+        Ok(Save::Rest(Box::pin(async move {
+            let _until_it_is_copied = directory;
+            own.finish().await?;
+            saved.finish().await
+        })))
     }
 
     async fn stalled(&self) {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use icebox_engine::host::{
     BlockDevice, DiskSwitch, ErrorKind, ExitReason, HostError, Machine, MemorySource, Meter,
-    ProcessIdentity, SavePlan, SavedMemory, VcpuState,
+    ProcessIdentity, Save, SavePlan, VcpuState,
 };
 use icebox_engine::id::SandboxId;
 use icebox_engine::layout::Layout;
@@ -390,7 +390,7 @@ impl Machine for QemuMachine {
             .await
     }
 
-    async fn save(&self, plan: SavePlan) -> Result<SavedMemory, HostError> {
+    async fn save(&self, plan: SavePlan) -> Result<Save, HostError> {
         match self.probe().await? {
             VcpuState::Paused => {}
             VcpuState::Running => {
@@ -413,7 +413,7 @@ impl Machine for QemuMachine {
             write_memory(&process, anonymous, &plan).map_err(|error| error.into_host(message))
         })
         .await?;
-        Ok(saved.with_state(state_bytes))
+        Ok(Save::Done(saved.with_state(state_bytes)))
     }
 
     /// QEMU stops the vCPUs by itself when a write finds no room (`werror=enospc`, its default), and says `STOP`; only its
