@@ -179,14 +179,8 @@ impl Vmm for SimVmm {
         };
         let machine = self.machine(&plan.sandbox, &vm);
         state.vms.insert(plan.sandbox.clone(), vm);
-        if matches!(plan.start, Start::Boot { .. }) && state.resets > 0 {
-            state.resets -= 1;
-            let reason = ExitReason {
-                by_guest: true,
-                reset: true,
-                detail: "the guest asked for a reset".into(),
-            };
-            state.end_vm(&plan.sandbox, reason);
+        if matches!(plan.start, Start::Boot { .. }) {
+            state.reset_if_asked(&plan.sandbox);
         }
         Ok(machine)
     }
@@ -306,7 +300,9 @@ impl Machine for SimMachine {
             vm.vcpus = Vcpus::Running;
             vm.stalled.send_replace(false);
         })
-        .await
+        .await?;
+        self.world.lock().reset_if_asked(&self.sandbox);
+        Ok(())
     }
 
     /// The memory is written once the guest may run again: what it is then does not count.

@@ -119,7 +119,7 @@ pub(crate) struct State {
     pub(crate) save_fails: bool,
     pub(crate) agent_wedged: bool,
     pub(crate) works: bool,
-    /// So many guests that boot next ask for a reset.
+    /// So many guests that run next ask for a reset.
     pub(crate) resets: u32,
     pub(crate) events: Vec<Event>,
     pub(crate) samples: BTreeMap<SandboxId, Vec<Sample>>,
@@ -277,6 +277,19 @@ impl State {
         found
             .value
             .map_or_else(|| self.resolve_object(&found.under), Ok)
+    }
+
+    /// Lets a guest that has just begun to run reset its machine, if the next ones are to.
+    pub(crate) fn reset_if_asked(&mut self, sandbox: &SandboxId) {
+        if self.resets > 0 {
+            self.resets -= 1;
+            let reason = ExitReason {
+                by_guest: true,
+                reset: true,
+                detail: "the guest asked for a reset".into(),
+            };
+            self.end_vm(sandbox, reason);
+        }
     }
 
     pub(crate) fn end_vm(&mut self, sandbox: &SandboxId, reason: ExitReason) -> bool {
@@ -440,8 +453,8 @@ impl World {
         self.lock().end_vm(sandbox, reason);
     }
 
-    /// Makes the next guests that boot ask for a reset instead of answering.
-    pub fn reset_boots(&self, count: u32) {
+    /// Makes the next guests that boot, or go on, ask for a reset instead of answering.
+    pub fn reset_guests(&self, count: u32) {
         self.lock().resets = count;
     }
 

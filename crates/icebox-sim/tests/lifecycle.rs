@@ -594,7 +594,7 @@ fn a_guest_that_powers_off_is_stopped_and_not_crashed() {
 #[test]
 fn inv_36_a_guest_that_resets_its_machine_before_it_answers_is_booted_again() {
     story(async |world, engine| {
-        world.reset_boots(2);
+        world.reset_guests(2);
         let id = create(engine, "a").await;
         world.guest_value(&id).unwrap();
         assert_eq!(world.welcomes(&id).len(), 1);
@@ -602,11 +602,26 @@ fn inv_36_a_guest_that_resets_its_machine_before_it_answers_is_booted_again() {
         let rests = world.in_use();
 
         // Not for ever, and then nothing is left.
-        world.reset_boots(3);
+        world.reset_guests(3);
         let error = engine.start("a").await.unwrap_err();
         assert!(error.to_string().contains("asked for a reset"), "{error}");
         assert_eq!(world.in_use(), rests);
         engine.start("a").await.unwrap();
+        world.guest_value(&id).unwrap();
+    });
+}
+
+#[test]
+fn inv_10_inv_16_a_restored_guest_that_resets_its_machine_is_not_restored_over_what_it_wrote() {
+    story(async |world, engine| {
+        let id = create(engine, "a").await;
+        engine.pause("a").await.unwrap();
+        let rests = world.in_use();
+        world.reset_guests(1);
+        let error = engine.resume("a", None).await.unwrap_err();
+        assert!(error.to_string().contains("asked for a reset"), "{error}");
+        assert_eq!(world.in_use(), rests);
+        engine.resume("a", None).await.unwrap();
         world.guest_value(&id).unwrap();
     });
 }

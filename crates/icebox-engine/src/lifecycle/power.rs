@@ -46,7 +46,8 @@ impl Sandbox {
     /// Acquires the head and what [`power_holds`] names, all of which is written down already, and brings the guest
     /// to where it answers. On failure the caller gives back.
     ///
-    /// A guest that asks for a reset while it boots gets one, as on any machine: VMMs end at a reset, so it is a new one.
+    /// A guest that asks for a reset while it boots gets one, as on any machine: VMMs end at a reset, so it is a new one. One
+    /// that was restored does not: it may have written to its disk, which its memory then knows nothing of.
     ///
     /// A guest that goes on from its own pause need not answer: what else runs in it is worth as much as it was, and this
     /// is the only way back to it.
@@ -63,6 +64,10 @@ impl Sandbox {
         let (volumes, vmm) = (self.volumes()?, self.vmm()?);
         let (slot, spec) = (self.record().slot, self.record().spec.clone());
         let (head, _) = self.head()?;
+        let boots_at_most = match start {
+            Start::Boot { .. } => BOOTS,
+            Start::Restore { .. } => 1,
+        };
         let limits = Limits {
             geometry: spec.geometry,
             pids_max: PIDS_MAX,
@@ -116,7 +121,7 @@ impl Sandbox {
                 Err(error) => error,
             };
             let has_ended = matches!(error, Error::VmmEnded { .. });
-            if boots == BOOTS || !has_ended || !machine.exited().await.reset {
+            if boots == boots_at_most || !has_ended || !machine.exited().await.reset {
                 return Err(error);
             }
             tracing::warn!(sandbox = %self.id(), boots, "the guest asked for a reset before it answered, and is booted again");
