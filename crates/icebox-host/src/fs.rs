@@ -545,6 +545,15 @@ pub(crate) fn punch(file: &File, offset: u64, length: u64) -> io::Result<()> {
     }
 }
 
+/// Gives the storage of a stretch of `file` back, which reads as zero then. Where the file system cannot, nothing changes.
+pub(crate) fn give_back(file: &File, offset: u64, length: u64) -> io::Result<()> {
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    match rustix::fs::fallocate(file, flags, offset, length) {
+        Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// How [`sparse_copy`] got the data across.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Copied {

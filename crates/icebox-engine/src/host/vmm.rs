@@ -225,7 +225,8 @@ pub enum Save {
     /// All has been written.
     Done(SavedMemory),
     /// What was saved is written once this completes: a copy of what the VMM has written, which is of the one instant,
-    /// whatever guest and VMM do meanwhile. Dropped, it leaves nothing but what is in the plan's directories.
+    /// whatever the guest does meanwhile. It takes no more room than the VMM's save has taken. Dropped, it ends soon, and
+    /// leaves nothing but what is in the plan's directories.
     Rest(BoxFuture<'static, Result<SavedMemory, HostError>>),
 }
 

@@ -7,6 +7,7 @@ use std::fmt;
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -76,6 +77,15 @@ pub(super) enum Taken {
         length: u64,
         state_bytes: u64,
     },
+}
+
+/// Somebody waits for a copy; dropped, nobody does.
+struct Wanted(Arc<AtomicBool>);
+
+impl Drop for Wanted {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
 }
 
 /// A VMM and the way to it.
@@ -205,11 +215,19 @@ impl<W: Ways> Machine for AskedMachine<W> {
                 memory,
                 length,
                 state_bytes,
-            } => Save::Rest(Box::pin(blocking(move || {
-                let saved = memory::save_file(&memory, length, &copied_to);
-                let saved = saved.map_err(|error| error.into_host(failed))?;
-                Ok(saved.with_state(state_bytes))
-            }))),
+            } => {
+                let wanted = Wanted(Arc::new(AtomicBool::new(true)));
+                let is_wanted = Arc::clone(&wanted.0);
+                Save::Rest(Box::pin(async move {
+                    let _wanted = wanted;
+                    let copied = blocking(move || {
+                        let saved = memory::save_file(&memory, length, &copied_to, &is_wanted);
+                        let saved = saved.map_err(|error| error.into_host(failed))?;
+                        Ok(saved.with_state(state_bytes))
+                    });
+                    copied.await
+                }))
+            }
         })
     }
 

@@ -5,7 +5,9 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _, chown};
+use std::os::unix::fs::{
+    DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, chown,
+};
 use std::path::{Path, PathBuf};
 
 use icebox_engine::host::{ErrorKind, HostError};
@@ -62,7 +64,7 @@ impl SaveArea {
         Ok(bytes)
     }
 
-    /// Opens the memory `name`, which is to be copied. Returns its length, too. `message` says what is done.
+    /// Opens the memory `name`, which is to be copied and given back. Returns its length, too. `message` says what is done.
     pub(crate) fn open_memory(&self, name: &str, message: &str) -> Result<(File, u64), HostError> {
         let opened = self.open(name);
         let (memory, bytes) = opened.map_err(|error| HostError::io(message.to_owned(), error))?;
@@ -78,13 +80,16 @@ impl SaveArea {
         let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
         let file = OpenOptions::new()
             .read(true)
+            .write(true)
             .custom_flags(flags.bits().cast_signed())
             .open(&path)?;
         let meta = file.metadata()?;
-        if meta.is_file() {
+        // With another name it would be something else, too.
+        if meta.is_file() && meta.nlink() == 1 {
             Ok((file, meta.len()))
         } else {
-            Err(io::Error::other(format!("{} is no file", path.display())))
+            let what = format!("{} is no file of its own", path.display());
+            Err(io::Error::other(what))
         }
     }
 }

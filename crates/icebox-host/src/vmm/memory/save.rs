@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions, Permissions};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use icebox_engine::host::{ErrorKind, HostError, SavedMemory, SavedPages};
 use icebox_engine::layout::{MEMORY_BASE, MEMORY_DIFF};
@@ -12,7 +13,7 @@ use icebox_engine::unit::{Bytes, PAGE_SIZE};
 use super::diff::DiffWriter;
 use super::process::ProcessMemoryError;
 use super::{GuestRam, PAGE, ProcessMemory, ZERO_PAGE};
-use crate::fs::{clamp_usize, punch, sparse_copy};
+use crate::fs::{clamp_usize, give_back, punch, sparse_copy};
 
 /// Pages per read of the process's memory: 1 MiB.
 pub(super) const BATCH_PAGES: usize = 256;
@@ -156,13 +157,15 @@ fn save_full(
     })
 }
 
-/// Writes the memory that a VMM has saved to a file of its own, `length` bytes of it, into `directory`: what is not zero.
+/// Moves the memory that a VMM has saved to a file of its own, `length` bytes of it, into `directory`: what is not zero. What
+/// is copied is given back, so that both together never take more room than one. Stops early when `wanted` turns false.
 ///
 /// As with [`save`], readable by everybody, not writable and not durable. Blocks for as long as that takes to read.
 pub(crate) fn save_file(
     memory: &File,
     length: u64,
     directory: &Path,
+    wanted: &AtomicBool,
 ) -> Result<SaveOutcome, SaveError> {
     let path = directory.join(MEMORY_BASE);
     let file = create(&path)?;
@@ -172,12 +175,16 @@ pub(crate) fn save_file(
     let mut batch = vec![0; BATCH_PAGES * PAGE_SIZE];
     let pages = length / PAGE;
     for first in (0..pages).step_by(BATCH_PAGES) {
+        if !wanted.load(Ordering::Relaxed) {
+            return Err(failed(io::ErrorKind::Interrupted.into()));
+        }
         let count = BATCH_PAGES.min(clamp_usize(pages - first));
         let bytes = &mut batch[..count * PAGE_SIZE];
         memory.read_exact_at(bytes, first * PAGE).map_err(failed)?;
         for (number, page) in (first..).zip(bytes.chunks_exact(PAGE_SIZE)) {
             writer.push(number, page).map_err(failed)?;
         }
+        give_back(memory, first * PAGE, bytes.len() as u64).map_err(failed)?;
     }
     let zero = writer.finish().map_err(failed)?;
     Ok(SaveOutcome {
@@ -339,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn inv_29_of_a_vmms_own_save_everything_but_zeros_is_kept() {
+    fn inv_28_inv_29_of_a_vmms_own_save_everything_but_zeros_is_kept_and_takes_no_room_twice() {
         let directory = tempfile::tempdir().unwrap();
         let saved = tempfile::tempfile().unwrap();
         let pages = 2 * BATCH_PAGES as u64 + 3;
@@ -348,19 +355,27 @@ mod tests {
         for number in written {
             saved.write_all_at(&[7; PAGE_SIZE], number * PAGE).unwrap();
         }
-        let outcome = save_file(&saved, pages * PAGE, directory.path()).unwrap();
+        let mut whole = vec![0; usize::try_from(pages).unwrap() * PAGE_SIZE];
+        saved.read_exact_at(&mut whole, 0).unwrap();
+        let wanted = AtomicBool::new(true);
+        let outcome = save_file(&saved, pages * PAGE, directory.path(), &wanted).unwrap();
         assert_eq!(outcome.pages, SavedPages::Full);
         assert_eq!(outcome.changed, written.len() as u64);
         assert!(outcome.allocated <= 64 << 10, "{outcome:?}");
         let path = directory.path().join(MEMORY_BASE);
-        let mut whole = vec![0; usize::try_from(pages).unwrap() * PAGE_SIZE];
-        saved.read_exact_at(&mut whole, 0).unwrap();
         assert!(std::fs::read(&path).unwrap() == whole);
         assert_eq!(path.metadata().unwrap().mode() & 0o777, 0o444);
+        // There is no room for both.
+        assert_eq!(allocated(&saved).unwrap(), 0);
 
         // One that was cut short is no memory.
         let other = tempfile::tempdir().unwrap();
-        assert!(save_file(&saved, (pages + 1) * PAGE, other.path()).is_err());
+        assert!(save_file(&saved, (pages + 1) * PAGE, other.path(), &wanted).is_err());
+        // What nobody wants any more stays where it is.
+        saved.write_all_at(&[7; PAGE_SIZE], 0).unwrap();
+        let (other, unwanted) = (tempfile::tempdir().unwrap(), AtomicBool::new(false));
+        assert!(save_file(&saved, pages * PAGE, other.path(), &unwanted).is_err());
+        assert_ne!(allocated(&saved).unwrap(), 0);
     }
 
     #[test]
