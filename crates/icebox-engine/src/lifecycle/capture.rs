@@ -149,31 +149,33 @@ impl Sandbox {
             attempt.vcpus_may_stand = false;
             attempt.still = None;
         }
-        let saved = match save {
-            Save::Done(saved) => saved,
-            Save::Rest(rest) => {
-                let rest = within(deadline::SAVE, "copying the saved memory", rest);
-                steps.time("copy", rest).await?
-            }
-        };
-
-        let record = self.record();
-        let capture = Capture {
-            layer: freeze.layer.clone(),
-            memory: attempt.memory.clone(),
-            machine: record.machine.clone().ok_or(Error::Destroyed)?,
-            sandbox: record.id.clone(),
-            token,
-            saved,
-            captured_at,
-        };
-        let published = self.publish_capture(&attempt.into, freeze, &capture, document(&capture));
-        let published = steps.time("publish", published);
-        // Who did not answer before does not hold the verb up again.
+        // At once, whatever becomes of the capture. Who did not answer before does not hold the verb up again.
         let time = OptionFuture::from((then == Then::RunsOn && answers).then(|| self.tell_time()));
-        let (published, _) = join(published, time).await;
-        published?;
-        Ok(capture)
+        let kept = async {
+            let saved = match save {
+                Save::Done(saved) => saved,
+                Save::Rest(rest) => {
+                    let rest = within(deadline::SAVE, "copying the saved memory", rest);
+                    steps.time("copy", rest).await?
+                }
+            };
+            let record = self.record();
+            let capture = Capture {
+                layer: freeze.layer.clone(),
+                memory: attempt.memory.clone(),
+                machine: record.machine.clone().ok_or(Error::Destroyed)?,
+                sandbox: record.id.clone(),
+                token,
+                saved,
+                captured_at,
+            };
+            let document = document(&capture);
+            let published = self.publish_capture(&attempt.into, freeze, &capture, document);
+            steps.time("publish", published).await?;
+            Ok(capture)
+        };
+        let (kept, _) = join(kept, time).await;
+        kept
     }
 
     /// Cleans up after a capture that failed at any point. The guest runs on.
