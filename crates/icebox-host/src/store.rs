@@ -9,7 +9,8 @@
 //! So an object either exists, whole, or does not exist, whatever crashes in between. What lies in `staging/` and
 //! `trash/` is not an object; names that are not ours are left alone everywhere.
 //!
-//! Directories are made 0700 and files 0600, and what is published becomes writable by nobody: a VMM's uid
+//! Directories are made 0700 and files 0600, and what is published becomes writable by nobody (but for the hint beside a
+//! memory that its pagers keep, [`crate::pager`]): a VMM's uid
 //! reaches nothing in here by name, only through descriptors and mounts that the launcher made for it, and cannot make
 //! more of those than they are.
 //!

@@ -108,7 +108,7 @@ fn run(control: &mut UnixStream) -> Result<std::convert::Infallible, Failure> {
 
     setsid().step(|| "start a session".into())?;
     umask(Mode::from_raw_mode(0o077));
-    sys::close_on_exec_from(3).step(|| "mark inherited descriptors".into())?;
+    sys::close_all_but(control.as_fd()).step(|| "close inherited descriptors".into())?;
     for path in &spec.cgroup_procs {
         join_cgroup(path).step(|| format!("join cgroup by {}", path.display()))?;
     }

@@ -57,7 +57,7 @@ pub struct BoxSpec {
     /// The VMM, as a host path. Its directory must be visible in the box: under `/usr`, or in [`binds`](Self::binds).
     pub program: PathBuf,
     /// Whether the launcher executes nothing, and goes on as the pager of the VMM whose box it is: what a pager needs is
-    /// [passed](Self::files) to it, and its box is empty.
+    /// [passed](Self::files) to it, and its box has nothing but the system's libraries.
     pub pager: bool,
     /// The VMM's arguments, without its name.
     pub arguments: Vec<String>,

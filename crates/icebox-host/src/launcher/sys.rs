@@ -6,7 +6,7 @@
 )]
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -21,22 +21,21 @@ pub(super) fn unshare_mounts() -> io::Result<()> {
     Ok(())
 }
 
-/// Marks every descriptor from `first` on to be closed by exec.
-pub(super) fn close_on_exec_from(first: u32) -> io::Result<()> {
-    // SAFETY: changes a flag of descriptors; none is closed before exec.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_close_range,
-            first,
-            u32::MAX,
-            libc::CLOSE_RANGE_CLOEXEC,
-        )
-    };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
+/// Closes every descriptor but the standard ones and `kept`: what the daemon itself has inherited and does not know of. The
+/// process must own no other.
+pub(super) fn close_all_but(kept: BorrowedFd<'_>) -> io::Result<()> {
+    const FIRST: u32 = 3;
+    let kept = kept.as_raw_fd().cast_unsigned();
+    for (from, to) in [(FIRST, kept.saturating_sub(1)), (kept + 1, u32::MAX)] {
+        if from > to {
+            continue;
+        }
+        // SAFETY: as the caller says, nothing here owns a descriptor that is closed.
+        if unsafe { libc::syscall(libc::SYS_close_range, from, to, 0) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
     }
+    Ok(())
 }
 
 /// Which version of Landlock the kernel has.

@@ -11,8 +11,8 @@
 //!     the VMM has ended  ─► end
 //! ```
 //!
-//! It is a process in the box of its VMM: with its uid, in its cgroup, and with an empty file system. What it uses it is
-//! started with. It outlives daemons with its VMM. If it ends, its guest hangs, so the daemon ends the VMM then.
+//! It is a process in the box of its VMM: with its uid, in its cgroup, and with a file system that has nothing but the system's
+//! libraries. What it uses it is started with. It outlives daemons with its VMM. If it ends, its guest hangs, so the daemon ends the VMM then.
 //!
 //! The VMM is not trusted: what it sends is bounded, and checked against the memory's length. It could misuse nothing but
 //! what it has itself, since the base is its own to read.
