@@ -21,6 +21,7 @@ mod routes;
 mod sandboxes;
 mod templates;
 mod ui;
+mod unread;
 mod vmms;
 
 use std::sync::Arc;

@@ -13,7 +13,7 @@ use http::{HeaderMap, HeaderValue, StatusCode, header};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{Edge, cors, e2b, path, proxy, routes, ui};
+use super::{Edge, cors, e2b, path, proxy, routes, ui, unread};
 use crate::access::{Caller, Premises};
 use crate::types::SandboxDetail;
 use crate::{API_KEY_HEADER, ApiError, Daemon, ErrorCode, TEAM_HEADER};
@@ -87,12 +87,13 @@ impl Front {
     }
 }
 
+/// Lets a request in, and its answer out.
+pub(super) async fn enter(State(front): State<Front>, request: Request, next: Next) -> Response {
+    unread::answered(request, |request| decide(front, request, next)).await
+}
+
 /// Decides whose a request is, what it is for, and whether it may pass.
-pub(super) async fn enter(
-    State(front): State<Front>,
-    mut request: Request,
-    next: Next,
-) -> Response {
+async fn decide(front: Front, mut request: Request, next: Next) -> Response {
     name_host(&mut request);
     let caller = match front.caller(&request) {
         Ok(caller) => caller,

@@ -104,6 +104,56 @@ async fn what_a_connection_is_upgraded_to_keeps_its_place() {
 }
 
 #[tokio::test]
+async fn a_refusal_leaves_its_connection_as_it_says() {
+    let script = Script::new();
+    let served = Served::new(&script).await;
+    let refused = |length: usize, more: &str| {
+        format!("POST / HTTP/1.1\nhost: 80-inothing.example.org\ncontent-length: {length}{more}")
+    };
+    let next = "GET /health HTTP/1.1\nhost: h";
+
+    // The body comes after the head, as from a client on a busy machine: then after the answer, if nobody waited for it.
+    let mut stream = served.connect().await;
+    for body in [5, 64 << 10] {
+        send(&mut stream, &refused(body, "")).await;
+        tokio::time::sleep(DOUBT).await;
+        stream.write_all(&vec![b'.'; body]).await.expect("write");
+        let answer = read_until(&mut stream, "}").await;
+        assert_eq!(status(&answer), "502");
+        assert!(!answer.contains("connection: close"), "{answer}");
+        send(&mut stream, next).await;
+        assert_eq!(status(&read_until(&mut stream, "\r\n\r\n").await), "204");
+    }
+    // In pieces of which none says how many will come.
+    send(
+        &mut stream,
+        "POST / HTTP/1.1\nhost: 80-inothing.example.org\ntransfer-encoding: chunked",
+    )
+    .await;
+    tokio::time::sleep(DOUBT).await;
+    let chunks = b"3\r\nabc\r\n0\r\n\r\n";
+    stream.write_all(chunks).await.expect("write");
+    assert_eq!(status(&read_until(&mut stream, "}").await), "502");
+    send(&mut stream, next).await;
+    assert_eq!(status(&read_until(&mut stream, "\r\n\r\n").await), "204");
+
+    // What is long, does not come, or waits to be asked for, is not waited for.
+    for (request, body) in [
+        (refused(1 << 20, ""), 128 << 10),
+        (refused(5, ""), 0),
+        (refused(5, "\nexpect: 100-continue"), 0),
+    ] {
+        let mut stream = served.connect().await;
+        send(&mut stream, &request).await;
+        stream.write_all(&vec![b'.'; body]).await.expect("write");
+        let answer = read_until(&mut stream, "}").await;
+        assert_eq!(status(&answer), "502");
+        assert!(answer.contains("connection: close"), "{answer}");
+        assert_eq!(rest(&mut stream).await, b"");
+    }
+}
+
+#[tokio::test]
 async fn leaving_refuses_what_is_new_and_finishes_what_is_under_way() {
     let script = Script::new();
     let served = Served::new(&script).await;
