@@ -33,15 +33,14 @@ export function files(root, { sandboxID: id, title, state }, signal) {
   async function open(path) {
     asked += 1;
     const turn = asked;
-    const typed = where.value;
     setText(state_, 'Loading…');
     try {
       const { entries = [] } = await ask('ListDir', { path, depth: 1 });
       // Somebody has gone elsewhere meanwhile.
       if (turn !== asked) return;
       here = path.length > 1 ? path.replace(/\/+$/, '') : path;
-      // What is being typed stays.
-      if (where.value === typed) where.value = here;
+      // Who is in the field is about to type there, or does: what comes after what is written for them, goes nowhere.
+      if (document.activeElement !== where) where.value = here;
       show(entries);
     } catch (error) {
       if (!signal.aborted && turn === asked) setText(state_, why(error));

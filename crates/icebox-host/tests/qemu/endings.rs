@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use icebox_engine::host::{Boxes, ErrorKind, Removed, VcpuState, Vmm};
@@ -14,6 +15,20 @@ use icebox_host::instance::Instance;
 use icebox_host::launcher::{BoxSpec, Ended, OpenFile, Process, Source};
 
 use crate::lab::{Lab, output, qemu};
+
+/// Stops a VMM, and waits until it stands: a thread that is on a processor, or on its way there, can still answer before it
+/// has seen the signal.
+fn wedge(pid: u32) {
+    output("kill", &["-STOP", &pid.to_string()]);
+    let stands = |thread: fs::DirEntry| {
+        let stat = fs::read_to_string(thread.path().join("stat")).unwrap();
+        stat.rsplit_once(") ").unwrap().1.starts_with('T')
+    };
+    let threads = || fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    while !threads().all(|thread| stands(thread.unwrap())) {
+        thread::yield_now();
+    }
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn inv_31_inv_06_a_killed_vmm_is_noticed_within_a_second() {
@@ -53,7 +68,7 @@ async fn inv_21_a_wedged_vmm_keeps_nobody_waiting() {
     let lab = Lab::open().await;
     let guest = lab.guest().await;
     let machine = guest.boot().await;
-    output("kill", &["-STOP", &machine.process().pid.to_string()]);
+    wedge(machine.process().pid);
     let began = Instant::now();
     let error = machine.probe().await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Timeout);
@@ -95,12 +110,12 @@ async fn a_vmm_that_was_wedged_for_a_while_answers_again() {
     let lab = Lab::open().await;
     let guest = lab.guest().await;
     let machine = guest.boot().await;
-    let pid = machine.process().pid.to_string();
-    output("kill", &["-STOP", &pid]);
+    let pid = machine.process().pid;
+    wedge(pid);
     // The caller gives up in the middle of a command.
     let given_up = tokio::time::timeout(Duration::from_millis(500), machine.pause_vcpus()).await;
     assert!(given_up.is_err());
-    output("kill", &["-CONT", &pid]);
+    output("kill", &["-CONT", &pid.to_string()]);
     // It is carried out all the same; what counts is that state can be asked and changed.
     machine.resume_vcpus().await.unwrap();
     assert_eq!(machine.probe().await.unwrap(), VcpuState::Running);

@@ -3,11 +3,11 @@
 //! On the site whose file system is its own: both drivers that keep disks in files work there, so sandboxes of both meet
 //! the same full disk at once.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::path::PathBuf;
 
 use rustix::fs::FallocateFlags;
-use serde_json::Value;
 
 use crate::marks::entries;
 use crate::site::{COLD, Site, WARM};
@@ -67,9 +67,10 @@ fn staged(site: &Site) -> Vec<PathBuf> {
     entries(&site.traces.data.join("staging"))
 }
 
-/// Counts into a file, each line on the disk before the next.
+/// Counts into a file, each line on the disk before the next. It has begun when that answers.
 const RECORD: &str = "setsid sh -c 'n=0; until [ -e /root/enough ]; do n=$((n+1)); echo $n >>/root/records; sync; done; \
-                      touch /root/done' >/dev/null 2>&1 </dev/null &";
+                      touch /root/done' >/dev/null 2>&1 </dev/null & \
+                      until grep -qsx 3 /root/records; do sleep 0.1; done";
 /// Ends that.
 const ENOUGH: &str = "touch /root/enough; until [ -e /root/done ]; do sleep 0.1; done";
 /// How many lines there are on the disk, if none is missing.
@@ -84,12 +85,12 @@ fn inv_28_a_full_disk_holds_guests_of_reflink_and_qcow2_until_there_is_room(site
         site.exec(sandbox, RECORD);
     }
     let full = Filler::leaving(site, 0);
-    let mut held: Vec<Value> = (0..2)
-        .map(|_| events.wait_for("sandbox.stalled")["sandboxID"].clone())
-        .collect();
-    held.sort_by_key(ToString::to_string);
-    held.dedup();
-    assert_eq!(held.len(), 2, "both of them");
+    // One may find a little room again, and stall twice before the other does.
+    let mut held = BTreeSet::new();
+    while held.len() < sandboxes.len() {
+        let sandbox = &events.wait_for("sandbox.stalled")["sandboxID"];
+        held.insert(sandbox.as_str().unwrap().to_owned());
+    }
     for sandbox in sandboxes {
         let detail = site.inspect(sandbox);
         assert_eq!(detail["state"], "running");
@@ -126,7 +127,7 @@ fn inv_28_a_full_disk_holds_guests_of_reflink_and_qcow2_until_there_is_room(site
         assert!(site.inspect(sandbox)["stalled"].is_null());
         site.exec(sandbox, ENOUGH);
         let records = site.exec(sandbox, RECORDS);
-        assert!(records.parse::<u32>().unwrap() > 1, "{records}");
+        assert!(records.parse::<u32>().unwrap() >= 3, "{records}");
         site.get(&["pause", sandbox]);
         site.get(&["resume", sandbox]);
         assert_eq!(site.exec(sandbox, RECORDS), records, "nothing is lost");
