@@ -47,9 +47,9 @@ export function sandboxes(root, _, signal) {
   const none = h('p', { class: 'empty' });
   const show = keyed(body, line);
   const open = (id) => { location.hash = `#/sandboxes/${part(id)}`; };
+  const fresh = button('New sandbox', () => create(undefined, open), { class: 'primary' });
   root.append(
-    h('div', { class: 'bar' }, h('h1', {}, 'Sandboxes'), count, search,
-      button('New sandbox', () => create(undefined, open), { class: 'primary' })),
+    h('div', { class: 'bar' }, h('h1', {}, 'Sandboxes'), count, search, fresh),
     element, none);
 
   function update() {
@@ -59,6 +59,8 @@ export function sandboxes(root, _, signal) {
     const found = live.sandboxes.filter(matches);
     show(found, (it) => it.sandboxID);
     const running = live.sandboxes.filter((it) => it.state === 'running').length;
+    // What it can be made from is not known before.
+    fresh.disabled = !live.loaded;
     setText(count, live.loaded ? `${live.sandboxes.length}, ${running} running` : '');
     element.hidden = found.length === 0;
     none.hidden = found.length > 0;

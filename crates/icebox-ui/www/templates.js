@@ -185,14 +185,17 @@ export function templates(root, _, signal) {
   const heading = h('h2', {}, 'Builds');
   const show = keyed(body, line);
   const showBuilds = keyed(begun, progress);
+  const onTemplate = button('Build on a template', buildBySteps);
   root.append(
     h('div', { class: 'bar' }, h('h1', {}, 'Templates'), h('p', { class: 'muted' }, 'What sandboxes are made from.'),
-      button('Build on a template', buildBySteps), button('Build from packages', buildFromPackages, { class: 'primary' })),
+      onTemplate, button('Build from packages', buildFromPackages, { class: 'primary' })),
     element, none, heading, begun);
   watch(() => {
     show(live.templates, (it) => it.templateID);
     element.hidden = live.templates.length === 0;
     none.hidden = live.templates.length > 0;
+    // Which there are is not known before.
+    onTemplate.disabled = !live.loaded;
     setText(none, live.loaded ? 'No templates yet.' : 'Loading…');
   }, signal);
   const follower = () => {

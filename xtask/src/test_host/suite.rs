@@ -39,14 +39,11 @@ const QEMU: &str = "qemu";
 /// suite, what every volume driver has to carry and how sandboxes live, with those drivers that the machine that this is built
 /// on may not have, and what its kernel's Landlock refuses; the rest of it is run there.
 const USUAL: &[&[Call]] = &[
-    &[
-        (CONFORMANCE, &[]),
-        (SYSTEM, &["lifecycle::dm-snapshot"]),
-        (SYSTEM, &["lifecycle::zfs"]),
-    ],
+    &[(CONFORMANCE, &[]), (SYSTEM, &["lifecycle::dm-snapshot"])],
     &[
         (SYSTEM, &["drivers::dm-snapshot"]),
         (SYSTEM, &["drivers::zfs"]),
+        (SYSTEM, &["lifecycle::zfs"]),
         (QEMU, &["inv_25_a_box"]),
     ],
 ];

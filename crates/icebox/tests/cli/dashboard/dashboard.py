@@ -133,7 +133,7 @@ def the_stream_of_events_is_taken_up_where_it_broke(it):
             route.continue_()
 
     it.page.route("**/events?follow=true*", answer)
-    with it.page.expect_request(lambda request: request.url.endswith("&since=1")):
+    with it.page.expect_response(lambda response: response.url.endswith("&since=1")):
         it.sign_in()
     assert len(asked) == 2, asked
 
