@@ -2,9 +2,12 @@
 """The floor of the other VMMs: what Cloud Hypervisor and Firecracker cost by themselves, without Icebox.
 
 Starts the VMM directly, with the kernel, initramfs, root image, memory size, devices and agent that Icebox uses, in a
-network namespace with a tap, and drives it over its own API: boot, save while it runs, save, restore, save while it
-runs. No box, no cgroup, no manifest, no copy of what it has saved. `floor.py` does the same with QEMU, and says what
-"first exec" is.
+network namespace with a tap, and drives it over its own API: boot, save while it runs, save, restore that, save while it
+runs, save, and so on. No box, no cgroup, no manifest, no copy of what it has saved. `floor.py` does the same with QEMU, and
+says what "first exec" is.
+
+No memory is restored twice but by those at once, as under Icebox. It matters where a processor is emulated: the code of a
+guest is translated for the pages that it is in, and a second guest on the same file finds it translated.
 
 "Still" is for how long the vCPUs stand still for a save: from asking for the pause until the resume is answered. The
 first such save of a machine is not among the measurements: Cloud Hypervisor may still be loading its memory, and what
@@ -129,6 +132,16 @@ class Machine:
         self.save_running(differential)
         time.sleep(self.args.idle)
         return self.save_running(differential)
+
+    def save_and_end(self, area):
+        """Leaves a save in `area`, in the place of an older one, which it may be running from."""
+        newer = f"{area}.new"
+        os.mkdir(newer)
+        self.pause()
+        self.save(newer, False)
+        self.end()
+        shutil.rmtree(area, ignore_errors=True)
+        os.rename(newer, area)
 
     def loaded(self):
         """Waits until all memory is there."""
@@ -308,21 +321,16 @@ def main():
         result = {"bootMs": first_exec(begin), "restoreMs": [], "restoredStillMs": []}
         time.sleep(args.idle)
         result["bootedStillMs"] = machine.save_running_twice(False)
-        machine.pause()
-        os.mkdir(saved)
-        machine.save(saved, False)
-        machine.end()
-        clone(disk, saved_disk)
+        machine.save_and_end(saved)
         for _ in range(args.rounds):
-            # The disk as it was when the memory was saved.
-            clone(saved_disk, disk)
             begin = time.perf_counter()
             machine = kind(args)
             machine.restore(saved)
             result["restoreMs"].append(first_exec(begin))
             time.sleep(args.idle)
             result["restoredStillMs"].append(machine.save_running_twice(True))
-            machine.end()
+            machine.save_and_end(saved)
+        clone(disk, saved_disk)
         result["atOnceMs"] = restored_at_once(args, kind, saved, saved_disk)
         json.dump(result, sys.stdout, indent=2)
         print()

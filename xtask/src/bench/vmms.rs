@@ -3,7 +3,7 @@
 //! ```text
 //!   a kernel, an image ── daemon, volume driver reflink, on an XFS in a file
 //!   for each VMM that is named, some rounds of:
-//!     floor:  boot → save while it runs → save → (restore → first exec → save while it runs) × 2
+//!     floor:  boot → save while it runs → save → (restore → first exec → save while it runs → save) × 2
 //!     ours:   the same → forks
 //! ```
 //!
@@ -391,6 +391,8 @@ struct Ours {
     first_pause: Series,
     later_pause: Series,
     forks: Series,
+    /// Of the last of the last forks.
+    fork_steps: String,
 }
 
 impl Ours {
@@ -431,6 +433,7 @@ impl Ours {
         }
         for fork in &forks {
             daemon.exec_true(fork)?;
+            self.fork_steps = last_steps(daemon, fork)?;
         }
         // What takes too long for the daemon is a measurement, too: a budget that is not kept.
         match failed {
@@ -494,8 +497,9 @@ impl Ours {
                 .floor(per_core.into())
                 .budget(Budget::TimesFloor(2.0))
                 .note(format!(
-                    "{FORKS} forks; their floor is so many times a bare restore, over {processors} processors; bare ones at once: {:.0} ms",
-                    floor.at_once.median()
+                    "{FORKS} forks; their floor is so many times a bare restore, over {processors} processors; bare ones at once: {:.0} ms; the last fork: {}",
+                    floor.at_once.median(),
+                    self.fork_steps
                 )),
         );
         report
