@@ -3,9 +3,9 @@
 //! Readiness is a round trip, and the wait for it is the last part of every create and resume. So nothing here waits for
 //! long, and no wait depends on TCP's own timers: a guest that boots loses the first SYNs, and the kernel would send the next
 //! one only a second later. But where many guests share a processor, an answer takes its time, and must not come too late for
-//! an attempt that has been given up. So attempts overlap, and the longer a guest has been waited for, the longer they last.
+//! an attempt that has been given up. So attempts overlap, and the longer a guest has been waited for, the longer they last and
+//! the fewer they are: to be asked is work for a guest, and many that are asked often have no time left to answer.
 
-use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -28,14 +28,17 @@ use tokio::time::{Instant, sleep, timeout};
 /// From one attempt to connect to the next, at first. An answer over a tap takes well under a millisecond; an emulated guest
 /// that is busy starting takes longer.
 const CONNECT: Duration = Duration::from_millis(20);
-/// Later it is this part of all the time that the guest has been waited for: so much later than it could be a guest that
-/// begins to listen is found, and one that is slow is not kept busy by being asked.
-const LATER: u32 = 50;
-/// How many attempts wait at once. So an answer may take two fifths of the time that the guest has been waited for.
+/// Later it is this part of all the time that a guest has been waited for which boots: so much later than it could be, one
+/// that begins to listen is found.
+const BOOTS: u32 = 50;
+/// The same of a guest that has been running, and listens. What it is asked waits for it in its tap, so once would do.
+const LISTENS: u32 = 4;
+/// How many attempts wait at once. So an answer may take two fifths of the time that a guest has been waited for which boots.
 const AT_ONCE: u32 = 20;
 /// Between attempts that were refused at once.
 const BETWEEN: Duration = Duration::from_millis(2);
-/// How long one welcome may take once the agent has been reached: identity, clock, entropy, closing connections.
+/// How long the first welcome may take: reaching the agent, identity, clock, entropy, closing connections. Each later one may
+/// take as much longer as the guest has been waited for: all of it is lost if it is given up too soon.
 const WELCOME: Duration = Duration::from_secs(10);
 /// If the welcome took longer, the clock that it set is behind by up to as much, and is set right. Most of a first call's
 /// time is the guest's, which boots, or loads the pages that it needs.
@@ -59,19 +62,52 @@ const UNAUTHORIZED: u16 = 401;
 #[derive(Debug, Default)]
 pub struct AgentGuests;
 
-/// Connects again and again, until the guest is there.
-struct Patient(SocketAddr);
+/// How long a guest is waited for, and how often it is asked meanwhile.
+#[derive(Clone, Copy, Debug)]
+struct Patience {
+    since: Instant,
+    /// [`BOOTS`] or [`LISTENS`].
+    part: u32,
+}
 
-impl fmt::Debug for Patient {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Patient({})", self.0)
+impl Patience {
+    fn with(origin: GuestOrigin) -> Self {
+        Self {
+            since: Instant::now(),
+            part: match origin {
+                GuestOrigin::Boot => BOOTS,
+                GuestOrigin::Resume | GuestOrigin::Fork => LISTENS,
+            },
+        }
     }
+
+    /// With a guest that has been welcomed.
+    fn with_running() -> Self {
+        Self::with(GuestOrigin::Resume)
+    }
+
+    /// From one attempt to connect to the next.
+    fn pause(&self) -> Duration {
+        CONNECT.max(self.since.elapsed() / self.part)
+    }
+
+    /// For a welcome that begins now.
+    fn welcome(&self) -> Duration {
+        WELCOME + self.since.elapsed()
+    }
+}
+
+/// Connects again and again, until the guest is there.
+#[derive(Debug)]
+struct Patient {
+    address: SocketAddr,
+    patience: Patience,
 }
 
 impl Connector for Patient {
     fn connect(&self) -> Pin<Box<dyn Future<Output = io::Result<Box<dyn IoStream>>> + Send + '_>> {
         Box::pin(async {
-            let stream = first(|| TcpStream::connect(self.0)).await;
+            let stream = first(self.patience, || TcpStream::connect(self.address)).await;
             stream.set_nodelay(true)?;
             Ok(Box::new(stream) as Box<dyn IoStream>)
         })
@@ -79,14 +115,13 @@ impl Connector for Patient {
 }
 
 /// The first of many attempts that succeeds. More are made until then.
-async fn first<S, A>(attempt: impl Fn() -> A) -> S
+async fn first<S, A>(patience: Patience, attempt: impl Fn() -> A) -> S
 where
     A: Future<Output = io::Result<S>>,
 {
-    let begun = Instant::now();
     let mut attempts = FuturesUnordered::new();
     loop {
-        let wait = CONNECT.max(begun.elapsed() / LATER);
+        let wait = patience.pause();
         attempts.push(timeout(wait * AT_ONCE, attempt()));
         let ended = async {
             loop {
@@ -106,9 +141,14 @@ where
     }
 }
 
-fn client(at: GuestAddress, token: &Secret) -> AgentClient {
+fn client_with(patience: Patience, at: GuestAddress, token: &Secret) -> AgentClient {
     let address = SocketAddr::from((at.ip, AGENT_PORT));
-    AgentClient::new(Patient(address)).with_token(&Token::new(token.expose()))
+    AgentClient::new(Patient { address, patience }).with_token(&Token::new(token.expose()))
+}
+
+/// To a guest that has been welcomed.
+fn client(at: GuestAddress, token: &Secret) -> AgentClient {
+    client_with(Patience::with_running(), at, token)
 }
 
 /// 128 bits that belong to one sandbox for ever, machine-id(5): the same after a resume, another in a fork.
@@ -214,10 +254,11 @@ impl Guest for AgentGuests {
         // The answer to an attempt that was carried out may have been lost: then the new token is in force already.
         let tokens = [&welcome.current_token, &welcome.token];
         let mut token = 0;
+        let patience = Patience::with(welcome.origin);
         loop {
-            let attempt = client(at, tokens[token]);
+            let attempt = client_with(patience, at, tokens[token]);
             let asked = Instant::now();
-            match attempt.init(&init(welcome)?, WELCOME).await {
+            match attempt.init(&init(welcome)?, patience.welcome()).await {
                 Ok(report) => {
                     if asked.elapsed() > PROMPT
                         && let Err(error) = set_clock_right(&client(at, &welcome.token)).await
@@ -342,7 +383,9 @@ mod tests {
         let address = listener.local_addr().unwrap();
         drop(listener);
         let connecting = tokio::spawn(async move {
-            let mut stream = Patient(address).connect().await.unwrap();
+            let patience = Patience::with(GuestOrigin::Boot);
+            let patient = Patient { address, patience };
+            let mut stream = patient.connect().await.unwrap();
             stream.write_all(b"hello").await.unwrap();
         });
         tokio::task::yield_now().await;
@@ -361,19 +404,41 @@ mod tests {
     async fn a_guest_that_is_slow_to_answer_is_reached() {
         // Each attempt is answered long after the next ones have begun, and those before were given up at first.
         const SLOW: Duration = Duration::from_millis(400);
+        for (origin, most) in [(GuestOrigin::Boot, 100), (GuestOrigin::Fork, 20)] {
+            let asked = std::cell::Cell::new(0);
+            let patience = Patience::with(origin);
+            let reached = first(patience, || {
+                asked.set(asked.get() + 1);
+                async {
+                    sleep(SLOW).await;
+                    Ok(())
+                }
+            });
+            timeout(SLOW * 10, reached).await.unwrap();
+            assert!(patience.since.elapsed() >= SLOW);
+            // It is asked seldom.
+            assert!(asked.get() < most, "{origin:?}: {}", asked.get());
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_guest_that_has_been_slow_is_given_more_time_and_asked_no_more_often() {
+        const WAITED: Duration = Duration::from_secs(20);
+        let patience = Patience::with(GuestOrigin::Fork);
+        assert_eq!((patience.pause(), patience.welcome()), (CONNECT, WELCOME));
+        // A welcome was given up, and with it the connection.
+        sleep(WAITED).await;
+        assert_eq!(patience.welcome(), WELCOME + WAITED);
         let asked = std::cell::Cell::new(0);
-        let begun = Instant::now();
-        let reached = first(|| {
+        let reached = first(patience, || {
             asked.set(asked.get() + 1);
             async {
-                sleep(SLOW).await;
+                sleep(WAITED).await;
                 Ok(())
             }
         });
-        timeout(SLOW * 10, reached).await.unwrap();
-        assert!(begun.elapsed() >= SLOW);
-        // It is asked seldom.
-        assert!(asked.get() < 100, "{}", asked.get());
+        reached.await;
+        assert!(asked.get() < 5, "{}", asked.get());
     }
 
     /// Answers one call, as an agent does, after `delay`; returns what was asked.
