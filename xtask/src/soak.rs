@@ -24,9 +24,9 @@ nothing failed; a run that fails says how to do it again, and leaves the row of 
 what the tests need, and takes hours.
 
 - `cargo xtask soak model`: random verbs under random faults on twenty simulated sandboxes, against a model of what users were
-  told (`crates/icebox-sim/tests/model`), with seeds that nobody has chosen, once for each way to freeze a disk. In the end
+  told (`crates/icebox-sim/tests/sim/model`), with seeds that nobody has chosen, once for each way to freeze a disk. In the end
   every sandbox runs once more with what it should hold, and the host holds nothing. To do one run again:
-  `ICEBOX_MODEL_SEED=… ICEBOX_MODEL_STEPS=… cargo test -p icebox-sim --test model`.
+  `ICEBOX_MODEL_SEED=… ICEBOX_MODEL_STEPS=… cargo test -p icebox-sim --test sim model::`.
 - `cargo xtask soak boots`: real guests booted, two at a time, each with all of its devices.
 - `cargo xtask soak pairs`: real sandboxes with every volume driver that works on the machine; the daemon and the VMM are
   killed at every step of pause, resume, snapshot, fork and rm, and a life of thirty rounds is gone through.
@@ -48,7 +48,7 @@ fn boots(options: &[String]) -> Result<(), Failure> {
     note("boots", &bench::soak(options)?)
 }
 
-/// Random verbs under random faults (`crates/icebox-sim/tests/model.rs`), with seeds that nobody has chosen.
+/// Random verbs under random faults (`crates/icebox-sim/tests/sim/model`), with seeds that nobody has chosen.
 fn model(options: &[String]) -> Result<(), Failure> {
     let (mut runs, mut steps, mut first) = (20_u64, 5_000_u64, None);
     let mut words = options.iter();
@@ -71,7 +71,8 @@ fn model(options: &[String]) -> Result<(), Failure> {
             "--package",
             "icebox-sim",
             "--test",
-            "model",
+            "sim",
+            "model::",
         ]);
         test.env("ICEBOX_MODEL_SEED", seed.to_string())
             .env("ICEBOX_MODEL_STEPS", steps.to_string());

@@ -1,5 +1,4 @@
 //! What every story has around it: both kinds of volume driver, and an end with nothing left.
-#![allow(dead_code, reason = "not every test needs all of it")]
 
 use icebox_engine::Engine;
 use icebox_sim::fault::{Injector, inject};

@@ -1,21 +1,16 @@
 //! Sandboxes that wait for who creates one: seen by nobody, given to one, never lost and never left.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
-
-#[path = "support/story.rs"]
-mod stories;
-mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use crate::stories::story;
+use crate::support::{IMAGE, create, from, import_image, leave_nothing, life, named, open};
 use icebox_engine::host::{Egress, GuestOrigin};
 use icebox_engine::id::SandboxId;
 use icebox_engine::manifest::v1::TemplateContent;
 use icebox_engine::{CreateRequest, Engine, Error, Phase, Quota};
 use icebox_sim::fault::{Fault, Injector, Kind, When, inject};
 use icebox_sim::{FreezeBy, World};
-use stories::story;
-use support::{IMAGE, create, from, import_image, leave_nothing, life, named, open};
 
 /// Lets everything that is under way end, and all that failed be tried again. The clock jumps, so this takes no time.
 async fn settle_down() {

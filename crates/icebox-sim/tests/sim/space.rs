@@ -1,20 +1,15 @@
 //! What holds when room runs out: before it has, and for guests that find none.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
-
-#[path = "support/story.rs"]
-mod stories;
-mod support;
 
 use std::time::Duration;
 
+use crate::stories::{story, story_of_faults};
+use crate::support::{IMAGE, create, import_image, leave_nothing, life, named, open, run};
 use icebox_engine::id::Name;
 use icebox_engine::layout::Object;
 use icebox_engine::unit::Bytes;
 use icebox_engine::{Engine, Error, ImageRequest, Part, Phase};
 use icebox_sim::fault::When;
 use icebox_sim::{FreezeBy, Vcpus, World};
-use stories::{story, story_of_faults};
-use support::{IMAGE, create, import_image, leave_nothing, life, named, open, run};
 
 fn n(text: &str) -> Name {
     text.parse().unwrap()

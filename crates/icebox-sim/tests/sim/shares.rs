@@ -1,13 +1,10 @@
 //! The engine's share of promises that hosts and guests keep: what it asks of them, in which order, and what it tells.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
-
-#[path = "support/story.rs"]
-mod stories;
-mod support;
 
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use crate::stories::{story, story_of_faults};
+use crate::support::{IMAGE, create, from, import_image, leave_nothing, life, named, open, run};
 use icebox_engine::host::GuestOrigin;
 use icebox_engine::id::{GenerationNo, Name, SandboxId};
 use icebox_engine::layout::Object;
@@ -16,8 +13,6 @@ use icebox_engine::unit::Bytes;
 use icebox_engine::{Error, Verb};
 use icebox_sim::fault::{Fault, Injector, Kind, When, inject};
 use icebox_sim::{FreezeBy, World};
-use stories::{story, story_of_faults};
-use support::{IMAGE, create, from, import_image, leave_nothing, life, named, open, run};
 use tokio::time::Instant;
 
 fn n(text: &str) -> Name {

@@ -1,6 +1,4 @@
 //! One sandbox-world with an engine in it, and the ways to kill that engine.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
-#![allow(dead_code, reason = "not every test needs all of it")]
 
 use std::collections::BTreeMap;
 

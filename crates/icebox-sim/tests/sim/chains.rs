@@ -1,17 +1,14 @@
 //! Chains of layers stay short, whatever happens while some of them are merged.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
-
-mod support;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use crate::support::{create, from, import_image, leave_nothing, life, open, open_with, run};
 use icebox_engine::id::{Name, SandboxId};
 use icebox_engine::unit::Bytes;
 use icebox_engine::{Config, Engine, Error, Phase};
 use icebox_sim::fault::{Fault, Injector, Kind, When, inject};
 use icebox_sim::{FreezeBy, World};
-use support::{create, from, import_image, leave_nothing, life, open, open_with, run};
 
 /// As short as chains can be kept.
 const MAX_LAYERS: usize = 4;

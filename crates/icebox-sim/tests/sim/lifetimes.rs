@@ -1,14 +1,11 @@
 //! Sandboxes that end by themselves and begin to, daemons that pause everything, and what is remembered of it all: told
 //! as stories, with all the time in the world.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
-
-#[path = "support/story.rs"]
-mod stories;
-mod support;
 
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use crate::stories::{story, story_of_faults};
+use crate::support::{IMAGE, create, import_image, leave_nothing, life, named, open, run};
 use futures_util::future::join_all;
 use icebox_engine::id::SandboxId;
 use icebox_engine::manifest::v1::OnTimeout;
@@ -19,8 +16,6 @@ use icebox_engine::{
 use icebox_sim::fault::{Fault, Injector, Kind, When, inject};
 use icebox_sim::{FreezeBy, World};
 use jiff::SignedDuration;
-use stories::{story, story_of_faults};
-use support::{IMAGE, create, import_image, leave_nothing, life, named, open, run};
 
 const MINUTE: Duration = Duration::from_secs(60);
 

@@ -1,12 +1,11 @@
 //! What a sandbox remembers: its generations, its branches, how its last verb went. One test, one promise.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
-
-#[path = "support/story.rs"]
-mod stories;
-mod support;
 
 use std::time::Duration;
 
+use crate::stories::{story, story_of_faults};
+use crate::support::{
+    IMAGE, create, import_image, leave_nothing, life, named, open, open_with, run,
+};
 use icebox_engine::id::GenerationNo;
 use icebox_engine::layout::Object;
 use icebox_engine::manifest::v1::{HistoryPolicy, MadeBy, Point};
@@ -15,8 +14,6 @@ use icebox_engine::{Config, CreateRequest, Engine, Error, LastVerb, Outcome, Pha
 use icebox_sim::fault::When;
 use icebox_sim::{FreezeBy, World};
 use jiff::SignedDuration;
-use stories::{story, story_of_faults};
-use support::{IMAGE, create, import_image, leave_nothing, life, named, open, open_with, run};
 
 fn last_verb(engine: &Engine, wanted: &str) -> LastVerb {
     let last = engine.inspect(wanted).unwrap().last_verb;

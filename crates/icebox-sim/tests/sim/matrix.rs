@@ -4,23 +4,17 @@
 //! start it again and see that nothing changed, bring every sandbox to life and see that its guest lost nothing, and
 //! destroy everything and see that nothing is left.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
-
-#[path = "support/scene.rs"]
-mod scene;
-mod support;
-
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use crate::scene::{self, Scene, Scene::*};
+use crate::support::{leave_nothing, life, open, run};
 use icebox_engine::id::SandboxId;
 use icebox_engine::layout::Object;
 use icebox_engine::manifest::v1::Rest;
 use icebox_engine::{Engine, Error, Phase, SandboxView};
 use icebox_sim::fault::{Fault, Injector, Kind, When, inject};
 use icebox_sim::{FreezeBy, World};
-use scene::Scene::{self, *};
-use support::{leave_nothing, life, open, run};
 
 /// Steps whose failure leaves a hold stuck, and so may break the sandbox until the next start.
 const RELEASES: [&str; 10] = [

@@ -1,9 +1,5 @@
 //! Hosts with more than one VMM, which can do different things.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
-
-mod support;
-
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -18,7 +14,7 @@ use icebox_engine::unit::Bytes;
 use icebox_engine::{CreateRequest, Engine, Error, Phase};
 use icebox_sim::{FreezeBy, World};
 
-use support::{IMAGE, create, from, import_image, leave_nothing, life, open};
+use crate::support::{IMAGE, create, from, import_image, leave_nothing, life, open};
 
 /// The VMM of the simulation under another name, without the ability to switch disks. Its guests keep the CPU that they
 /// were booted with.

@@ -1,13 +1,8 @@
 //! Teams: what is another's does not exist, and nobody has more than their team may have, however many ask at once.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-#[path = "support/story.rs"]
-mod stories;
-mod support;
-
+use crate::stories::story;
+use crate::support::{IMAGE, create, from, named};
 use icebox_engine::{Engine, Error, Holdings, Quota};
-use stories::story;
-use support::{IMAGE, create, from, named};
 
 const TEAM: &str = "acme";
 

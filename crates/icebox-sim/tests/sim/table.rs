@@ -3,24 +3,18 @@
 //! Every verb is killed before and after every step, with both kinds of volume driver, and the daemon started again. Steps
 //! after which the next start finds the same are one row. The test fails when the document has another table; with
 //! `ICEBOX_BLESS=1` in the environment it writes its own there.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
-
-#[path = "support/scene.rs"]
-#[allow(dead_code, reason = "the matrix looks closer")]
-mod scene;
-mod support;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
+use crate::scene::Scene::{self, *};
+use crate::support::{leave_nothing, life, open};
 use icebox_engine::id::seeded;
 use icebox_engine::manifest::v1::Rest;
 use icebox_engine::{Engine, Error, SandboxView};
 use icebox_sim::fault::{Fault, Injector, Kind, When, inject};
 use icebox_sim::{FreezeBy, World};
-use scene::Scene::{self, *};
-use support::{leave_nothing, life, open};
 
 const BEGIN: &str = "<!-- begin: killed on the way -->\n";
 const END: &str = "<!-- end -->\n";

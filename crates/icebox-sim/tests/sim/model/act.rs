@@ -10,8 +10,8 @@ use icebox_sim::fault::{Fault, Kind, When};
 use jiff::SignedDuration;
 use rand::RngExt as _;
 
+use super::{FAULTS_WITHIN, IDLE, Play, SANDBOXES};
 use crate::support::{IMAGE, named};
-use crate::{FAULTS_WITHIN, IDLE, Play, SANDBOXES};
 
 /// What is done next.
 #[derive(Clone, Debug)]

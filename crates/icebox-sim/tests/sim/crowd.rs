@@ -3,20 +3,16 @@
 //! Steps take time here, each another, so that things happen between them. Once with a clock that jumps, where a run
 //! follows from its seed, and once with several threads and the real clock, where locks could be taken in any order.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
-
-mod support;
-
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use crate::support::{IMAGE, create, import_image, leave_nothing, life, named, open, run};
 use icebox_engine::id::SandboxId;
 use icebox_engine::{Engine, Error, Outcome, Phase};
 use icebox_sim::fault::{Injector, inject};
 use icebox_sim::{FreezeBy, World};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
-use support::{IMAGE, create, import_image, leave_nothing, life, named, open, run};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 

@@ -8,8 +8,8 @@ use icebox_engine::manifest::v1::{Point, Rest};
 use icebox_engine::{Engine, Error, Phase, SandboxView, Verb};
 use icebox_sim::World;
 
-use crate::act::{Act, Ended, Trouble};
-use crate::{KEPT, Play};
+use super::act::{Act, Ended, Trouble};
+use super::{KEPT, Play};
 
 /// What a user knows of a sandbox.
 pub(crate) struct Known {

@@ -1,17 +1,11 @@
 //! Sandboxes that come from each other go in any order, and whoever stays has everything it had.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
-
-#[path = "support/story.rs"]
-mod stories;
-mod support;
-
 use std::collections::BTreeMap;
 
+use crate::stories::story;
+use crate::support::{create, named, run};
 use icebox_engine::Engine;
 use icebox_sim::World;
-use stories::story;
-use support::{create, named, run};
 
 /// A parent, a fork of it, a fork of that, and a template of the second, each with something that the others have not.
 async fn family(world: &World, engine: &Engine) -> BTreeMap<String, u64> {

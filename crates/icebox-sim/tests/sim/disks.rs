@@ -1,15 +1,12 @@
 //! Disks that something happens to from outside: seen, said, and not made worse.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
-
-mod support;
 
 use std::time::Duration;
 
+use crate::support::{IMAGE, create, import_image, leave_nothing, life, named, open, run};
 use icebox_engine::id::{GenerationNo, SandboxId};
 use icebox_engine::layout::Object;
 use icebox_engine::{Engine, Error, Phase};
 use icebox_sim::{FreezeBy, World};
-use support::{IMAGE, create, import_image, leave_nothing, life, named, open, run};
 
 /// Tells a story on both kinds of volume driver, whose heads can be lost, and ends it with nothing left.
 fn story(tell: impl AsyncFn(&World, &Engine)) {

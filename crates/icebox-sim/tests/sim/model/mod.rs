@@ -8,19 +8,16 @@
 //! A run follows from its seed, which is printed. To do one again, or a longer one:
 //!
 //! ```text
-//!   ICEBOX_MODEL_SEED=7 ICEBOX_MODEL_STEPS=20000 ICEBOX_MODEL_TELL=1 cargo test -p icebox-sim --test model
+//!   ICEBOX_MODEL_SEED=7 ICEBOX_MODEL_STEPS=20000 ICEBOX_MODEL_TELL=1 cargo test -p icebox-sim --test sim model::
 //! ```
-
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod act;
 mod known;
-#[path = "../support/mod.rs"]
-mod support;
 
 use std::cell::RefCell;
 use std::time::Duration;
 
+use crate::support::{IMAGE, import_image, leave_nothing, life, named, open_with, run};
 use act::{Act, Ended, Trouble};
 use icebox_engine::host::Host;
 use icebox_engine::id::{Name, seeded};
@@ -31,7 +28,6 @@ use icebox_sim::{FreezeBy, World};
 use known::Model;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
-use support::{IMAGE, import_image, leave_nothing, life, named, open_with, run};
 
 /// Which run to do instead of the usual ones.
 const SEED: &str = "ICEBOX_MODEL_SEED";

@@ -1,12 +1,9 @@
 //! The promises of the lifecycle that need a story rather than a fault at a step. One test, one promise.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
-
-#[path = "support/story.rs"]
-mod stories;
-mod support;
 
 use std::time::Duration;
 
+use crate::stories::{story, story_of_faults};
+use crate::support::{IMAGE, create, from, import_image, leave_nothing, life, named, open, run};
 use icebox_engine::id::{GenerationNo, HeadId, LayerId, SandboxId, Slot};
 use icebox_engine::layout::Object;
 use icebox_engine::manifest;
@@ -14,8 +11,6 @@ use icebox_engine::manifest::v1::{TemplateContent, Under};
 use icebox_engine::{Config, Engine, Error, Outcome, Phase};
 use icebox_sim::fault::{Fault, Kind, When};
 use icebox_sim::{FreezeBy, World};
-use stories::{story, story_of_faults};
-use support::{IMAGE, create, from, import_image, leave_nothing, life, named, open, run};
 use tokio::time::Instant;
 
 /// For a step of which every call fails.

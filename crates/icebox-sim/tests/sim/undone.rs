@@ -1,20 +1,15 @@
 //! What verbs leave undone, and who finishes it without being asked: a disk that had no room, a guest that did not answer.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
-
-#[path = "support/story.rs"]
-mod stories;
-mod support;
 
 use std::time::Duration;
 
+use crate::stories::{story, story_of_faults};
+use crate::support::{create, import_image, leave_nothing, life, open, run};
 use icebox_engine::host::GuestOrigin;
 use icebox_engine::id::GenerationNo;
 use icebox_engine::manifest::v1::Point;
 use icebox_engine::{Engine, Error, Outcome, Phase};
 use icebox_sim::fault::{Fault, Injector, Kind, When, inject};
 use icebox_sim::{FreezeBy, World};
-use stories::{story, story_of_faults};
-use support::{create, import_image, leave_nothing, life, open, run};
 use tokio::time::Instant;
 
 fn events(engine: &Engine, kind: &str) -> usize {
