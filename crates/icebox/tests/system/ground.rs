@@ -89,9 +89,11 @@ impl Ground {
             ground.mount();
         }
         if driver == Driver::Zfs {
-            // Its own name, so that sites stand beside each other; and no cache of pools for the next boot.
+            // Its own name, so that sites stand beside each other; no cache of pools for the next boot; and what is freed is
+            // given back, as by a file system below.
             run(Command::new("zpool")
                 .args(["create", "-m", "none", "-o", "cachefile=none"])
+                .args(["-o", "autotrim=on"])
                 .args(["-O", "compression=off"])
                 .arg(ground.pool())
                 .arg(ground.file()));
