@@ -18,8 +18,10 @@ export function files(root, { sandboxID: id, title, state }, signal) {
   }
   let here = '/';
   let asked = 0;
+  let typed = false;
   const ask = (method, message) => call(id, `${SERVICE}/${method}`, message, { signal });
   const where = h('input', { id: 'where', 'aria-label': 'Directory', spellcheck: 'false', autocomplete: 'off' });
+  where.addEventListener('input', () => { typed = true; });
   const chosen = h('input', { type: 'file', multiple: true, class: 'hidden', tabindex: '-1', 'aria-label': 'Files to upload' });
   const state_ = h('p', { class: 'muted', role: 'status' });
   const crumbs = h('nav', { class: 'crumbs', 'aria-label': 'Directories above' });
@@ -33,14 +35,15 @@ export function files(root, { sandboxID: id, title, state }, signal) {
   async function open(path) {
     asked += 1;
     const turn = asked;
+    typed = false;
     setText(state_, 'Loading…');
     try {
       const { entries = [] } = await ask('ListDir', { path, depth: 1 });
       // Somebody has gone elsewhere meanwhile.
       if (turn !== asked) return;
       here = path.length > 1 ? path.replace(/\/+$/, '') : path;
-      // Who is in the field is about to type there, or does: what comes after what is written for them, goes nowhere.
-      if (document.activeElement !== where) where.value = here;
+      // Who is in the field is about to type there, and who has typed is about to go there: neither is overwritten.
+      if (!typed && document.activeElement !== where) where.value = here;
       show(entries);
     } catch (error) {
       if (!signal.aborted && turn === asked) setText(state_, why(error));

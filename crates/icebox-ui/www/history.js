@@ -45,15 +45,20 @@ export function history(root, sandbox, signal) {
   const none = h('p', { class: 'empty' }, 'Nothing to go back to yet: a pause or a saved point makes one.');
   root.append(now, element, none);
   let seen;
+  let asked = 0;
+  let drawn;
 
   async function look() {
+    asked += 1;
+    const turn = asked;
     let past;
     try {
       past = await ask('GET', at(sandbox.sandboxID, '/history'), undefined, { signal });
     } catch (error) {
-      if (!signal.aborted) setText(now, why(error));
+      if (!signal.aborted && turn === asked) setText(now, why(error));
       return;
     }
+    if (turn !== asked) return;
     const points = [
       ...past.generations.map((it) => ({
         point: String(it.number), title: `generation ${it.number}`, madeBy: it.madeBy ?? '–', when: it.createdAt, after: it.after,
@@ -63,7 +68,10 @@ export function history(root, sandbox, signal) {
         point: it.name, title: it.name, madeBy: 'set aside', when: it.createdAt, after: it.after, disk: it.diskBytes,
       })),
     ].sort((a, b) => String(b.when).localeCompare(String(a.when)));
-    body.replaceChildren(...points.map((it) => line(sandbox, it)));
+    // A button that is replaced while it is pressed does nothing.
+    const text = JSON.stringify(points);
+    if (text !== drawn) body.replaceChildren(...points.map((it) => line(sandbox, it)));
+    drawn = text;
     element.hidden = points.length === 0;
     none.hidden = points.length > 0;
     const { state, after, diskBytes } = past.now;

@@ -113,12 +113,12 @@ fn damage(bytes: &mut Vec<u8>, random: &mut Rng) {
     }
 }
 
-/// The status that a request is answered with, if it is.
-fn ask(address: SocketAddr, request: &[u8]) -> Option<u16> {
+/// The status that a request is answered with, if it is within `patience`.
+fn ask(address: SocketAddr, request: &[u8], patience: Duration) -> Option<u16> {
     let mut stream = TcpStream::connect(address).unwrap();
     // It may be refused before all of it is sent.
     stream.write_all(request).ok();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_read_timeout(Some(patience)).unwrap();
     let mut answer = [0; 64];
     let mut length = 0;
     while let Ok(count @ 1..) = stream.read(&mut answer[length..]) {
@@ -187,7 +187,7 @@ async fn damaged_requests_are_refused_and_harm_nothing() {
         while sent != request.encode(&mut calm) {
             sent = request.encode(&mut calm);
         }
-        let status = ask(server.address, &sent);
+        let status = ask(server.address, &sent, TIMEOUT);
         assert!(
             matches!(status, Some(200 | 204 | 404)),
             "{line}: {status:?}"
@@ -200,7 +200,7 @@ async fn damaged_requests_are_refused_and_harm_nothing() {
             let mut damaged = request.clone();
             damaged.damage(&mut random);
             let sent = damaged.encode(&mut random);
-            let status = ask(server.address, &sent);
+            let status = ask(server.address, &sent, PATIENCE);
             answered += usize::from(status.is_some());
             assert!(
                 !matches!(status, Some(500..)),
@@ -209,7 +209,10 @@ async fn damaged_requests_are_refused_and_harm_nothing() {
             );
         }
     }
-    assert!(answered > ROUNDS * requests.len() / 2, "{answered} answers");
+    assert!(
+        answered > ROUNDS * requests.len() / 10,
+        "{answered} answers"
+    );
     client.health(TIMEOUT).await.unwrap();
     client.run(Command::new("true")).await.unwrap();
     let grown = server.peak_rss_kib() - before;

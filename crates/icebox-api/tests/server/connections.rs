@@ -15,7 +15,7 @@ async fn a_connection_that_does_not_ask_is_closed() {
     let script = Script::new();
     let limits = Limits {
         first_request: DOUBT,
-        idle: 3 * DOUBT,
+        idle: 20 * DOUBT,
         ..Limits::default()
     };
     let served = Served::within(limits, &script).await;
@@ -116,7 +116,7 @@ async fn a_refusal_leaves_its_connection_as_it_says() {
     let mut stream = served.connect().await;
     for body in [5, 64 << 10] {
         send(&mut stream, &refused(body, "")).await;
-        tokio::time::sleep(DOUBT).await;
+        tokio::time::sleep(DOUBT / 10).await;
         stream.write_all(&vec![b'.'; body]).await.expect("write");
         let answer = read_until(&mut stream, "}").await;
         assert_eq!(status(&answer), "502");
@@ -130,7 +130,7 @@ async fn a_refusal_leaves_its_connection_as_it_says() {
         "POST / HTTP/1.1\nhost: 80-inothing.example.org\ntransfer-encoding: chunked",
     )
     .await;
-    tokio::time::sleep(DOUBT).await;
+    tokio::time::sleep(DOUBT / 10).await;
     let chunks = b"3\r\nabc\r\n0\r\n\r\n";
     stream.write_all(chunks).await.expect("write");
     assert_eq!(status(&read_until(&mut stream, "}").await), "502");

@@ -3,7 +3,7 @@
 use std::io::{Read as _, Write as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Child, Command, Output, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use icebox_engine::unit::Geometry;
 
@@ -159,17 +159,22 @@ fn cpu_beyond_the_quota_waits() {
         pids: 8,
     };
     lab.cgroups.ensure_quota(&lab.sandbox, a_fifth).unwrap();
-    let start = Instant::now();
-    let busy = lab.run("timeout 1 sh -c 'while :; do :; done'");
-    let wall = start.elapsed();
-    assert_eq!(busy.status.code(), Some(124), "{busy:?}");
-    let used = lab.cgroups.usage(&lab.sandbox).unwrap().cpu.unwrap();
-    let ratio = used.as_secs_f64() / wall.as_secs_f64();
-    assert!(ratio < 0.35, "{used:?} of {wall:?}");
-    // It was the quota and not a busy host.
     let group = lab.cgroups.group_of(Controller::Cpu, &lab.sandbox).unwrap();
-    let stat = fs::read_to_string(group.join("cpu.stat")).unwrap();
-    assert!(keyed(&stat, "nr_throttled").unwrap() > 0, "{stat}");
+    let start = Instant::now();
+    loop {
+        let busy = lab.run("timeout 1 sh -c 'while :; do :; done'");
+        let wall = start.elapsed();
+        assert_eq!(busy.status.code(), Some(124), "{busy:?}");
+        let used = lab.cgroups.usage(&lab.sandbox).unwrap().cpu.unwrap();
+        let ratio = used.as_secs_f64() / wall.as_secs_f64();
+        assert!(ratio < 0.35, "{used:?} of {wall:?}");
+        // It was the quota, and not a busy host, which may have had no more to give.
+        let stat = fs::read_to_string(group.join("cpu.stat")).unwrap();
+        if keyed(&stat, "nr_throttled").unwrap() > 0 {
+            break;
+        }
+        assert!(wall < Duration::from_mins(1), "{stat}");
+    }
 }
 
 #[test]
@@ -231,14 +236,24 @@ fn release_waits_for_what_is_exiting() {
     let Some(lab) = lab(Controller::Pids) else {
         return;
     };
-    for _ in 0..20 {
+    const ROUNDS: usize = 20;
+    let mut waited = 0;
+    for _ in 0..ROUNDS {
         lab.ensure(limits(64, 8));
         let mut child = lab.resident();
         child.kill().unwrap();
-        // Not waited for: it may still be on its way out.
-        assert_eq!(lab.release().unwrap(), Removed::Removed);
+        // Not waited for: it may still be on its way out, on a busy host for longer than is worth waiting.
+        match lab.release() {
+            Ok(removed) => {
+                assert_eq!(removed, Removed::Removed);
+                waited += 1;
+            }
+            Err(error) => assert_eq!(error.kind(), ErrorKind::Busy, "{error}"),
+        }
         child.wait().unwrap();
+        lab.release().unwrap();
     }
+    assert!(waited > ROUNDS / 2, "{waited} of {ROUNDS}");
 }
 
 #[test]

@@ -221,6 +221,23 @@ pub fn virtual_environment(home: &Path, packages: &[&str]) -> Result<(), Fixture
     succeed(pip.args(packages))
 }
 
+/// Writes a program of a test. It is never open for writing in this process: what another thread starts in that moment
+/// would inherit that, and until it has gone, nobody could run the program ("text file busy").
+///
+/// # Errors
+/// It cannot be written.
+pub fn script(path: &Path, text: &str) -> Result<(), FixtureError> {
+    let written = path.with_extension("written");
+    fs::write(&written, text).map_err(at("write", &written))?;
+    succeed(
+        Command::new("install")
+            .args(["-m", "755"])
+            .arg(&written)
+            .arg(path),
+    )?;
+    fs::remove_file(&written).map_err(at("remove", &written))
+}
+
 /// Runs a program that must succeed.
 ///
 /// # Errors

@@ -2,6 +2,8 @@
 
 use std::os::unix::fs::PermissionsExt as _;
 
+use icebox_host::guest_image::fixture;
+
 use crate::support::{Daemon, Transcript};
 
 #[test]
@@ -16,8 +18,7 @@ fn files_and_directories_there_and_back() {
     std::fs::write(tree.join("sub/data"), vec![7; 3 << 20]).unwrap();
     std::os::unix::fs::symlink("sub/data", tree.join("link")).unwrap();
     let script = daemon.path("script");
-    std::fs::write(&script, "#!/bin/sh\necho ran\n").unwrap();
-    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    fixture::script(&script, "#!/bin/sh\necho ran\n").unwrap();
 
     daemon.get(&["cp", "script", &at("script")]);
     let copied = guest.join("script");

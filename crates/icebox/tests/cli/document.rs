@@ -39,6 +39,7 @@ fn the_api_is_what_its_document_says() {
         .args(["--phases", "examples,coverage,fuzzing"])
         .args(["--max-examples", "8", "--seed", "1", "--max-failures", "20"])
         .args(["--generation-database", "none", "--no-shrink"])
+        .args(["--request-timeout", "120"])
         // It has no end.
         .args(["--exclude-path", "/events"])
         .env("ICEBOX_KEY", daemon.api_key())

@@ -3,6 +3,8 @@
 use std::net::Ipv4Addr;
 use std::process::{Command, Stdio};
 
+use icebox_host::guest_image::fixture;
+
 use crate::support::{Place, root};
 
 /// The command with all its arguments, run by another program first.
@@ -53,8 +55,7 @@ fn inv_26_a_vmm_that_is_missing_or_too_old() {
         "{said}"
     );
     let old = place.path("qemu");
-    std::fs::write(&old, "#!/bin/sh\necho QEMU emulator version 7.2.15\n").unwrap();
-    std::fs::set_permissions(&old, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    fixture::script(&old, "#!/bin/sh\necho QEMU emulator version 7.2.15\n").unwrap();
     place.settings = format!("qemu = {old:?}");
     let said = place.refused(&mut place.serve());
     assert!(

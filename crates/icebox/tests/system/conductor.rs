@@ -137,6 +137,19 @@ impl Conductor {
         })
     }
 
+    /// Holds the first of these steps that a client's verb takes, before its effect.
+    #[track_caller]
+    pub(crate) fn hold(&self, of: &'static [&'static str], client: Child) {
+        self.plan(Some(Plan {
+            at: 0,
+            side: Side::Before,
+            say: Say::Hold,
+            of,
+        }));
+        let reached = self.watch(client);
+        assert!(matches!(reached, Reached::Held(_)), "{reached:?}");
+    }
+
     /// Lets the step that is held go on, and waits for the client's end.
     pub(crate) fn go_on(&self) -> ExitStatus {
         let held = self.score.lock().held.take();

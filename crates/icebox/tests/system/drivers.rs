@@ -414,7 +414,7 @@ fn inv_31_inv_51_a_dead_vmm_is_noticed_and_both_disks_are_kept(site: &mut Site) 
     kill(vmm, Signal::KILL);
     events.wait_for("sandbox.crashed");
     assert!(
-        struck.elapsed() < patience(Duration::from_secs(1)),
+        struck.elapsed() < patience(Duration::from_secs(20)),
         "{:?}",
         struck.elapsed()
     );

@@ -7,10 +7,11 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
+use serde_json::Value;
 
 use crate::marks::entries;
 use crate::monitor::Refuse;
-use crate::site::{Count, Driver, Site, WARM, kill, run};
+use crate::site::{Count, Driver, Site, WARM, kill, patience, run, wedge};
 
 tests! {
     every:
@@ -34,7 +35,15 @@ pub(crate) fn assert_runs(site: &Site, sandbox: &str, count: &Count) -> Count {
     let now = site.count(sandbox);
     now.assert_goes_on_from(count);
     TcpStream::connect((site.address(sandbox), AGENT)).unwrap();
-    let used = site.get(&["stats", sandbox]);
+    // Of a machine that was adopted a moment ago, nothing may be measured yet.
+    let until = Instant::now() + patience(Duration::from_secs(60));
+    let used = loop {
+        let shown = site.run(&["stats", sandbox, "--json"]);
+        if shown.status.success() {
+            break serde_json::from_slice::<Value>(&shown.stdout).unwrap();
+        }
+        assert!(Instant::now() < until, "{shown:?}");
+    };
     assert!(used["metrics"]["mem_used"].as_u64() > Some(0), "{used}");
     now
 }
@@ -266,7 +275,7 @@ fn inv_05_a_wedged_agent_does_not_block_a_pause(site: &mut Site) {
     site.get(&["pause", "wedged"]);
     // 5 s for the command's connection, which does not end by itself, and 5 s for the guest's preparations.
     let took = begun.elapsed();
-    assert!(took < Duration::from_secs(14), "{took:?}");
+    assert!(took < patience(Duration::from_secs(25)), "{took:?}");
     client.kill().unwrap();
     client.wait().unwrap();
     assert_eq!(site.state("wedged"), "paused");
@@ -280,12 +289,12 @@ fn inv_06_inv_21_a_wedged_vmm_holds_nobody_up(site: &mut Site) {
     }
     let (count, free) = (site.count("wedged"), site.count("free"));
     let vmm = site.vmm_pid("wedged");
-    kill(vmm, Signal::STOP);
+    wedge(vmm);
     let begun = Instant::now();
     let said = site.refused(&["pause", "wedged"]);
     // 3 s for a VMM that does not answer, and at most 5 s for a guest that cannot prepare itself.
     let took = begun.elapsed();
-    assert!(took < Duration::from_secs(11), "{took:?}");
+    assert!(took < patience(Duration::from_secs(25)), "{took:?}");
     // The driver and the engine each have a bound for it.
     assert!(
         said.contains("did not answer") || said.contains("did not finish"),
@@ -301,11 +310,11 @@ fn inv_06_inv_21_a_wedged_vmm_holds_nobody_up(site: &mut Site) {
     site.get(&["resume", "wedged"]);
     assert_runs(site, "wedged", &count);
 
-    kill(site.vmm_pid("wedged"), Signal::STOP);
+    wedge(site.vmm_pid("wedged"));
     let begun = Instant::now();
     site.get(&["rm", "wedged"]);
     assert!(
-        begun.elapsed() < Duration::from_secs(5),
+        begun.elapsed() < patience(Duration::from_secs(25)),
         "{:?}",
         begun.elapsed()
     );

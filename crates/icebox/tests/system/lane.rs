@@ -11,7 +11,7 @@ use crate::sdk;
 use crate::site::{Driver, Site, patience};
 
 /// Longer than any test takes. One that runs into it hangs, and nobody else would say which.
-const LONGEST: Duration = Duration::from_mins(10);
+const LONGEST: Duration = Duration::from_mins(30);
 
 /// A site that tests share, started by the first that needs it. Whoever waits with the lowest number is next, so that tests
 /// run in their order however many wait at once.

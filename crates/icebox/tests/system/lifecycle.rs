@@ -2,6 +2,7 @@
 
 use std::io::Read as _;
 use std::net::TcpStream;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -9,6 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use rustix::process::Signal;
 use serde_json::Value;
 
+use crate::conductor::Conductor;
 use crate::site::{COLD, Driver, Site, WARM, kill};
 
 tests! {
@@ -63,33 +65,22 @@ fn inv_17_addresses_survive_a_pause_and_are_never_shared(site: &mut Site) {
 }
 
 fn inv_20_a_client_that_goes_away_changes_nothing(site: &mut Site) {
-    let mut events = site.events();
-    let mut client = site
-        .command(&["create", WARM, "--name", "alone"])
-        .spawn()
-        .unwrap();
-    // It is asked for as soon as the daemon knows the name.
-    while !site.run(&["inspect", "alone"]).status.success() {
-        assert!(
-            client.try_wait().unwrap().is_none(),
-            "created before it was seen"
-        );
-    }
-    kill(client.id(), Signal::KILL);
-    client.wait().unwrap();
-    events.wait_for("sandbox.created");
+    let conductor = Conductor::at(&site.conductor());
+    let leave_during = |verb: &[&str], step: &'static [&'static str], event: &str| {
+        let mut events = site.events();
+        let client = site.command(verb).spawn().unwrap();
+        let pid = client.id();
+        conductor.hold(step, client);
+        kill(pid, Signal::KILL);
+        let ended = conductor.go_on();
+        assert_eq!(ended.signal(), Some(Signal::KILL.as_raw()), "{verb:?}");
+        events.wait_for(event);
+    };
+    let create = ["create", WARM, "--name", "alone"];
+    leave_during(&create, &["vmm.launch"], "sandbox.created");
     let count = site.count("alone");
-
-    let mut client = site.command(&["pause", "alone"]).spawn().unwrap();
-    while site.inspect("alone")["verb"].is_null() {
-        assert!(
-            client.try_wait().unwrap().is_none(),
-            "paused before it was seen"
-        );
-    }
-    kill(client.id(), Signal::KILL);
-    client.wait().unwrap();
-    events.wait_for("sandbox.paused");
+    let step = &["machine.pause_vcpus"];
+    leave_during(&["pause", "alone"], step, "sandbox.paused");
     site.get(&["resume", "alone"]);
     site.count("alone").assert_goes_on_from(&count);
     site.get(&["rm", "alone"]);
@@ -489,10 +480,8 @@ fn inv_50_destroy_comes_through_whatever_is_under_way(site: &mut Site) {
         .spawn()
         .unwrap();
     while !site.run(&["inspect", "unborn"]).status.success() {
-        assert!(
-            create.try_wait().unwrap().is_none(),
-            "created before it was seen"
-        );
+        let ended = create.try_wait().unwrap();
+        assert!(ended.is_none_or(|ended| ended.success()), "{ended:?}");
     }
     site.get(&["rm", "unborn"]);
     create.wait().unwrap();

@@ -8,7 +8,7 @@ use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use icebox_engine::layout::Layout;
 use icebox_host::guest_image::fixture;
@@ -19,7 +19,7 @@ use serde_json::Value;
 
 pub(crate) use crate::ground::Driver;
 use crate::ground::Ground;
-use crate::marks::{Marks, Traces};
+use crate::marks::{Marks, Traces, entries};
 use crate::monitor::Monitor;
 
 /// How many times slower than others a machine is that says so.
@@ -532,7 +532,7 @@ impl Drop for Site {
         let table = format!("icebox_{}", self.traces.tag());
         quietly(Command::new("nft").args(["delete", "table", "inet", &table]));
         let stem = format!("ibx{}-", self.traces.tag());
-        for namespace in crate::marks::entries(Path::new("/run/netns")) {
+        for namespace in entries(Path::new("/run/netns")) {
             let name = namespace.file_name().unwrap_or_default();
             if name.to_string_lossy().starts_with(&stem) {
                 quietly(Command::new("ip").args(["netns", "delete"]).arg(name));
@@ -635,6 +635,21 @@ pub(crate) fn run(command: &mut Command) {
 /// Runs a tool whose failure does not matter.
 pub(crate) fn quietly(command: &mut Command) {
     command.output().map(drop).unwrap_or_default();
+}
+
+/// Stops a process. A thread of it may do something yet after the signal was sent, so this waits until none can.
+pub(crate) fn wedge(pid: u32) {
+    kill(pid, Signal::STOP);
+    let until = Instant::now() + patience(Duration::from_secs(20));
+    let is_stopped = |thread: &Path| {
+        // A thread that ended since it was listed does nothing, either.
+        let stat = fs::read_to_string(thread.join("stat")).ok();
+        stat.is_none_or(|stat| stat.rsplit_once(") ").unwrap().1.starts_with('T'))
+    };
+    let threads = PathBuf::from(format!("/proc/{pid}/task"));
+    while !entries(&threads).iter().all(|thread| is_stopped(thread)) {
+        assert!(Instant::now() < until, "{pid} does not stop");
+    }
 }
 
 /// Signals a process of this site; one that has gone already is as good.

@@ -41,7 +41,6 @@ fn inv_34_a_drain_pauses_everything_and_the_daemon_leaves(site: &mut Site) {
 }
 
 fn inv_35_an_idle_sandbox_is_paused_and_woken_by_who_asks_for_it(site: &mut Site) {
-    let mut events = site.events();
     let create = ["create", WARM, "--name", "sleepy", "--timeout", "3s"];
     site.get(&[&create[..], &["--auto-resume"]].concat());
     let count = site.count("sleepy");
@@ -54,8 +53,9 @@ fn inv_35_an_idle_sandbox_is_paused_and_woken_by_who_asks_for_it(site: &mut Site
         working.wait().unwrap().success(),
         "it was not paused under a command"
     );
-    detach(site, &["sleepy", "--", "sleep", "6"]);
+    detach(site, &["sleepy", "--", "sleep", "8"]);
     let begun = Instant::now();
+    let mut events = site.events();
     events.wait_for("sandbox.timed-out");
     let lasted = begun.elapsed();
     assert!(
@@ -65,7 +65,7 @@ fn inv_35_an_idle_sandbox_is_paused_and_woken_by_who_asks_for_it(site: &mut Site
     events.wait_for("sandbox.paused");
     assert_eq!(site.state("sleepy"), "paused");
     site.count("sleepy").assert_goes_on_from(&count);
-    assert_eq!(site.state("sleepy"), "running");
+    events.wait_for("sandbox.resumed");
     site.get(&["rm", "sleepy"]);
 }
 
@@ -199,7 +199,7 @@ fn inv_07_inv_39_a_pause_does_not_wait_for_who_follows_a_command(site: &mut Site
     let steps = paused["sandbox"]["lastVerb"]["steps"].as_array().unwrap();
     let drain = steps.iter().find(|it| it["step"] == "drain").unwrap();
     let took = Duration::from_micros(drain["micros"].as_u64().unwrap());
-    assert!(took < patience(Duration::from_secs(1)), "{took:?}");
+    assert!(took < patience(Duration::from_secs(4)), "{took:?}");
 
     said.read_to_string(&mut first).unwrap();
     let told = |following: &mut Child| {

@@ -29,9 +29,9 @@ use crate::skip::skip_this;
 
 /// How long a connection that must come about is tried. It takes well under a millisecond; but the first packet over a
 /// link that has just come up may be lost, and is repeated after a second.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 /// How long a connection is tried before it counts as refused by the rules, some of which drop and do not answer.
-const DOUBT: Duration = Duration::from_millis(400);
+pub(super) const DOUBT: Duration = Duration::from_millis(400);
 /// Where the stand-in for the internet is reached: public by every registry, and routed only inside the lab.
 pub(super) const INTERNET: Ipv4Addr = Ipv4Addr::new(11, 1, 1, 1);
 

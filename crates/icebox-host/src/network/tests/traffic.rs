@@ -10,12 +10,20 @@ use icebox_engine::id::Slot;
 use super::super::namespace::Namespace;
 use super::super::netlink::Netlink;
 use super::super::rules;
-use super::lab::{Elsewhere, Guest, INTERNET, Lab, Service, ask, in_lab, is_refused};
+use super::lab::{
+    DOUBT, Elsewhere, Guest, INTERNET, Lab, PATIENCE, Service, ask, in_lab, is_refused,
+};
 use crate::network::NetworkSlots;
 use crate::skip::skip_this;
 
 fn ensure(lab: &Lab, network: &NetworkSlots, slot: u16, egress: Egress) -> SlotNetwork {
     lab.run(network.ensure(Slot(slot), egress)).unwrap()
+}
+
+/// How long the next datagram is, if one comes within `wait`.
+fn receive(socket: &UdpSocket, wait: Duration) -> std::io::Result<usize> {
+    socket.set_read_timeout(Some(wait))?;
+    socket.recv(&mut [0; 32])
 }
 
 fn tear_down(lab: &Lab, network: NetworkSlots, slots: &[u16]) {
@@ -43,19 +51,23 @@ fn the_host_reaches_every_guest_at_its_slots_address() {
 
 #[test]
 fn a_connection_does_not_wait_for_the_guest_to_be_known() {
+    // Sooner than the kernel repeats an ARP request or a SYN.
+    const SOON: Duration = Duration::from_millis(900);
     in_lab(|lab| {
         let network = lab.open(0);
-        let slot = ensure(lab, &network, 0, Egress::Deny);
-        // Before the guest is there: it must not leave anything behind that delays the next.
-        assert!(is_refused(SocketAddrV4::new(slot.host_address, 80)));
-        let guest = Guest::boot(&slot);
-        let service = guest.serve(80, "here");
-        let start = Instant::now();
-        assert_eq!(ask(SocketAddrV4::new(slot.host_address, 80)), "here");
-        // Sooner than the kernel repeats an ARP request or a SYN.
-        assert!(start.elapsed() < Duration::from_millis(900));
-        drop((service, guest));
-        tear_down(lab, network, &[0]);
+        let answers_soon = |slot| {
+            let slot = ensure(lab, &network, slot, Egress::Deny);
+            // Before the guest is there: it must not leave anything behind that delays the next.
+            assert!(is_refused(SocketAddrV4::new(slot.host_address, 80)));
+            let guest = Guest::boot(&slot);
+            let _service = guest.serve(80, "here");
+            let start = Instant::now();
+            assert_eq!(ask(SocketAddrV4::new(slot.host_address, 80)), "here");
+            start.elapsed() < SOON
+        };
+        // One of them may have been slow for want of a processor.
+        assert!((0..3).any(answers_soon));
+        tear_down(lab, network, &[0, 1, 2]);
     });
 }
 
@@ -67,9 +79,6 @@ fn inv_42_a_sandbox_reaches_no_host_service() {
         let guest = Guest::boot(&slot);
         let service = Service::start(TcpListener::bind("0.0.0.0:0").unwrap(), "host");
         let datagrams = UdpSocket::bind("0.0.0.0:0").unwrap();
-        datagrams
-            .set_read_timeout(Some(Duration::from_millis(200)))
-            .unwrap();
         // All of the host's own addresses: on the link, on another interface, public or not.
         let mut host = Netlink::open().unwrap();
         let loopback = host.link("lo").unwrap().unwrap().index;
@@ -81,24 +90,24 @@ fn inv_42_a_sandbox_reaches_no_host_service() {
             host.add_address(loopback, address, 32).unwrap();
         }
         let addresses = [gateway, public, private, metadata];
-        let send = |to: Ipv4Addr| {
+        let send = |to: Ipv4Addr, wait| {
             let to = SocketAddrV4::new(to, datagrams.local_addr().unwrap().port());
             guest
                 .run(|| UdpSocket::bind("0.0.0.0:0")?.send_to(b"knock", to))
                 .unwrap();
-            datagrams.recv(&mut [0; 16])
+            receive(&datagrams, wait)
         };
         for address in addresses {
             let to = SocketAddrV4::new(address, service.port());
             assert!(guest.is_refused(to), "tcp to the host");
-            send(address).expect_err("udp to the host");
+            send(address, DOUBT).expect_err("udp to the host");
         }
         // Without the rules each of them goes through: it is they that refuse.
         rules::remove_host(network.slots.naming()).unwrap();
         for address in addresses {
             let to = SocketAddrV4::new(address, service.port());
             assert_eq!(guest.ask(to), "host", "{address}");
-            assert_eq!(send(address).unwrap(), 5, "{address}");
+            assert_eq!(send(address, PATIENCE).unwrap(), 5, "{address}");
         }
         for address in [public, private, metadata] {
             host.remove_address(loopback, address, 32).unwrap();
@@ -241,16 +250,16 @@ fn inv_42_a_guest_cannot_speak_for_another_address() {
         let guest = Guest::boot(&slot);
         let internet = Elsewhere::new("wan", Ipv4Addr::new(11, 1, 1, 2), INTERNET);
         let socket = internet.run(|| UdpSocket::bind("0.0.0.0:53"));
-        socket
-            .set_read_timeout(Some(Duration::from_millis(200)))
-            .unwrap();
-        let send_as = |source: Ipv4Addr| {
+        let send_as = |source: Ipv4Addr, wait| {
             guest
                 .run(|| UdpSocket::bind((source, 0))?.send_to(b"?", (INTERNET, 53)))
                 .unwrap();
-            socket.recv(&mut [0; 16])
+            receive(&socket, wait)
         };
-        assert_eq!(send_as(Ipv4Addr::new(169, 254, 0, 21)).unwrap(), 1);
+        assert_eq!(
+            send_as(Ipv4Addr::new(169, 254, 0, 21), PATIENCE).unwrap(),
+            1
+        );
         let forged = Ipv4Addr::new(11, 9, 9, 9);
         guest
             .run(|| {
@@ -259,7 +268,7 @@ fn inv_42_a_guest_cannot_speak_for_another_address() {
                 inside.add_address(link, forged, 32)
             })
             .unwrap();
-        send_as(forged).expect_err("a forged source went out");
+        send_as(forged, DOUBT).expect_err("a forged source went out");
         drop(guest);
         internet.remove("wan");
         tear_down(lab, network, &[0]);
@@ -332,13 +341,8 @@ fn inv_42_a_sandbox_gets_nothing_that_was_meant_for_the_slots_last_user() {
         let network = lab.open(0);
         let internet = Elsewhere::new("wan", Ipv4Addr::new(11, 1, 1, 2), INTERNET);
         let server = internet.run(|| UdpSocket::bind("0.0.0.0:53"));
-        let doubt = Some(Duration::from_millis(300));
-        server.set_read_timeout(doubt).unwrap();
-        let client = |guest: &Guest| {
-            let socket = guest.run(|| UdpSocket::bind("0.0.0.0:5353")).unwrap();
-            socket.set_read_timeout(doubt).unwrap();
-            socket
-        };
+        server.set_read_timeout(Some(PATIENCE)).unwrap();
+        let client = |guest: &Guest| guest.run(|| UdpSocket::bind("0.0.0.0:5353")).unwrap();
 
         let slot = ensure(lab, &network, 0, Egress::Internet);
         let guest = Guest::boot(&slot);
@@ -346,7 +350,7 @@ fn inv_42_a_sandbox_gets_nothing_that_was_meant_for_the_slots_last_user() {
         first.send_to(b"?", (INTERNET, 53)).unwrap();
         let (_, peer) = server.recv_from(&mut [0; 8]).unwrap();
         server.send_to(b"for the first", peer).unwrap();
-        assert_eq!(first.recv(&mut [0; 32]).unwrap(), 13);
+        assert_eq!(receive(&first, PATIENCE).unwrap(), 13);
         drop((first, guest));
         lab.run(network.release(Slot(0))).unwrap();
 
@@ -354,14 +358,12 @@ fn inv_42_a_sandbox_gets_nothing_that_was_meant_for_the_slots_last_user() {
         let guest = Guest::boot(&slot);
         let second = client(&guest);
         server.send_to(b"more for the first", peer).unwrap();
-        second
-            .recv(&mut [0; 32])
-            .expect_err("another sandbox's traffic");
+        receive(&second, DOUBT).expect_err("another sandbox's traffic");
         // It can talk to the same server itself.
         second.send_to(b"!", (INTERNET, 53)).unwrap();
         let (_, peer) = server.recv_from(&mut [0; 8]).unwrap();
         server.send_to(b"for the second", peer).unwrap();
-        assert_eq!(second.recv(&mut [0; 32]).unwrap(), 14);
+        assert_eq!(receive(&second, PATIENCE).unwrap(), 14);
         drop((second, guest));
         internet.remove("wan");
         tear_down(lab, network, &[0]);
@@ -393,8 +395,6 @@ fn there_is_no_ipv6() {
         };
         let listener = UdpSocket::bind("[::]:0").unwrap();
         listener.join_multicast_v6(&everyone, host_link).unwrap();
-        let doubt = Some(Duration::from_millis(300));
-        listener.set_read_timeout(doubt).unwrap();
         let port = listener.local_addr().unwrap().port();
         namespace
             .run(|| {
@@ -407,18 +407,18 @@ fn there_is_no_ipv6() {
                 Ok(())
             })
             .unwrap();
-        let send = || {
+        let send = |wait| {
             namespace
                 .run(|| {
                     let to = std::net::SocketAddrV6::new(everyone, port, 0, uplink);
                     UdpSocket::bind("[::]:0")?.send_to(b"six", to)
                 })
                 .unwrap();
-            listener.recv(&mut [0; 8])
+            receive(&listener, wait)
         };
-        send().expect_err("IPv6 from a sandbox");
+        send(DOUBT).expect_err("IPv6 from a sandbox");
         rules::remove_host(network.slots.naming()).unwrap();
-        assert_eq!(send().unwrap(), 3);
+        assert_eq!(send(PATIENCE).unwrap(), 3);
         tear_down(lab, network, &[0]);
     });
 }

@@ -567,6 +567,7 @@ fn seal(directory: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::guest_image::fixture;
 
     /// A program that says these things.
     fn saying(directory: &Path, version: &str, format: &str) -> PathBuf {
@@ -574,8 +575,7 @@ mod tests {
         let script = format!(
             "#!/bin/sh\ncase $1 in\n--version) echo '{version}'; echo;;\n--snapshot-version) echo '{format}';;\nesac\n"
         );
-        fs::write(&path, script).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        fixture::script(&path, &script).unwrap();
         path
     }
 

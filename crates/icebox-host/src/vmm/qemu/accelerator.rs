@@ -188,20 +188,18 @@ pub(super) fn cpu_features(accelerator: Accelerator) -> io::Result<CpuFeatures> 
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-    use std::os::unix::fs::PermissionsExt;
     use std::time::Instant;
 
     use super::*;
+    use crate::guest_image::fixture;
 
-    const SILENCE: Duration = Duration::from_secs(3);
+    const SILENCE: Duration = Duration::from_secs(10);
     const PANIC: &str =
         "echo 'Linux version 6'; echo 'Kernel panic - not syncing: VFS: no root'; exec sleep 60";
 
     /// A stand-in for QEMU that behaves in one way.
     fn stand_in(qemu: &Path, script: &str) {
-        fs::write(qemu, format!("#!/bin/sh\n{script}\n")).unwrap();
-        fs::set_permissions(qemu, fs::Permissions::from_mode(0o755)).unwrap();
+        fixture::script(qemu, &format!("#!/bin/sh\n{script}\n")).unwrap();
     }
 
     async fn probed(script: &str, kernel: Option<&Path>) -> Result<&'static str, String> {

@@ -156,6 +156,8 @@ def templates_are_built_and_removed(it):
     it.dialog().get_by_label("Name").fill("tools")
     it.click("Build", it.dialog())
     expect(it.page.get_by_role("article").first.locator(".pill")).to_have_text("error")
+    # A dialog offers the templates that are known when it opens.
+    expect(it.page.get_by_role("button", name="Create a sandbox from tools")).to_be_visible()
     it.click("Build on a template")
     it.dialog().get_by_label("Name").fill("steps")
     it.dialog().get_by_label("Begins as").select_option("tools")

@@ -25,7 +25,7 @@ import asynchronous  # noqa: F401, E402
 def main():
     wanted = sys.argv[1:]
     failed = []
-    box = Sandbox.create("base", timeout=900, metadata=ODD, envs={"SET": "set"})
+    box = Sandbox.create("base", timeout=3600, metadata=ODD, envs={"SET": "set"})
     try:
         for check in ROWS:
             if wanted and not any(word in check.__name__ for word in wanted):

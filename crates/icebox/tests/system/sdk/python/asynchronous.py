@@ -34,7 +34,7 @@ async def raises(kind, awaitable, *words):
     raise AssertionError(f"{kind} was not raised")
 
 
-async def until(what, condition, seconds=30):
+async def until(what, condition, seconds=120):
     for _ in range(seconds * 10):
         if found := await condition():
             return found

@@ -58,6 +58,8 @@ def commands_in_the_background_are_found_fed_and_killed(box):
 
 @row
 def a_command_that_takes_too_long_is_killed(box):
+    # Beyond the greatest pid, should it have been killed before it said its own.
+    box.files.write("/tmp/slow", "4194305")
     raises(TimeoutException, lambda: box.commands.run("echo $$ >/tmp/slow; sleep 600", timeout=2))
     until(
         "it is gone",

@@ -46,7 +46,7 @@ def raises(kind, call, *words):
     raise AssertionError(f"{kind} was not raised")
 
 
-def until(what, condition, seconds=30):
+def until(what, condition, seconds=120):
     """Waits for what happens outside of this program, where nobody tells it."""
     end = time.monotonic() + seconds
     while not (found := condition()):
