@@ -33,12 +33,12 @@ IFF_TAP_NO_PI_VNET_HDR = 0x0002 | 0x1000 | 0x4000
 GUEST, GATEWAY, AGENT_PORT = "169.254.0.21", "169.254.0.22", 49983
 TOKEN = "0" * 64
 # What the driver passes (crates/icebox-host/src/vmm/qemu/command.rs); a floor under another machine is no floor.
-MACHINE = ("microvm,acpi=on,rtc={rtc},pit=off,pic=off,pcie=off,usb=off,auto-kernel-cmdline=off,"
+MACHINE = ("microvm,{irqchip}acpi=on,rtc={rtc},pit=off,pic=off,pcie=off,usb=off,auto-kernel-cmdline=off,"
            "memory-backend=ram,mem-merge=off,dump-guest-core=off")
 ACCELERATORS = {
-    "tcg": (MACHINE.format(rtc="on"), "tcg,thread=multi,tb-size=32", "max,-la57",
+    "tcg": (MACHINE.format(irqchip="", rtc="on"), "tcg,thread=multi,tb-size=32", "max,-la57",
             " mitigations=off tsc_early_khz={khz}"),
-    "kvm": (MACHINE.format(rtc="off"), "kvm", "host", ""),
+    "kvm": (MACHINE.format(irqchip="kernel-irqchip=on,ioapic2=off,", rtc="off"), "kvm", "host", ""),
 }
 COMMAND_LINE = "console=ttyS0 quiet loglevel=4 reboot=t panic=-1 cryptomgr.notests"
 
