@@ -1,13 +1,25 @@
 """A browser with the dashboard in it, which watches that nothing goes wrong behind what is seen."""
 
+import ctypes
+import fcntl
 import os
+import queue
+import socket
+import struct
+import threading
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from playwright.sync_api import expect, sync_playwright
 
 URL = os.environ["ICEBOX_URL"]
 KEY = os.environ["ICEBOX_KEY"]
 PICTURES = Path(os.environ["ICEBOX_PICTURES"])
+
+# linux/sched.h, linux/sockios.h, linux/if.h
+CLONE_NEWNET = 0x40000000
+SIOCSIFFLAGS = 0x8914
+IFF_UP = 1
 
 # For what happens sooner or later: on a machine that has much else to do, later.
 PATIENCE_MS = 90_000
@@ -143,8 +155,51 @@ def browser(playwright):
     )
 
 
+def carry(source, to):
+    """Copies one direction of a connection to its end."""
+    try:
+        while part := source.recv(1 << 16):
+            to.sendall(part)
+        to.shutdown(socket.SHUT_WR)
+    except OSError:
+        # Whoever is left is told, as by a connection that is cut.
+        for side in (source, to):
+            try:
+                side.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+
+def forward(listeners, address):
+    """Carries connections to where the daemon listens, in the network that this thread began in."""
+    listener = listeners.get()
+    while True:
+        near, _ = listener.accept()
+        far = socket.create_connection(address)
+        for ends in ((near, far), (far, near)):
+            threading.Thread(target=carry, args=ends, daemon=True).start()
+
+
+def leave_the_network():
+    """Puts this thread, and the browser that it starts, into a network of their own, with the daemon at its address in it.
+
+    Chromium cuts its connections when an interface of its network comes or goes (ERR_NETWORK_CHANGED), and those of
+    sandboxes do so all the time.
+    """
+    daemon = urlsplit(URL)
+    address = (daemon.hostname, daemon.port)
+    listeners = queue.SimpleQueue()
+    threading.Thread(target=forward, args=(listeners, address), daemon=True).start()
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET) != 0:
+        raise OSError(ctypes.get_errno(), "cannot make a network namespace")
+    with socket.socket() as control:
+        fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH22x", b"lo", IFF_UP))
+    listeners.put(socket.create_server(address, backlog=128))
+
+
 def run(*stories):
     PICTURES.mkdir(parents=True, exist_ok=True)
+    leave_the_network()
     with sync_playwright() as playwright:
         chromium = browser(playwright)
         for story in stories:
