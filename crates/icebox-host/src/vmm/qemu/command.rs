@@ -309,8 +309,7 @@ pub(super) fn machine(accelerator: Accelerator) -> &'static str {
 }
 
 /// The machine that KVM is tried with: the one that sandboxes get, without what a probe does not have.
-pub(super) const PROBE_MACHINE: &str =
-    "microvm,kernel-irqchip=on,ioapic2=off,acpi=on,rtc=off,pit=off,pic=off,pcie=off,usb=off,auto-kernel-cmdline=off";
+pub(super) const PROBE_MACHINE: &str = "microvm,kernel-irqchip=on,ioapic2=off,acpi=on,rtc=off,pit=off,pic=off,pcie=off,usb=off,auto-kernel-cmdline=off";
 
 /// How many CPUs a guest has, and may have.
 ///
