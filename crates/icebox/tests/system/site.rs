@@ -224,7 +224,8 @@ impl Site {
 
     /// Starts the daemon again, to listen on a TCP address, too.
     pub(crate) fn listen(&mut self) {
-        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr();
+        // Between this and the daemon's start, any connection from 127.0.0.1 might be given its port.
+        let address = TcpListener::bind("127.217.0.1:0").unwrap().local_addr();
         let address = address.unwrap().to_string();
         self.end_daemon(Signal::TERM);
         self.set(&format!("listen = {address:?}"));
